@@ -1,0 +1,31 @@
+# Each target sets up what it needs: a virtual environment in .venv, made once and again when requirements.txt changes.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: train test lint pretrain evaluate clean
+
+train: $(READY)  ## fine-tune the shipped checkpoint with PPO: the main job
+	$(VENV)/bin/python experiments/ppo_vla.py $(ARGS)
+
+pretrain: $(READY)  ## remake the shipped checkpoint by imitation
+	$(VENV)/bin/python experiments/bc_vla.py $(ARGS)
+
+evaluate: $(READY)  ## evaluate the shipped checkpoint
+	$(VENV)/bin/python experiments/evaluate_vla.py $(ARGS)
+
+test: $(READY)  ## all tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(READY)  ## what CI checks besides the tests
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is needed; set PYTHON=python3.11" && false)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(READY)
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""VLA models, and what turns one into a TorchRL policy. Knows no simulator."""

@@ -1,0 +1,319 @@
+"""VLAPolicy: any model with the three methods, as the TorchRL modules that collect and train it.
+
+Whatever the model offers, the update sees the same two modules, a `ProbabilisticActor` and a `ValueOperator`, and the
+collector one module that acts:
+
+| interface | the model has                          | trunk passes per collected step | per minibatch |
+|-----------|----------------------------------------|---------------------------------|---------------|
+| staged    | `stages`, `action_distribution`, `value` | 1                             | 1, frozen stages 0 |
+| fused     | `act`, `evaluate`                      | 1                               | 1             |
+| methods   | the three methods                      | 3                               | 2             |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.modules import ProbabilisticActor, ValueOperator
+
+from agents.vla import FUSED_METHODS, STAGED_METHODS
+from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VALUE, UserError, decode_text
+
+INTERFACES = {"staged": STAGED_METHODS, "fused": FUSED_METHODS, "methods": ()}
+EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE = "evaluated_log_prob", "evaluated_entropy", "evaluated_value"
+
+
+class VLAPolicy:
+    """The modules around one model; they share its parameters.
+
+    Build it after freezing: which stages are frozen decides what the rollout keeps.
+
+    Attributes:
+        interface: "staged", "fused" or "methods".
+        act: for the collector; reads `observation`, writes `action`, `action_log_prob`, `state_value` and, for a staged
+            model, the outputs of its frozen stages.
+        actor: `ProbabilisticActor` for `ClipPPOLoss`.
+        critic: `ValueOperator` for `ClipPPOLoss`; reads what the actor's pass left behind.
+        kept_keys: what the update reads of a transition, besides actions and advantages.
+        frozen_stages: names of the stages that run at collection only.
+
+    Args:
+        model: the VLA.
+        feature_reuse: "auto" keeps frozen stages' outputs in the rollout; "off" recomputes them in every minibatch.
+        interface: one of the table's, or "auto" for the first that the model has.
+    Raises:
+        UserError: the model lacks the methods of the interface asked for.
+    """
+
+    def __init__(self, model: nn.Module, feature_reuse: str = "auto", interface: str = "auto"):
+        self.model = model
+        self.interface = _choose_interface(model, interface)
+        self.frozen_stages: list[str] = []
+        if self.interface == "staged":
+            self._wire_stages(feature_reuse)
+        else:
+            self._wire_methods()
+
+    def _wire_stages(self, feature_reuse: str) -> None:
+        stages = list(self.model.stages())
+        if not stages or HIDDEN not in stages[-1].out_keys:
+            raise UserError(f"{_name(self.model)}.stages() should end in a stage that writes 'hidden'")
+        prefix, rest = split_frozen_prefix(stages) if feature_reuse == "auto" else ([], stages)
+        self.frozen_stages = [stage_name(self.model, stage) for stage in prefix]
+        self.actor = ProbabilisticActor(
+            StageSequence(self.model, rest),
+            in_keys={"hidden": HIDDEN},
+            out_keys=[ACTION],
+            distribution_class=_ActionDistribution(self.model),
+            return_log_prob=True,
+        )
+        self.critic = ValueOperator(_ValueHead(self.model), in_keys=[HIDDEN], out_keys=[VALUE])
+        self.act = TensorDictSequential(StageSequence(self.model, prefix), self.actor, self.critic)
+        written = {key for stage in prefix for key in stage.out_keys}
+        self.kept_keys = [key for key in self.actor.module[0].in_keys if key in written or key[0] == OBSERVATION]
+
+    def _wire_methods(self) -> None:
+        act, evaluate = _act_and_evaluate(self.model)
+        self.actor = ProbabilisticActor(
+            MethodEvaluation(self.model, evaluate),
+            in_keys={"log_prob": EVALUATED_LOG_PROB, "entropy": EVALUATED_ENTROPY},
+            out_keys=[ACTION],
+            distribution_class=EvaluatedActions,
+            return_log_prob=True,
+        )
+        self.critic = ValueOperator(nn.Identity(), in_keys=[EVALUATED_VALUE], out_keys=[VALUE])
+        self.act = MethodActor(self.model, act)
+        self.kept_keys = [OBSERVATION]
+
+    @torch.no_grad()
+    def values(self, steps: TensorDictBase) -> Tensor:
+        """State values `[B, 1]` of the observations in `steps` `[B]`; the frozen and the trainable trunk both run."""
+        if self.interface != "staged":
+            return self.model.get_value(_for_model(self.model, steps.get(OBSERVATION)))
+        steps = TensorDict({OBSERVATION: steps.get(OBSERVATION)}, batch_size=steps.batch_size)
+        for stage in self.model.stages():
+            steps = stage(steps)
+        return self.model.value(steps.get(HIDDEN))
+
+
+def _choose_interface(model: nn.Module, interface: str) -> str:
+    if interface == "auto":
+        return next(name for name, methods in INTERFACES.items() if all(hasattr(model, m) for m in methods))
+    missing = [m for m in INTERFACES[interface] if not hasattr(model, m)]
+    if missing:
+        raise UserError(f"{_name(model)} has no {', '.join(missing)}, which the {interface!r} interface needs")
+    return interface
+
+
+# -------------------------------------------------------------------------------------------------- staged models
+
+
+def split_frozen_prefix(
+    stages: Sequence[TensorDictModuleBase],
+) -> tuple[list[TensorDictModuleBase], list[TensorDictModuleBase]]:
+    """Split stages into those whose outputs depend on frozen parameters only, and the rest.
+
+    A stage is in the first list if none of its own parameters is trainable and everything it reads is an observation or
+    comes from such a stage. (A frozen stage behind a trainable one is not: its inputs change with every update.)
+    """
+    constant, frozen, rest = set(), [], []
+    for stage in stages:
+        reads_constants = all(key in constant or key[0] == OBSERVATION for key in stage.in_keys)
+        if reads_constants and not any(p.requires_grad for p in stage.parameters()):
+            constant.update(stage.out_keys)
+            frozen.append(stage)
+        else:
+            rest.append(stage)
+    return frozen, rest
+
+
+def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
+    """The name of the model's part that a stage runs, or else the keys it writes."""
+    inner = getattr(stage, "module", stage)
+    names = [name for name, module in model.named_modules() if module is inner and name]
+    return names[0] if names else "+".join(map(str, stage.out_keys))
+
+
+class StageSequence(TensorDictModuleBase):
+    """Some of a model's stages in a row, possibly none; holds the whole model, so that its heads' weights travel too."""
+
+    def __init__(self, model: nn.Module, stages: Sequence[TensorDictModuleBase]):
+        super().__init__()
+        self.model, self.stages = model, list(stages)
+        written, self.in_keys = set(), []
+        for stage in self.stages:
+            self.in_keys += [key for key in stage.in_keys if key not in written and key not in self.in_keys]
+            written.update(stage.out_keys)
+        self.in_keys = self.in_keys or [HIDDEN]
+        self.out_keys = [key for stage in self.stages for key in stage.out_keys] or [HIDDEN]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        for stage in self.stages:
+            tensordict = stage(tensordict)
+        return tensordict
+
+
+class _ActionDistribution:
+    """`distribution_class` of the staged actor: the model's own `action_distribution`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, hidden: Tensor) -> Distribution:
+        return self.model.action_distribution(hidden)
+
+
+class _ValueHead(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.model.value(hidden)
+
+
+# ----------------------------------------------------------------------------- models with methods, fused or not
+
+
+def _act_and_evaluate(model: nn.Module) -> tuple[Callable, Callable]:
+    """A model's fused methods, or the same two functions made from its three methods."""
+    if all(hasattr(model, m) for m in FUSED_METHODS):
+        return model.act, model.evaluate
+    takes_deterministic = "deterministic" in inspect.signature(model.forward).parameters
+
+    def act(observations: TensorDictBase, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        action = model(observations, deterministic=deterministic) if takes_deterministic else model(observations)
+        log_prob, _ = model.evaluate_actions(observations, action)
+        return action, log_prob, model.get_value(observations)
+
+    def evaluate(observations: TensorDictBase, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_prob, entropy = model.evaluate_actions(observations, actions)
+        return log_prob, entropy, model.get_value(observations)
+
+    return act, evaluate
+
+
+def _for_model(model: nn.Module, observations: TensorDictBase) -> TensorDictBase:
+    """Observations as the model wants them: with the instruction as a list of strings if it declares so."""
+    if getattr(model, "language_format", "bytes") == "strings" and LANGUAGE in observations.keys():
+        text = NonTensorData(decode_text(observations.get(LANGUAGE)), batch_size=observations.batch_size)
+        observations = observations.copy().set(LANGUAGE, text)
+    return observations
+
+
+class MethodActor(TensorDictModuleBase):
+    """Acts through `act(observations, deterministic)`; writes action, log-probability and value."""
+
+    in_keys = [OBSERVATION]  # noqa: RUF012
+    out_keys = [ACTION, LOG_PROB, VALUE]  # noqa: RUF012
+
+    def __init__(self, model: nn.Module, act: Callable):
+        super().__init__()
+        self.model, self._act = model, act
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        deterministic = exploration_type() in (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
+        observations = _for_model(self.model, tensordict.get(OBSERVATION))
+        action, log_prob, value = self._act(observations, deterministic=deterministic)
+        return tensordict.update({ACTION: action, LOG_PROB: log_prob, VALUE: value})
+
+
+class MethodEvaluation(TensorDictModuleBase):
+    """Scores stored actions through `evaluate(observations, actions)`."""
+
+    in_keys = [OBSERVATION, ACTION]  # noqa: RUF012
+    out_keys = [EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE]  # noqa: RUF012
+
+    def __init__(self, model: nn.Module, evaluate: Callable):
+        super().__init__()
+        self.model, self._evaluate = model, evaluate
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        observations = _for_model(self.model, tensordict.get(OBSERVATION))
+        scores = self._evaluate(observations, tensordict.get(ACTION))
+        return tensordict.update(dict(zip(self.out_keys, scores, strict=True)))
+
+
+class EvaluatedActions(Distribution):
+    """What a black-box model says about the actions it was given: a log-probability and an entropy, both `[B]`.
+
+    Scores those actions and no others; it cannot sample.
+    """
+
+    arg_constraints = {}  # noqa: RUF012
+    support = constraints.real
+
+    def __init__(self, log_prob: Tensor, entropy: Tensor):
+        self._log_prob, self._entropy = log_prob, entropy
+        super().__init__(log_prob.shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._log_prob
+
+    def entropy(self) -> Tensor:
+        return self._entropy
+
+
+# ------------------------------------------------------------------------------------------------------- checking
+
+
+def check_policy(policy: VLAPolicy, observations: TensorDictBase, action_dim: int) -> None:
+    """Run the model once on a few observations and refuse wrong shapes and dtypes, before anything heavy starts.
+
+    Args:
+        policy: the policy under test.
+        observations: what the environment will offer, batch `[B]`, B >= 2 so that a lost batch dimension shows.
+        action_dim: A of the environment.
+    Raises:
+        UserError: says the method, what was expected and what was got.
+    """
+    model, b = policy.model, observations.batch_size[0]
+    name = _name(model)
+    wanted = getattr(model, "observation_keys", ())
+    missing = [key for key in wanted if key not in observations.keys()]
+    if missing:
+        raise UserError(
+            f"{name} reads {', '.join(missing)}, but the environment offers {', '.join(sorted(observations.keys()))}; "
+            "tell the model in policy.vla_config.model_config which modalities there are"
+        )
+    observations = _for_model(model, observations)
+    with torch.no_grad():
+        action = _call(f"{name}.forward", model, observations)
+        _expect(f"{name}.forward (the action)", action, (b, action_dim))
+        _expect(f"{name}.get_value", _call(f"{name}.get_value", model.get_value, observations), (b, 1))
+    scores = _call(f"{name}.evaluate_actions", model.evaluate_actions, observations, action)
+    if not isinstance(scores, tuple) or len(scores) != 2:
+        raise UserError(f"{name}.evaluate_actions should return (log_prob, entropy), got {type(scores).__name__}")
+    for what, score in zip(("log_prob", "entropy"), scores, strict=True):
+        _expect(f"{name}.evaluate_actions ({what})", score, (b,))
+    if any(p.requires_grad for p in model.parameters()) and not scores[0].requires_grad:
+        raise UserError(f"{name}.evaluate_actions: log_prob depends on no trainable parameter, so nothing would be learned")
+
+
+def _call(what: str, method: Callable, *arguments):
+    try:
+        return method(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code: anything can come out of it
+        detail = " ".join(str(error).split())
+        raise UserError(f"{what} failed on the environment's observations: {type(error).__name__}: {detail}") from error
+
+
+def _expect(what: str, value, shape: tuple[int, ...]) -> None:
+    expected = f"a float tensor {list(shape)}"
+    if not isinstance(value, Tensor):
+        raise UserError(f"{what}: expected {expected}, got {type(value).__name__}")
+    if tuple(value.shape) != shape or not value.is_floating_point():
+        raise UserError(f"{what}: expected {expected}, got {value.dtype} {list(value.shape)}")
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

@@ -1,0 +1,45 @@
+"""Environments. Knows no model."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torchrl.envs import EnvBase
+
+from research.schema import UserError
+
+ENVIRONMENTS = ("tabletop", "gym:<id or entry point>")
+
+
+def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | str = "cpu", seed: int = 0) -> EnvBase:
+    """Build a batched TorchRL environment by name.
+
+    Args:
+        name: "tabletop", or "gym:" and a Gymnasium id or entry point ("gym:InvertedPendulum-v5").
+        num_envs: N.
+        env_config: the environment's own options.
+        device: where observations are made (or moved to).
+        seed: chooses the stream of training episodes.
+    Raises:
+        UserError: an unknown name, or an option that the environment does not have.
+    """
+    if name == "tabletop":
+        from envs.tabletop import TabletopEnv
+
+        _check_options(name, TabletopEnv.__init__, env_config)
+        return TabletopEnv(num_envs, device=device, seed=seed, **env_config)
+    if name.startswith("gym:"):
+        from envs.gym import make_gym_env
+
+        _check_options(name, make_gym_env, env_config)
+        return make_gym_env(name.removeprefix("gym:"), num_envs, device=device, seed=seed, **env_config)
+    raise UserError(f"trainer.env: unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}")
+
+
+def _check_options(name: str, constructor, env_config: dict) -> None:
+    given_elsewhere = {"self", "env_id", "num_envs", "device", "seed"}
+    options = [p for p in inspect.signature(constructor).parameters if p not in given_elsewhere]
+    unknown = sorted(set(env_config) - set(options))
+    if unknown:
+        raise UserError(f"trainer.env_config: {name} has no option {', '.join(unknown)}; it has {', '.join(options)}")

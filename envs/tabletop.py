@@ -1,0 +1,670 @@
+"""Tabletop: a language-conditioned manipulation task, batched in torch, seen by a camera above the table.
+
+A parallel gripper moves over a table with coloured blocks and coloured plates and is told, in words, what to do:
+
+| task         | instruction (one of several phrasings)  | success, which ends the episode                           |
+|--------------|-----------------------------------------|-----------------------------------------------------------|
+| `reach`      | "move to the red cube"                  | gripper within 2 cm of the block                          |
+| `push`       | "push the red cube to the blue plate"   | block centre within 4 cm of the plate's                   |
+| `pick_place` | "put the red cube on the blue plate"    | block let go within 4 cm of the plate's centre            |
+
+Action `[N, 3]` in [-1, 1] (clamped here): `dx, dy` as fractions of 4 cm a step, and the gripper, closed when > 0. The
+gripper takes a block when it closes within 2.5 cm of it; in `push` it stays closed and low, and shoves what it touches.
+
+Observation: `rgb` uint8 `[N, S, S, 3]`; `depth` float32 `[N, S, S]`, metres from the camera, 0.8 m above the table;
+`proprio` float32 `[N, 3]`: gripper x and y in metres from the table's centre, finger opening in metres (0.08 open, 0.05
+on a block, 0 closed on nothing); `language` int64 `[N, L]`, the instruction's bytes.
+
+Every initial state has an id, and state `i` of a configuration is the same on every machine: all that is random is a
+hash of the id, computed in integers. Ids below `HELD_OUT_STATES` are kept for evaluation and never drawn in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from research.schema import (
+    ACTION,
+    DEPTH,
+    INITIAL_STATE,
+    LANGUAGE,
+    MODALITIES,
+    OBSERVATION,
+    PROPRIO,
+    RGB,
+    SUCCESS,
+    UserError,
+    encode_text,
+)
+
+TASKS = ("reach", "push", "pick_place")
+REWARDS = ("sparse", "milestones")
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 150, 60),
+    "blue": (40, 90, 200),
+    "yellow": (240, 200, 40),
+    "purple": (136, 60, 170),
+    "orange": (245, 130, 30),
+}
+SHAPES = {"cube": 4, "prism": 3, "hexagon": 6, "cylinder": 0}  # name -> corners seen from above; 0 is a disc
+PHRASINGS = {
+    "reach": ("move to the {block}", "go to the {block}", "reach for the {block}", "touch the {block}"),
+    "push": (
+        "push the {block} to the {plate}",
+        "slide the {block} onto the {plate}",
+        "shove the {block} over to the {plate}",
+        "move the {block} to the {plate} by pushing",
+    ),
+    "pick_place": (
+        "put the {block} on the {plate}",
+        "place the {block} onto the {plate}",
+        "pick up the {block} and put it on the {plate}",
+        "move the {block} over to the {plate}",
+    ),
+}
+MAX_STEPS = {"reach": 25, "push": 80, "pick_place": 40}
+HELD_OUT_STATES = 10_000
+
+# Metres. The camera sees the square [-TABLE, TABLE]^2; the gripper stays within [-REACH, REACH]^2.
+TABLE, REACH = 0.25, 0.235
+STEP = 0.04
+GRASP_RADIUS = 0.025
+REACH_RADIUS = 0.02
+PLACE_RADIUS = 0.04
+PLATE_RADIUS, BLOCK_RADIUS = 0.05, 0.03
+PUSHER_RADIUS = 0.02
+OPEN, HOLDING, SHUT = 0.08, 0.05, 0.0
+HOLD_STEPS = 3  # a block held this long has been held, not touched in passing
+CAMERA, PLATE_TOP, BLOCK_TOP, GRIPPER_TOP, LIFT = 0.80, 0.01, 0.05, 0.12, 0.07
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijective 32-bit integer hash ("lowbias32", C. Wellons, 2018), in int64 so that no sign bit interferes."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def hashed_uniform(ids: Tensor, draws: int) -> Tensor:
+    """`draws` numbers in [0, 1) for each id: the same on every machine and device.
+
+    Args:
+        ids: int64 `[M]`, each in [0, 2^32).
+        draws: D.
+    Returns:
+        float32 `[M, D]`, multiples of 2^-24.
+    """
+    columns = _mix(torch.arange(draws, device=ids.device) + 0x9E3779B9)
+    return (_mix(_mix(ids & 0xFFFFFFFF)[:, None] ^ columns) >> 8).float() * 2.0**-24
+
+
+@lru_cache(maxsize=16)
+def _instructions(task: str, length: int) -> Tensor:
+    """Every instruction of a task: int64 `[phrasing, block shape, block colour, plate colour, L]`."""
+    texts = [
+        phrasing.format(block=f"{block} {shape}", plate=f"{plate} plate")
+        for phrasing in PHRASINGS[task]
+        for shape in SHAPES
+        for block in COLOURS
+        for plate in COLOURS
+    ]
+    table = encode_text(texts, length)
+    return table.view(len(PHRASINGS[task]), len(SHAPES), len(COLOURS), len(COLOURS), length)
+
+
+class TabletopEnv(EnvBase):
+    """`num_envs` tables stepped together; see the module's docstring for the task, units and observations.
+
+    Args:
+        num_envs: N.
+        task: "reach", "push" or "pick_place".
+        reward: "sparse" (1 at success) or "milestones" (differences of 0.1 grasp + 0.1 hold + 1.0 success, as RL4VLA;
+            "grasp" is contact for `push` and within 10 cm for `reach`, "hold" is half-way and within 5 cm).
+        image_size: S, pixels per side of `rgb` and `depth`.
+        modalities: which observations to produce.
+        num_blocks: blocks per table, of different colours; the first is the one that is named.
+        num_plates: plates per table, of different colours; the first is the one that is named.
+        max_steps: truncation limit; by default 25 / 80 / 40 for reach / push / pick_place.
+        instruction_length: L, bytes reserved for the instruction.
+        seed: which stream of initial states training episodes are drawn from.
+        device: where state, rendering and observations live.
+
+    Reset with `TensorDict({"initial_state": ids}, [N])`, ids int64 `[N, 1]`, starts from these states.
+    """
+
+    batch_locked = True
+
+    def __init__(
+        self,
+        num_envs: int = 64,
+        task: str = "pick_place",
+        reward: str = "sparse",
+        image_size: int = 64,
+        modalities: Sequence[str] = MODALITIES,
+        num_blocks: int = 3,
+        num_plates: int = 2,
+        max_steps: int | None = None,
+        instruction_length: int = 64,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        for name, value, known in (("task", task, TASKS), ("reward", reward, REWARDS)):
+            if value not in known:
+                raise UserError(f"trainer.env_config.{name}: {value!r} is not one of {', '.join(known)}")
+        unknown = sorted(set(modalities) - set(MODALITIES))
+        if unknown or not modalities:
+            raise UserError(f"trainer.env_config.modalities: choose from {', '.join(MODALITIES)}, got {modalities!r}")
+        max_steps = MAX_STEPS[task] if max_steps is None else max_steps
+        sizes = {"num_envs": num_envs, "max_steps": max_steps}
+        for name, value, low, high in (
+            *((name, value, 1, None) for name, value in sizes.items()),
+            ("image_size", image_size, 16, 1024),
+            ("num_blocks", num_blocks, 1, len(COLOURS)),
+            ("num_plates", num_plates, 1, 4),
+        ):
+            if not isinstance(value, int) or value < low or (high is not None and value > high):
+                bound = f"from {low} to {high}" if high else f"of at least {low}"
+                raise UserError(f"trainer.env_config.{name}: expected an integer {bound}, got {value!r}")
+        super().__init__(device=device, batch_size=[num_envs])
+        self.task, self.reward_kind, self.image_size, self.max_steps = task, reward, image_size, max_steps
+        self.modalities = tuple(modalities)
+        self.num_blocks, self.num_plates = num_blocks, num_plates
+        self._instruction_table = _instructions(task, instruction_length).to(self.device)
+        self._painter = _Painter(image_size, RGB in modalities, DEPTH in modalities, self.device)
+        self._make_specs(num_envs, image_size, instruction_length)
+        self._rows = torch.arange(num_envs, device=self.device)
+        self._block_numbers = torch.arange(num_blocks, device=self.device)
+        self._state: TensorDictBase | None = None
+        self._set_seed(seed)
+
+    def _make_specs(self, n: int, size: int, length: int) -> None:
+        device = self.device
+        kinds = {
+            RGB: lambda: Bounded(0, 255, (n, size, size, 3), dtype=torch.uint8, device=device),
+            DEPTH: lambda: Bounded(0.0, CAMERA, (n, size, size), dtype=torch.float32, device=device),
+            PROPRIO: lambda: Unbounded((n, 3), dtype=torch.float32, device=device),
+            LANGUAGE: lambda: Bounded(0, 255, (n, length), dtype=torch.int64, device=device),
+        }
+        flag = lambda: Categorical(2, (n, 1), dtype=torch.bool, device=device)  # noqa: E731
+        observation = Composite({k: kinds[k]() for k in self.modalities}, shape=(n,), device=device)
+        self.observation_spec = Composite(
+            {
+                OBSERVATION: observation,
+                SUCCESS: flag(),
+                INITIAL_STATE: Bounded(0, 2**32 - 1, (n, 1), dtype=torch.int64, device=device),
+            },
+            shape=(n,),
+            device=device,
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (n, 3), dtype=torch.float32, device=device)
+        self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=device)
+        self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(n,), device=device)
+
+    # ---------------------------------------------------------------- initial states
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Choose the stream of training states: it starts at a hash of the seed and wraps past the held-out ids."""
+        self._next_id = int(_mix(torch.tensor((int(seed or 0) + 1) & 0xFFFFFFFF)))
+        self._upcoming: TensorDictBase | None = None
+
+    def _draw_training_states(self, count: int) -> TensorDictBase:
+        """The next `count` states of the stream, made a few hundred at a time: a state costs little in bulk."""
+        if self._upcoming is None or len(self._upcoming) < count:
+            fresh = max(256, 2 * self.batch_size[0], count)
+            ids = self._next_id + torch.arange(fresh, device=self.device)
+            ids = HELD_OUT_STATES + ids % (2**32 - HELD_OUT_STATES)
+            left = 0 if self._upcoming is None else len(self._upcoming)
+            self._next_id += fresh
+            made = self._make_states(ids)
+            self._upcoming = made if not left else torch.cat([self._upcoming, made])
+        drawn, self._upcoming = self._upcoming[:count], self._upcoming[count:]
+        return drawn
+
+    def _make_states(self, ids: Tensor) -> TensorDictBase:
+        """Initial states for ids int64 `[M]`: a TensorDict `[M]`, every entry a function of the id alone."""
+        m, k, p = len(ids), self.num_blocks, self.num_plates
+        colours, shapes, tries = len(COLOURS), len(SHAPES), 16
+        objects = p + k
+        widths = [tries * objects * 2, colours, colours, k, k, 1, 2, 4]
+        layout, block_order, plate_order, shape, yaw, phrase, gripper, looks = hashed_uniform(ids, sum(widths)).split(
+            widths, dim=1
+        )
+        centres = self._place(layout.view(m, tries, objects, 2))
+        block_colour = block_order.argsort(dim=1, stable=True)[:, :k]
+        plate_colour = plate_order.argsort(dim=1, stable=True)[:, :p]
+        block_shape = (shape * shapes).long()
+        phrasing = (phrase[:, 0] * len(PHRASINGS[self.task])).long()
+        language = self._instruction_table[phrasing, block_shape[:, 0], block_colour[:, 0], plate_colour[:, 0]]
+        zeros = torch.zeros(m, dtype=torch.int64, device=self.device)
+        state = TensorDict(
+            {
+                "id": ids,
+                "gripper": (gripper * 2 - 1) * REACH * 0.9,
+                "shut": torch.full((m,), self.task == "push", device=self.device),
+                "held": zeros - 1,
+                "held_steps": zeros,
+                "steps": zeros,
+                "offset": torch.zeros(m, 2, device=self.device),
+                "potential": torch.zeros(m, device=self.device),
+                "blocks": centres[:, p:],
+                "plates": centres[:, :p],
+                "block_colour": block_colour,
+                "block_shape": block_shape,
+                "plate_colour": plate_colour,
+                "block_yaw": (yaw * _Painter.YAWS).long(),
+                "looks": looks,
+                "language": language,
+            },
+            batch_size=[m],
+        )
+        # Reaching starts at a distance; otherwise some states would be solved before the first action.
+        if self.task == "reach":
+            away = (state["gripper"] - state["blocks"][:, 0]).norm(dim=-1, keepdim=True) < 2 * REACH_RADIUS
+            state["gripper"] = torch.where(away, -state["gripper"].sign() * REACH * 0.8, state["gripper"])
+        state.update(self._painter.tables(state))
+        state.update(self._painter.scenes(state))
+        state["gap"] = (state["blocks"][:, 0] - state["plates"][:, 0]).norm(dim=-1)
+        return state
+
+    def _place(self, uniform: Tensor) -> Tensor:
+        """Centres that keep objects apart: the first of several tries that fits, else the roomiest one, per object.
+
+        Args:
+            uniform: `[M, tries, objects, 2]` in [0, 1); plates come first.
+        Returns:
+            float32 `[M, objects, 2]`, metres.
+        """
+        m, tries, objects, _ = uniform.shape
+        radii = [PLATE_RADIUS] * self.num_plates + [BLOCK_RADIUS] * self.num_blocks
+        rows = torch.arange(m, device=uniform.device)
+        rank = torch.arange(tries, 0, -1, device=uniform.device)
+        centres = torch.empty(m, objects, 2, device=uniform.device)
+        for j, radius in enumerate(radii):
+            # A block to be pushed needs room for the gripper on every side.
+            pushed = self.task == "push" and j == self.num_plates
+            span = REACH - (0.085 if pushed else radius)
+            candidates = (uniform[:, :, j] * 2 - 1) * span  # [M, tries, 2]
+            pick = torch.zeros(m, dtype=torch.int64, device=uniform.device)
+            if j:
+                need = torch.tensor([radius + r + 0.01 for r in radii[:j]], device=uniform.device)
+                room = ((candidates[:, :, None] - centres[:, None, :j]).norm(dim=-1) - need).amin(dim=-1)
+                pick = torch.where(room >= 0, rank, room.clamp(max=0) - 1).argmax(dim=1)
+            centres[:, j] = candidates[rows, pick]
+        return centres
+
+    # ---------------------------------------------------------------- reset and step
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_) -> TensorDictBase:
+        n = self.batch_size[0]
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        rows = self._rows if mask is None or self._state is None else mask.view(n).nonzero()[:, 0]
+        ids = None if tensordict is None or mask is not None else tensordict.get(INITIAL_STATE, None)
+        fresh = self._draw_training_states(len(rows)) if ids is None else self._make_states(ids.view(n)[rows])
+        if len(rows) == n:
+            self._state = fresh.clone()
+            images = self._painter.frames(self._state)
+        else:
+            self._state[rows] = fresh
+            images = {key: image.clone() for key, image in self._images.items()}
+            for key, image in self._painter.frames(fresh).items():
+                images[key][rows] = image
+        self._images = images
+        none = torch.zeros(n, 1, dtype=torch.bool, device=self.device)
+        out = self._observe(images)
+        return out.update({SUCCESS: none, "done": none, "terminated": none.clone(), "truncated": none.clone()})
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        state = self._state
+        action = tensordict.get(ACTION).clamp(-1.0, 1.0)
+        success = self._move(state, action)
+        steps = state["steps"] + 1
+        state.set("steps", steps)
+        potential = self._milestones(state, success)
+        reward = success.float() if self.reward_kind == "sparse" else potential - state["potential"]
+        state.set("potential", potential)
+        terminated = success[:, None]
+        truncated = (steps >= self.max_steps)[:, None] & ~terminated
+        self._images = self._painter.frames(state)
+        return self._observe(self._images).update(
+            {
+                "reward": reward[:, None],
+                "done": terminated | truncated,
+                "terminated": terminated,
+                "truncated": truncated,
+                SUCCESS: terminated.clone(),
+            }
+        )
+
+    def _move(self, state: TensorDictBase, action: Tensor) -> Tensor:
+        """Advance gripper and blocks by one control step, in place; returns success, bool `[N]`."""
+        gripper = (state["gripper"] + action[:, :2] * STEP).clamp(-REACH, REACH)
+        held, resting = state["held"], state["blocks"]
+        blocks, disturbed = resting, None
+        if self.task == "push":
+            blocks = self._shove(state["gripper"], gripper, resting)
+            disturbed = (blocks != resting).any(-1).any(-1)
+        elif self.task == "pick_place":
+            # Move first, then open or close: a block that is let go has come along with the gripper's last move.
+            carried = self._block_numbers == held[:, None]  # [N, K]
+            blocks = torch.where(carried[..., None], (gripper + state["offset"])[:, None], resting)
+            shut = action[:, 2] > 0
+            nearest, which = (blocks - gripper[:, None]).norm(dim=-1).min(dim=1)
+            grasps = shut & ~state["shut"] & (nearest <= GRASP_RADIUS)
+            held = torch.where(shut, torch.where(grasps, which, held), -1)
+            offset = torch.where(grasps[:, None], blocks[self._rows, which] - gripper, state["offset"])
+            disturbed = held != state["held"]
+            held_steps = torch.where(held == 0, state["held_steps"] + 1, 0)
+            state.update({"shut": shut, "held": held, "offset": offset, "held_steps": held_steps})
+        state.update({"gripper": gripper, "blocks": blocks})
+        if disturbed is not None:
+            self._repaint_scenes(state, disturbed)
+        target, plate = blocks[:, 0], state["plates"][:, 0]
+        if self.task == "reach":
+            return (gripper - target).norm(dim=-1) <= REACH_RADIUS
+        on_plate = (target - plate).norm(dim=-1) <= PLACE_RADIUS
+        return on_plate if self.task == "push" else on_plate & (held != 0)
+
+    def _repaint_scenes(self, state: TensorDictBase, disturbed: Tensor) -> None:
+        """Scenes are painted again only where a block was moved, lifted or put down."""
+        rows = disturbed.nonzero()[:, 0]
+        if len(rows):
+            for key, scene in self._painter.scenes(state[rows]).items():
+                state[key].index_copy_(0, rows, scene)
+
+    @staticmethod
+    def _shove(start: Tensor, end: Tensor, blocks: Tensor) -> Tensor:
+        """Quasi-static pushing: blocks give way along the contact normal, in sub-steps so that none is jumped over."""
+        reach = PUSHER_RADIUS + BLOCK_RADIUS
+        for fraction in (0.25, 0.5, 0.75, 1.0):
+            pusher = torch.lerp(start, end, fraction)[:, None]
+            away = blocks - pusher
+            distance = away.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            blocks = torch.where(distance < reach, pusher + away / distance * reach, blocks)
+        return blocks.clamp(-REACH, REACH)
+
+    def _milestones(self, state: TensorDictBase, success: Tensor) -> Tensor:
+        """0.1 grasp + 0.1 hold + 1.0 success, float32 `[N]`; rewards are its differences."""
+        gap = (state["gripper"] - state["blocks"][:, 0]).norm(dim=-1)
+        if self.task == "reach":
+            first, second = gap < 0.10, gap < 0.05
+        elif self.task == "push":
+            left = (state["blocks"][:, 0] - state["plates"][:, 0]).norm(dim=-1)
+            first, second = gap < PUSHER_RADIUS + BLOCK_RADIUS + 0.005, left < 0.5 * state["gap"]
+        else:
+            first, second = state["held"] == 0, state["held_steps"] >= HOLD_STEPS
+        return 0.1 * first.float() + 0.1 * second.float() + success.float()
+
+    def _observe(self, images: dict[str, Tensor]) -> TensorDictBase:
+        state, observation = self._state, dict(images)
+        if PROPRIO in self.modalities:
+            opening = torch.where(state["shut"], torch.where(state["held"] >= 0, HOLDING, SHUT), OPEN)
+            observation[PROPRIO] = torch.cat([state["gripper"], opening[:, None]], dim=1)
+        if LANGUAGE in self.modalities:
+            observation[LANGUAGE] = state["language"]
+        observation = {key: observation[key] for key in self.modalities}
+        return TensorDict(
+            {
+                OBSERVATION: TensorDict(observation, self.batch_size, device=self.device),
+                INITIAL_STATE: state["id"][:, None],
+            },
+            self.batch_size,
+            device=self.device,
+        )
+
+    # ---------------------------------------------------------------- expert, video, resume
+
+    def expert_action(self) -> Tensor:
+        """What the scripted expert, who sees the state and not the pixels, would do now: float32 `[N, 3]`."""
+        state = self._state
+        gripper, target, plate = state["gripper"], state["blocks"][:, 0], state["plates"][:, 0]
+        if self.task == "push":
+            goal = self._push_waypoint(gripper, target, plate)
+            grip = torch.ones_like(gripper[:, :1])
+        elif self.task == "reach":
+            goal, grip = target, -torch.ones_like(gripper[:, :1])
+        else:
+            holds, empty = state["held"] == 0, state["held"] < 0
+            goal = torch.where(holds[:, None], plate - state["offset"], target)
+            arrives = (goal - gripper).abs().amax(dim=-1) <= STEP
+            # Close on arrival at the block, let go on arrival at the plate; open first when shut on nothing.
+            grip = torch.where(holds, ~arrives, arrives & empty & ~state["shut"])[:, None].float() * 2 - 1
+        return torch.cat([((goal - gripper) / STEP).clamp(-1, 1), grip], dim=1)
+
+    @staticmethod
+    def _push_waypoint(gripper: Tensor, target: Tensor, plate: Tensor) -> Tensor:
+        """Where to go next: round the block, at a distance, until behind it as seen from the plate; then through it."""
+        contact = PUSHER_RADIUS + BLOCK_RADIUS
+        along = torch.nn.functional.normalize(plate - target, dim=-1)
+        rel = gripper - target
+        angle = torch.atan2(rel[:, 1], rel[:, 0])
+        turn = torch.atan2(-along[:, 1], -along[:, 0]) - angle
+        turn = torch.remainder(turn + math.pi, 2 * math.pi) - math.pi  # the shorter way round
+        ahead = angle + turn.clamp(-0.5, 0.5)
+        around = target + 1.25 * contact * torch.stack([torch.cos(ahead), torch.sin(ahead)], dim=-1)
+        through = target - along * (contact - 0.5 * STEP)
+        return torch.where((turn.abs() < 0.15)[:, None], through, around)
+
+    def render_frames(self, size: int = 256) -> Tensor:
+        """The tables as a person would want to see them: uint8 `[N, size, size, 3]`."""
+        painter = _Painter(size, True, False, self.device)
+        state = self._state.copy()
+        state.update(painter.tables(state))
+        state.update(painter.scenes(state))
+        return painter.frames(state)[RGB]
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """All that decides the future of these environments; see `load_state_dict`."""
+        upcoming = None if self._upcoming is None else self._upcoming["id"].clone()
+        return {
+            "state": None if self._state is None else self._state.clone().to_dict(),
+            "next_id": self._next_id,
+            "upcoming": upcoming,
+        }
+
+    def load_state_dict(self, state_dict: dict, *args, **kwargs) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self._next_id = state_dict["next_id"]
+        upcoming = state_dict["upcoming"]
+        self._upcoming = None if upcoming is None else self._make_states(upcoming.to(self.device))
+        if state_dict["state"] is not None:
+            self._state = TensorDict.from_dict(state_dict["state"], batch_size=self.batch_size).to(self.device)
+            self._images = self._painter.frames(self._state)
+
+
+class _Painter:
+    """Draws states seen from straight above, from an atlas of anti-aliased sprites.
+
+    Shapes are signed distances, rasterised once for every shape, orientation and sub-pixel position. A frame is the
+    episode's scene (table, plates and resting blocks, repainted only where a block moved) with the held block and the
+    gripper laid over it, so that only small patches are touched at every step.
+
+    Args:
+        size: S, pixels per side.
+        colour: paint `rgb`.
+        depth: paint `depth`.
+    """
+
+    YAWS = 24  # orientations per full turn of a block's sprite
+
+    def __init__(self, size: int, colour: bool, depth: bool, device: torch.device):
+        self.size, self.colour, self.depth, self.device = size, colour, depth, device
+        self.metre = size / (2 * TABLE)  # pixels per metre
+        self.phases = max(1, min(8, 512 // size))  # sub-pixel positions per axis
+        self.palette = torch.tensor([*COLOURS.values(), (255, 255, 255)], dtype=torch.float32, device=device)
+        self.blocks = self._atlas(
+            1.25 * BLOCK_RADIUS, [self._block(c, y) for c in SHAPES.values() for y in self._turns()]
+        )
+        self.grippers = self._atlas(0.062, [self._gripper(opening) for opening in (OPEN, HOLDING, SHUT)])
+
+    # ---------------------------------------------------------------- sprites
+
+    def _turns(self) -> list[float]:
+        return [2 * math.pi * i / self.YAWS for i in range(self.YAWS)]
+
+    @staticmethod
+    def _block(corners: int, yaw: float):
+        """Distance to the edge (metres, negative inside) and brightness of a regular polygon; 0 corners is a disc."""
+        # In-radii that give all shapes about the area of a disc of 0.85 BLOCK_RADIUS.
+        inner = {0: 0.85, 3: 0.66, 4: 0.76, 6: 0.81}[corners] * BLOCK_RADIUS
+
+        def shape(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            if corners:
+                angles = [yaw + 2 * math.pi * i / corners for i in range(corners)]
+                reach = torch.stack([x * math.cos(a) + y * math.sin(a) for a in angles]).amax(dim=0)
+            else:
+                reach = (x.square() + y.square()).sqrt()
+            # A darker rim sets blocks off from plates of the same colour.
+            return reach - inner, 1 - 0.55 * ((reach - inner + 0.004) * 600).clamp(0.0, 1.0)
+
+        return shape
+
+    @staticmethod
+    def _gripper(opening: float):
+        """Two fingers beside the block and the bar behind it that joins them, as a U."""
+
+        def shape(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x = x.abs()
+            finger = torch.maximum((x - opening / 2 - 0.006).abs() - 0.006, (y - 0.012).abs() - 0.028)
+            bar = torch.maximum(x - opening / 2 - 0.012, (y - 0.046).abs() - 0.007)
+            return torch.minimum(finger, bar), torch.where(y > 0.038, 0.18, 0.31)
+
+        return shape
+
+    def _atlas(self, radius: float, shapes: list) -> dict[str, Tensor]:
+        """Rasterise `shapes` (functions of x and y in metres) at every sub-pixel position.
+
+        Returns:
+            `keep` and `tone` float32 `[shapes * phases * phases, P]`: a pixel becomes `keep * below + tone * colour`;
+            `window` int64 `[P]`: flat offsets of the patch's pixels from its corner; `half`: pixels from corner to
+            centre.
+        """
+        half = min(math.ceil(radius * self.metre), (self.size - 1) // 2)
+        steps = torch.arange(2 * half + 1, device=self.device)
+        phase = (torch.arange(self.phases, device=self.device) + 0.5) / self.phases
+        along = (steps + 0.5 - half - phase[:, None]) / self.metre  # [phases, side]
+        y, x = torch.broadcast_tensors(-along[:, None, :, None], along[None, :, None, :])
+        keep, tone = [], []
+        for shape in shapes:
+            distance, brightness = shape(x, y)
+            cover = (0.5 - distance * self.metre).clamp(0.0, 1.0).reshape(self.phases**2, -1)
+            keep.append(1 - cover)
+            tone.append(cover * brightness.reshape(self.phases**2, -1))
+        window = (steps[:, None] * self.size + steps).reshape(-1)
+        return {"keep": torch.cat(keep), "tone": torch.cat(tone), "window": window, "half": half}
+
+    def _lay(
+        self, canvas: dict[str, Tensor], atlas: dict, rows: Tensor, at: Tensor, sprite: Tensor, colour, depth
+    ) -> None:
+        """Paint one object into each of some images, in place.
+
+        Args:
+            canvas: `rgb` uint8 `[M * S * S, 3]` and / or `depth` float32 `[M * S * S]`, M images one after the other.
+            rows: int64 `[R]`, the images to paint into.
+            at: float32 `[R, 2]`, the object's centre (x right, y up) in metres.
+            sprite: int64 `[R]`, which shape of the atlas.
+            colour: int64 `[R]`, which entry of the palette.
+            depth: metres from the camera to the object's top, a number or float32 `[R, 1]`.
+        """
+        size, half = self.size, atlas["half"]
+        place = torch.stack([TABLE - at[:, 1], at[:, 0] + TABLE], dim=-1) * self.metre  # row, column in pixels
+        pixel = place.floor()
+        phase = ((place - pixel) * self.phases).long()
+        sprite = (sprite * self.phases + phase[:, 0]) * self.phases + phase[:, 1]
+        corner = (pixel.long() - half).clamp_(0, size - 2 * half - 1)
+        first = (rows * size + corner[:, 0]) * size + corner[:, 1]
+        index = (first[:, None] + atlas["window"]).view(-1)
+        keep = atlas["keep"].index_select(0, sprite)  # [R, P]
+        if self.colour:
+            tone = atlas["tone"].index_select(0, sprite)
+            below = canvas[RGB].index_select(0, index).view(*keep.shape, 3)
+            painted = torch.addcmul(below * keep[..., None], tone[..., None], self.palette[colour][:, None])
+            canvas[RGB].index_copy_(0, index, painted.add_(0.5).to(torch.uint8).view(-1, 3))
+        if self.depth:
+            below = canvas[DEPTH].index_select(0, index).view(keep.shape)
+            canvas[DEPTH].index_copy_(0, index, torch.where(keep < 0.5, depth, below).view(-1))
+
+    # ---------------------------------------------------------------- frames
+
+    def tables(self, state: TensorDictBase) -> dict[str, Tensor]:
+        """Bare tables with their plates, which stay as they are for an episode: `table_*` `[M, S, S, …]`."""
+        m, size, canvas = len(state), self.size, {}
+        if self.colour:
+            canvas[RGB] = self._wood(state["looks"]).view(m * size * size, 3)
+        if self.depth:
+            canvas[DEPTH] = torch.full((m * size * size,), CAMERA, device=self.device)
+        if canvas:
+            plates = self._atlas(1.05 * PLATE_RADIUS, [self._plate(False), self._plate(True)])
+            rows = torch.arange(m, device=self.device)
+            for j in range(state["plates"].shape[1]):
+                at, colour = state["plates"][:, j], state["plate_colour"][:, j]
+                for layer, tint in ((rows * 0, torch.full_like(colour, len(COLOURS))), (rows * 0 + 1, colour)):
+                    self._lay(canvas, plates, rows, at, layer, tint, CAMERA - PLATE_TOP)
+        return {f"table_{key}": value.view(m, size, size, *value.shape[1:]) for key, value in canvas.items()}
+
+    @staticmethod
+    def _plate(tinted: bool):
+        """A plate is a white disc with its colour laid thinly over it, thinner on the rim."""
+
+        def shape(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            radius = (x.square() + y.square()).sqrt()
+            return radius - (0.80 if tinted else 1.0) * PLATE_RADIUS, torch.full_like(radius, 0.88)
+
+        return shape
+
+    def _wood(self, looks: Tensor) -> Tensor:
+        """A wooden table top, its tone and grain varied by `looks` [M, 4] in [0, 1): uint8 `[M, S, S, 3]`."""
+        line = torch.linspace(-1, 1, self.size, device=self.device)
+        phase = (looks[:, 0] * 6.28)[:, None, None]
+        bend = 0.15 * torch.sin(2.5 * line[None, None, :] + phase)
+        grain = torch.sin((14 + 6 * looks[:, 1])[:, None, None] * (line[None, :, None] + bend) + phase)
+        light = 1.0 + 0.025 * grain + (looks[:, 2] - 0.5)[:, None, None] * 0.16
+        warm = torch.tensor([203.0, 178.0, 148.0], device=self.device)
+        tint = (looks[:, 3:] - 0.5) * torch.tensor([10.0, 0.0, -14.0], device=self.device)
+        return ((warm + tint)[:, None, None] * light[..., None]).clamp_(0, 255).to(torch.uint8)
+
+    def scenes(self, state: TensorDictBase) -> dict[str, Tensor]:
+        """Tables with their resting blocks: `scene_*` `[M, S, S, …]`."""
+        canvas = self._copy(state, "table_")
+        for j in range(state["blocks"].shape[1] if canvas else 0):
+            rows = (state["held"] != j).nonzero()[:, 0]
+            self._lay_block(canvas, state, rows, rows * 0 + j, CAMERA - BLOCK_TOP)
+        return {f"scene_{key}": value for key, value in self._shape(canvas, len(state)).items()}
+
+    def frames(self, state: TensorDictBase) -> dict[str, Tensor]:
+        """Scenes with held blocks and grippers: `rgb` uint8 `[M, S, S, 3]` and / or `depth` float32 `[M, S, S]`."""
+        canvas = self._copy(state, "scene_")
+        if canvas:
+            rows = (state["held"] >= 0).nonzero()[:, 0]
+            if len(rows):
+                self._lay_block(canvas, state, rows, state["held"][rows], CAMERA - BLOCK_TOP - LIFT)
+            everywhere = torch.arange(len(state), device=self.device)
+            opening = torch.where(state["shut"], torch.where(state["held"] >= 0, 1, 2), 0)
+            white = torch.full_like(everywhere, len(COLOURS))
+            self._lay(canvas, self.grippers, everywhere, state["gripper"], opening, white, CAMERA - GRIPPER_TOP)
+        return self._shape(canvas, len(state))
+
+    def _lay_block(self, canvas: dict[str, Tensor], state: TensorDictBase, rows: Tensor, which: Tensor, depth: float):
+        sprite = state["block_shape"][rows, which] * self.YAWS + state["block_yaw"][rows, which]
+        self._lay(
+            canvas, self.blocks, rows, state["blocks"][rows, which], sprite, state["block_colour"][rows, which], depth
+        )
+
+    def _copy(self, state: TensorDictBase, layer: str) -> dict[str, Tensor]:
+        canvas = {}
+        if self.colour:
+            canvas[RGB] = state[f"{layer}rgb"].clone(memory_format=torch.contiguous_format).view(-1, 3)
+        if self.depth:
+            canvas[DEPTH] = state[f"{layer}depth"].clone(memory_format=torch.contiguous_format).view(-1)
+        return canvas
+
+    def _shape(self, canvas: dict[str, Tensor], m: int) -> dict[str, Tensor]:
+        return {key: value.view(m, self.size, self.size, *value.shape[1:]) for key, value in canvas.items()}

@@ -1,0 +1,175 @@
+"""Imitation: pretrain a VLA on the scripted expert, and regress its value head on the returns that were seen.
+
+    python experiments/bc_vla.py                                  # remakes the checkpoint that ships with the repository
+    python experiments/bc_vla.py --samples=20000 --output=my.pt   # a better one
+
+The expert acts with noise, so that the data shows how to recover; what is imitated is what it would have done without.
+Writes the weights, and beside them, as JSON, the configuration, the seed and the success that was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from tensordict import TensorDict
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from agents.loading import load_vla_model
+from agents.policy import VLAPolicy, check_policy
+from envs import make_env
+from research.checkpoint import save_checkpoint
+from research.config import parse_config, to_dict
+from research.evaluation import evaluate
+from research.schema import ACTION, OBSERVATION, UserError
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+@dataclass
+class BCConfig:
+    """Imitation of the scripted expert."""
+
+    env: str = "tabletop"
+    """Environment; it needs an expert_action method."""
+    env_config: dict[str, Any] = field(
+        default_factory=lambda: {"task": "pick_place", "modalities": ["rgb", "proprio", "language"]}
+    )
+    """Settings of the environment, free-form."""
+    model_class: str = "agents.small_vla.SmallVLA"
+    """Dotted path of the model's class."""
+    model_config: dict[str, Any] = field(default_factory=lambda: {"action_dim": 3})
+    """Keyword arguments of the model's class, free-form."""
+    seed: NonNegativeInt = 0
+    """Seed of the data, the weights and the order of the minibatches."""
+    samples: PositiveInt = 10000
+    """Transitions to imitate."""
+    noise: NonNegativeFloat = 0.3
+    """Standard deviation of the noise on the expert's motion while it collects."""
+    gripper_noise: ClosedUnitInterval = 0.02
+    """Probability that the expert's gripper does the opposite of what it should."""
+    gamma: ClosedUnitInterval = 0.97
+    """Discount of the returns that the value head learns."""
+    epochs: PositiveInt = 60
+    """Passes over the data."""
+    batch_size: PositiveInt = 128
+    """Transitions per gradient step."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak of the one-cycle schedule."""
+    value_weight: NonNegativeFloat = 0.5
+    """Weight of the value regression beside the imitation loss."""
+    num_envs: PositiveInt = 128
+    """Environments that run side by side."""
+    eval_episodes: PositiveInt = 256
+    """Held-out initial states for the final evaluation."""
+    device: str = "cpu"
+    """Where to train."""
+    output: str = str(CHECKPOINTS / "tabletop_pick_place.pt")
+    """Checkpoint to write; a .json of the same name goes beside it."""
+
+
+def collect_demonstrations(config: BCConfig) -> TensorDict:
+    """Noisy rollouts of the expert: `[samples]` with `observation`, `action` (its noiseless one) and `return`."""
+    env = make_env(config.env, config.num_envs, config.env_config, config.device, seed=config.seed)
+    if not hasattr(env, "expert_action"):
+        raise UserError(f"env: {config.env} has no scripted expert to imitate")
+    tail = getattr(env, "max_steps", 0)  # so that the last samples' episodes end and their returns are complete
+    steps = -(-config.samples // config.num_envs)
+    observations, actions, rewards, dones = [], [], [], []
+    step = env.reset()
+    for _ in tqdm(range(steps + tail), desc="demonstrations", disable=None):
+        expert = env.expert_action()
+        noisy = expert + config.noise * torch.randn_like(expert)
+        slip = torch.rand_like(expert[:, -1]) < config.gripper_noise
+        noisy[:, -1] = torch.where(slip, -expert[:, -1], expert[:, -1])
+        observations.append(step[OBSERVATION])
+        actions.append(expert)
+        done_step, step = env.step_and_maybe_reset(step.set(ACTION, noisy))
+        rewards.append(done_step["next", "reward"])
+        dones.append(done_step["next", "done"])
+    returns = discounted_returns(torch.stack(rewards), torch.stack(dones), config.gamma)
+    data = TensorDict(
+        {
+            OBSERVATION: torch.cat(observations[:steps]),
+            ACTION: torch.cat(actions[:steps]),
+            "return": returns[:steps].flatten(0, 1),
+        },
+        batch_size=[steps * config.num_envs],
+    )
+    return data[: config.samples]
+
+
+def discounted_returns(rewards: Tensor, dones: Tensor, gamma: float) -> Tensor:
+    """Discounted sums of rewards to the end of the episode; rewards and dones `[T, N, 1]` -> `[T, N, 1]`."""
+    returns, running = torch.empty_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        running = rewards[t] + gamma * running * ~dones[t]
+        returns[t] = running
+    return returns
+
+
+def imitate(model: nn.Module, policy: VLAPolicy, data: TensorDict, config: BCConfig) -> None:
+    """Regress the policy's deterministic action on the expert's, and the value on the return."""
+    steps_per_epoch = max(1, len(data) // config.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.epochs * steps_per_epoch, pct_start=0.1
+    )
+    bar = tqdm(range(config.epochs), desc="imitation", unit="epoch", disable=None)
+    for _ in bar:
+        total = 0.0
+        for rows in torch.randperm(len(data)).split(config.batch_size)[:steps_per_epoch]:
+            batch = data[rows]
+            distribution = policy.actor.get_dist(batch)
+            action_loss = (distribution.mean - batch[ACTION]).square().mean()
+            value_loss = (policy.critic(batch)["state_value"] - batch["return"]).square().mean()
+            loss = action_loss + config.value_weight * value_loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += action_loss.item()
+        bar.set_postfix(action_loss=f"{total / steps_per_epoch:.4f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(BCConfig, argv, __doc__)
+    start = time.monotonic()
+    torch.manual_seed(config.seed)
+    model = load_vla_model(None, config.model_class, config.model_config, config.device)
+    data = collect_demonstrations(config)
+    policy = VLAPolicy(model, interface="staged")
+    check_policy(policy, data[OBSERVATION][:2], data[ACTION].shape[-1])
+    normalise_proprio(model, data)
+    imitate(model, policy, data, config)
+    env = make_env(config.env, min(64, config.eval_episodes), config.env_config, config.device)
+    result = evaluate(env, policy.act, range(config.eval_episodes))
+    output = Path(config.output)
+    save_checkpoint(output, model_state_dict=model.state_dict(), config=to_dict(config))
+    facts = {"config": to_dict(config), "parameters": sum(p.numel() for p in model.parameters()), **result.metrics()}
+    output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"{result.summary()}; {time.monotonic() - start:.0f} s; weights in {output}")
+    return 0
+
+
+@torch.no_grad()
+def normalise_proprio(model: nn.Module, data: TensorDict) -> None:
+    """Give a model that normalises its proprioception the data's mean and standard deviation."""
+    fusion = getattr(model, "fusion", None)
+    if fusion is not None and hasattr(fusion, "proprio_mean"):
+        fusion.proprio_mean.copy_(data[OBSERVATION, "proprio"].mean(dim=0))
+        fusion.proprio_std.copy_(data[OBSERVATION, "proprio"].std(dim=0).clamp(min=1e-3))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

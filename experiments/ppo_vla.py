@@ -1,0 +1,306 @@
+"""The main job: fine-tune a pretrained VLA with PPO.
+
+    python experiments/ppo_vla.py                                           # the shipped checkpoint on pick_place
+    python experiments/ppo_vla.py --config my.json                          # your model, your environment
+    python experiments/ppo_vla.py --policy.freeze=vision --algorithm.cfg.learning_rate=1e-04 --trainer.seed=2
+
+Without --config it starts from experiments/configs/pick_place.json; flags win over the file. Ctrl-C finishes the
+iteration, writes a checkpoint that --trainer.resume=<run folder> continues exactly, and sums up.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from agents.loading import load_vla_model
+from agents.policy import VLAPolicy, check_policy
+from envs import make_env
+from research.checkpoint import load_checkpoint, restore_rng, save_checkpoint
+from research.config import ExperimentConfig, flatten, parse_config, to_dict
+from research.evaluation import Evaluation, evaluate, write_episodes
+from research.freezing import freeze, parameter_groups
+from research.ppo import PPO, make_gae, make_loss, value_head_parameters
+from research.rollout import EpisodeStatistics, make_collector, prepare_batch
+from research.schema import ACTION, OBSERVATION, NonFiniteError, UserError, check_observation
+from research.tracking import Tracker, create_run_folder, plot_learning_curve, resolve_wandb_mode
+from research.video import frame_strip, video_grid, write_video
+
+HERE = Path(__file__).resolve().parent
+FILMED = 12  # evaluation episodes in a video
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not any(word == "--config" or word.startswith("--config=") for word in argv):
+        argv = [f"--config={HERE / 'configs' / 'pick_place.json'}", *argv]
+    try:
+        return train(parse_config(ExperimentConfig, argv, __doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config: ExperimentConfig) -> int:
+    trainer, cfg = config.trainer, config.algorithm.cfg
+    device = choose_device(trainer.device)
+    torch.manual_seed(trainer.seed)
+    resumed = load_checkpoint(Path(trainer.resume)) if trainer.resume else None
+
+    # Environment, model, policy: everything that can be refused is refused here, before anything heavy starts.
+    env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, seed=trainer.seed)
+    observations = env.observation_spec[OBSERVATION].zero()
+    check_observation(observations, f"env {trainer.env!r}")
+    action_dim = env.action_spec.shape[-1]
+    if config.policy.action_dim != action_dim:
+        raise UserError(f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_dim} numbers")
+    model = load_model(config, device)
+    freeze(model, config.policy.freeze)
+    model.eval()  # no dropout and fixed batch statistics: the policy that is trained is the one that acted
+    policy = VLAPolicy(model, config.policy.feature_reuse)
+    check_policy(policy, observations[: min(2, trainer.num_envs)], action_dim)
+    optimizer = torch.optim.Adam(parameter_groups(model, cfg.learning_rate, config.policy.learning_rates), eps=1e-5)
+    needs_head = config.policy.critic_gradient == "head" or cfg.value_warmup_iterations
+    value_head = value_head_parameters(model, config.policy.value_head) if needs_head else None
+    ppo = PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_head)
+    gae = make_gae(cfg)
+    statistics = EpisodeStatistics(trainer.num_envs, device)
+    collector = make_collector(env, policy.act, trainer.buffer_size)
+    mode, reason = resolve_wandb_mode(trainer.use_wandb)
+    folder = run_folder_of(trainer.resume) if resumed else create_run_folder(trainer.run_dir, trainer.exp_name)
+    eval_env = make_env(trainer.env, trainer.num_eval_envs, trainer.env_config, device, seed=trainer.seed)
+
+    iteration, step, before, best = 0, 0, None, float("-inf")
+    if resumed:
+        model.load_state_dict(resumed["model_state_dict"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        statistics.load_state_dict(resumed["statistics"])
+        iteration, step = resumed["iteration"], resumed["global_step"]
+        before, best = resumed["before"], resumed["best"]
+        restore_environment(env, collector, resumed)
+        restore_rng(resumed)
+
+    scope = config.policy.freeze if isinstance(config.policy.freeze, str) else "+".join(config.policy.freeze)
+    tracker = Tracker(
+        folder,
+        to_dict(config),
+        flatten(config),
+        project=trainer.wandb_project_name,
+        group=trainer.wandb_group or f"{trainer.env}-{config.algorithm.name}-{scope}",
+        mode=mode,
+        reason=reason,
+        tags=[f"freeze:{scope}"[:64], *trainer.wandb_tags],
+        resume_id=folder.name.rsplit("-", 1)[-1] if resumed else None,
+        resume_step=step if resumed else None,
+    )
+
+    def evaluate_now(film: int) -> Evaluation:
+        result = evaluate(eval_env, policy.act, range(trainer.num_eval_episodes), film)
+        tracker.log(result.metrics(), step)
+        write_episodes(folder / "episodes.jsonl", result.episodes, global_step=step, seed=trainer.seed)
+        if result.frames:
+            success = [bool(e.success) for e in result.episodes[: len(result.frames)]] if result.has_success else None
+            path = folder / "videos" / f"eval_{step:09d}.mp4"
+            write_video(video_grid(result.frames, columns=4, success=success), path, fps=10)
+            tracker.log_video("eval/video", path, step)
+        return result
+
+    def save(name: str = "last.pt") -> None:
+        save_checkpoint(
+            folder / "checkpoints" / name,
+            model_state_dict=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            statistics=statistics.state_dict(),
+            iteration=iteration,
+            global_step=step,
+            before=before,
+            best=best,
+            environment=env.state_dict(),
+            carrier=collector._carrier.to_dict(),
+            config=to_dict(config),
+        )
+
+    code, result = 0, None
+    with tracker, Interruption() as interruption:
+        print(describe(config, policy, folder, device), flush=True)
+        try:
+            if trainer.enable_eval and not resumed:
+                result = evaluate_now(film=FILMED)
+                before = result.metrics()
+                print(f"before: {result.summary()}", flush=True)
+            bar = tqdm(
+                total=trainer.iterations * trainer.buffer_size, initial=step, unit="step", unit_scale=True,
+                disable=not trainer.progress_bar, dynamic_ncols=True,
+            )  # fmt: skip
+            batches = iter(collector)
+            while iteration < trainer.iterations and not interruption.code:
+                start = time.perf_counter()
+                rollout = next(batches)  # [N, T]
+                batch = prepare_batch(rollout, policy.values, gae, policy.kept_keys)  # [N * T]
+                collected = time.perf_counter()
+                metrics = ppo.update(batch, value_only=iteration < cfg.value_warmup_iterations)
+                metrics |= statistics.update(rollout)
+                end = time.perf_counter()
+
+                iteration, previous, step = iteration + 1, step, step + trainer.buffer_size
+                metrics |= {"time/collect_s": collected - start, "time/update_s": end - collected}
+                metrics["time/env_steps_per_second"] = trainer.buffer_size / (end - start)
+                tracker.log(metrics, step)
+                bar.set_postfix(postfix(metrics, result))
+                bar.update(trainer.buffer_size)
+                last = iteration == trainer.iterations
+                if trainer.enable_eval and not last and crossed(previous, step, trainer.eval_freq):
+                    result = evaluate_now(film=0)
+                    if score(result) > best:
+                        best = score(result)
+                        save("best.pt")
+                if last or crossed(previous, step, trainer.save_freq):
+                    save()
+            bar.close()
+            code = interruption.code
+            if code:
+                save()
+            elif trainer.enable_eval:
+                result = evaluate_now(film=FILMED)
+        except NonFiniteError as error:
+            print(f"error: {error}; stopped at env step {step}, {last_checkpoint(folder)}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:
+            print(f"stopped at once at env step {step}; {last_checkpoint(folder)}", file=sys.stderr)
+            code = 130
+        summarise(tracker, folder, step, before, result, code)
+        if code > 128 and tracker.run:
+            tracker.run.mark_preempting()
+        tracker.finish(code)
+    collector.shutdown()
+    eval_env.close()
+    return code
+
+
+class Interruption:
+    """The first Ctrl-C or SIGTERM asks the loop to stop after this iteration, a second one stops at once.
+
+    `code` is 0, or the exit code of the signal (130 for Ctrl-C, 143 for SIGTERM).
+    """
+
+    def __enter__(self) -> Interruption:
+        self.code = 0
+        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _on_signal(self, number: int, frame) -> None:
+        if self.code:
+            raise KeyboardInterrupt
+        self.code = 128 + number
+        print("\nstopping after this iteration; once more to stop at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"trainer.device: unknown device {name!r}; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device is 'cuda', but torch finds no GPU here; use 'auto' or 'cpu'")
+    return device
+
+
+def load_model(config: ExperimentConfig, device: torch.device) -> torch.nn.Module:
+    """The model of the configuration; a relative path is looked up from here, then from `experiments/`."""
+    vla = config.policy.vla_config
+    if vla.model_path and not Path(vla.model_path).exists() and (HERE / vla.model_path).exists():
+        vla.model_path = str(HERE / vla.model_path)
+    return load_vla_model(
+        vla.model_path,
+        vla.model_class,
+        vla.model_config,
+        device,
+        strict=vla.strict,
+        strip_prefix=vla.strip_prefix,
+        add_prefix=vla.add_prefix,
+        trust_checkpoint=vla.trust_checkpoint,
+    )
+
+
+def run_folder_of(resume: str) -> Path:
+    path = Path(resume)
+    return path if path.is_dir() else path.parent.parent
+
+
+def restore_environment(env, collector, resumed: dict) -> None:
+    """Put environment and collector where they were; an environment that cannot say where it was starts new episodes."""
+    if not resumed["environment"]:
+        print("this environment cannot be restored: its episodes start anew, so the resumed run differs slightly")
+        return
+    env.load_state_dict(resumed["environment"])
+    collector._carrier.update(resumed["carrier"])
+
+
+def describe(config: ExperimentConfig, policy: VLAPolicy, folder: Path, device: torch.device) -> str:
+    parameters = list(policy.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = ", ".join(policy.frozen_stages)
+    return (
+        f"{type(policy.model).__name__} ({policy.interface} interface): {trained:,} of "
+        f"{sum(p.numel() for p in parameters):,} parameters train, on {device}\n"
+        + (f"frozen, so run once per transition and never in the update: {frozen}\n" if frozen else "")
+        + f"run folder: {folder}"
+    )
+
+
+def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, str]:
+    shown = {"success": metrics.get("rollout/success_rate"), "return": metrics.get("rollout/return")}
+    if shown["success"] is not None:
+        del shown["return"]
+    if result is not None:
+        shown["eval"] = result.metrics().get("eval/success_rate", result.metrics()["eval/return"])
+    return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
+
+
+def score(result: Evaluation) -> float:
+    metrics = result.metrics()
+    return metrics.get("eval/success_rate", metrics["eval/return"])
+
+
+def crossed(previous: int, step: int, every: int) -> bool:
+    return every > 0 and previous // every != step // every
+
+
+def last_checkpoint(folder: Path) -> str:
+    path = folder / "checkpoints" / "last.pt"
+    return f"the last checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+
+
+def summarise(tracker: Tracker, folder: Path, step: int, before: dict | None, result: Evaluation | None, code: int):
+    """Print and record what the run achieved and where everything lies."""
+    summary = {"global_step": step, "exit_code": code}
+    if before is not None:
+        summary |= {f"before/{name.removeprefix('eval/')}": value for name, value in before.items()}
+    if result is not None:
+        summary |= result.metrics()
+        print(f"after {step:,} env steps: {result.summary()}")
+    if curve := plot_learning_curve(folder):
+        tracker.log_image("learning_curve", curve, step)
+    if result is not None and result.frames:
+        import imageio.v3 as iio
+
+        iio.imwrite(folder / "videos" / "strip.png", frame_strip(result.frames[0], count=6))
+    tracker.summary(summary)
+    print(f"curve, video, checkpoints, metrics: {folder}/")
+    if tracker.sync_command:
+        print(f"upload to W&B with: {tracker.sync_command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Evaluation from fixed initial states: one row per episode, an interval for the success rate, frames for a video."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from research.schema import ACTION, INITIAL_STATE, LANGUAGE, OBSERVATION, SUCCESS, check_finite, decode_text
+
+
+@dataclass
+class Episode:
+    """One evaluation episode: a row of `episodes.jsonl`. `success` is None where the env has no such notion."""
+
+    initial_state: int
+    instruction: str | None
+    success: bool | None
+    episode_return: float
+    length: int
+
+
+@dataclass
+class Evaluation:
+    """Episodes in the order of their initial states, and frames uint8 `[T_i, H, W, 3]` of the first few."""
+
+    episodes: list[Episode]
+    frames: list[np.ndarray]
+
+    @property
+    def has_success(self) -> bool:
+        return self.episodes[0].success is not None
+
+    def metrics(self) -> dict[str, float]:
+        """`eval/*` metrics; the interval is Wilson's, 95 %."""
+        metrics = {
+            "eval/return": float(np.mean([e.episode_return for e in self.episodes])),
+            "eval/episode_length": float(np.mean([e.length for e in self.episodes])),
+        }
+        if self.has_success:
+            successes = sum(e.success for e in self.episodes)
+            low, high = wilson_interval(successes, len(self.episodes))
+            rate = successes / len(self.episodes)
+            metrics |= {"eval/success_rate": rate, "eval/success_low": low, "eval/success_high": high}
+        return metrics
+
+    def summary(self) -> str:
+        """For a person: "0.563 [0.501, 0.622] success over 256 episodes"."""
+        m = self.metrics()
+        if self.has_success:
+            interval = f"{m['eval/success_rate']:.3f} [{m['eval/success_low']:.3f}, {m['eval/success_high']:.3f}]"
+            return f"{interval} success over {len(self.episodes)} episodes"
+        return f"return {m['eval/return']:.3f} over {len(self.episodes)} episodes"
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+@torch.no_grad()
+def evaluate(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    states: Sequence[int],
+    film: int = 0,
+    on_wave: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """One deterministic episode from each initial state.
+
+    Args:
+        env: a batched environment that accepts `initial_state` ids at reset.
+        policy: the module that acts; asked for its mode.
+        states: ids of the initial states.
+        film: how many of the first episodes to record, through the env's `render_frames`.
+        on_wave: called with the number of episodes done, after every batch of them.
+    Returns:
+        episodes in the order of `states`. The same weights and states give the same episodes, bit for bit on CPU.
+    """
+    n, episodes, frames = env.batch_size[0], [], []
+    with set_exploration_type(ExplorationType.DETERMINISTIC), torch.random.fork_rng():
+        torch.manual_seed(0)  # for a policy that can only sample
+        for first in range(0, len(states), n):
+            wave = list(states[first : first + n])
+            filmed = max(0, min(film - first, len(wave)))
+            rows, recorded = _run_wave(env, policy, wave, filmed)
+            episodes += rows
+            frames += recorded
+            if on_wave is not None:
+                on_wave(len(episodes))
+    return Evaluation(episodes, frames)
+
+
+def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film: int):
+    n, device = env.batch_size[0], env.device
+    ids = torch.tensor(wave + [wave[-1]] * (n - len(wave)), device=device)[:, None]  # a short wave is filled up
+    step = env.reset(TensorDict({INITIAL_STATE: ids}, batch_size=[n], device=device))
+    observation = step.get(OBSERVATION)
+    texts = decode_text(observation.get(LANGUAGE)) if LANGUAGE in observation.keys() else [None] * n
+    running = torch.ones(n, dtype=torch.bool, device=device)
+    total, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+    success = torch.zeros(n, dtype=torch.bool, device=device)
+    has_success = SUCCESS in env.observation_spec.keys()
+    shots: list[list[Tensor]] = [[] for _ in range(film)]
+    while running[: len(wave)].any():
+        _film(env, shots, running)
+        step = policy(step)
+        check_finite([("action", step.get(ACTION))], "in evaluation")
+        # Finished environments are reset and go on; what they do no longer counts.
+        step, following = env.step_and_maybe_reset(step)
+        after = step.get("next")
+        total += torch.where(running, after.get("reward").squeeze(-1), 0.0)
+        length += running
+        done = after.get("done").squeeze(-1)
+        if has_success:
+            success |= running & after.get(SUCCESS).squeeze(-1)
+        running &= ~done
+        step = following
+    rows = [
+        Episode(state, text, bool(success[i]) if has_success else None, float(total[i]), int(length[i]))
+        for i, (state, text) in enumerate(zip(wave, texts, strict=False))
+    ]
+    return rows, [np.stack([s.cpu().numpy() for s in shot]) for shot in shots if shot]
+
+
+def _film(env: EnvBase, shots: list[list[Tensor]], running: Tensor) -> None:
+    if not shots or not running[: len(shots)].any():
+        return
+    frames = env.render_frames()
+    if frames is None:  # nothing to see in this environment
+        return
+    for i, shot in enumerate(shots):
+        if running[i]:
+            shot.append(frames[i])
+
+
+def write_episodes(path: Path, episodes: Sequence[Episode], **tags) -> None:
+    """Append one JSON line per episode, with `tags` (global_step, ...) on each."""
+    with path.open("a") as file:
+        for episode in episodes:
+            file.write(json.dumps({**tags, **asdict(episode)}) + "\n")

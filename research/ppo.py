@@ -1,0 +1,154 @@
+"""PPO: TorchRL's `ClipPPOLoss` over minibatches of a rollout.
+
+One update is `n_epochs` passes over the batch in shuffled minibatches. The critic's gradient reaches the value head only
+(`critic_gradient: head`, default) or the trunk as well (`trunk`): value errors that flow into a shared trunk were
+measured to destroy a pretrained policy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from torch import Tensor, nn
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
+
+from research.config import PPOConfig
+from research.freezing import part_of
+from research.schema import VALUE, UserError, check_finite
+
+
+def make_loss(actor: ProbabilisticTensorDictSequential, critic: TensorDictModule, cfg: PPOConfig) -> ClipPPOLoss:
+    """`ClipPPOLoss` on the modules themselves (not on functional copies, so there is one set of weights)."""
+    return ClipPPOLoss(
+        actor,
+        critic,
+        clip_epsilon=cfg.clip_coef,
+        entropy_bonus=True,
+        entropy_coeff=cfg.ent_coef,
+        critic_coeff=cfg.vf_coef,
+        loss_critic_type="l2",
+        normalize_advantage=cfg.normalize_advantage,
+        functional=False,
+    )
+
+
+def make_gae(cfg: PPOConfig) -> GAE:
+    """TorchRL's GAE, fed with stored values (Schulman et al. 2016, https://arxiv.org/abs/1506.02438)."""
+    return GAE(gamma=cfg.gamma, lmbda=cfg.gae_lambda, value_network=None)
+
+
+def value_head_parameters(model: nn.Module, value_head: str) -> list[nn.Parameter]:
+    """Trainable parameters of the part that only the value depends on.
+
+    Raises:
+        UserError: the model has no such part; the message says how to name it.
+    """
+    parameters = [p for n, p in model.named_parameters() if part_of(n) == value_head and p.requires_grad]
+    if not parameters:
+        parts = ", ".join(dict.fromkeys(part_of(n) for n, _ in model.named_parameters()))
+        raise UserError(
+            f"policy.value_head: {type(model).__name__} has no trainable part {value_head!r} (its parts: {parts}); name "
+            "the part that only get_value uses, or set policy.critic_gradient to 'trunk' and no value warm-up"
+        )
+    return parameters
+
+
+class PPO:
+    """The update, and what it carries from one to the next: the optimizer.
+
+    Args:
+        model: the VLA, frozen as wanted.
+        loss: from `make_loss`.
+        optimizer: over `research.freezing.parameter_groups`.
+        cfg: PPO's settings.
+        value_parameters: parameters that only the value depends on; None lets the critic's gradient flow everywhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: ClipPPOLoss,
+        optimizer: torch.optim.Optimizer,
+        cfg: PPOConfig,
+        value_parameters: Sequence[nn.Parameter] | None,
+    ):
+        self.model, self.loss, self.optimizer, self.cfg = model, loss, optimizer, cfg
+        self.value_parameters = value_parameters
+        self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def update(self, batch: TensorDictBase, value_only: bool = False) -> dict[str, float]:
+        """`n_epochs` x minibatches of gradient steps.
+
+        Args:
+            batch: flat, `[B]`, from `research.rollout.prepare_batch`.
+            value_only: train the value head and leave every other weight bit-identical (value warm-up).
+        Returns:
+            metrics, means over the minibatches.
+        Raises:
+            NonFiniteError: a loss is not a number.
+        """
+        cfg, totals, count, stop = self.cfg, defaultdict(float), 0, False
+        explained = _explained_variance(batch[VALUE], batch["value_target"])
+        for _ in range(cfg.n_epochs):
+            for rows in torch.randperm(len(batch), device=batch.device).split(cfg.batch_size):
+                losses = self.loss(batch[rows])
+                named = ((k, losses[k]) for k in ("loss_objective", "loss_critic", "loss_entropy"))
+                check_finite(named, f"in gradient step {count} of the update")
+                self._backward(losses, value_only)
+                norm = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm)
+                if count == 0:
+                    part_norms = self._gradient_norms()
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                count += 1
+                for name, value in _step_metrics(losses, norm).items():
+                    totals[name] += value
+                if cfg.target_kl is not None and losses["kl_approx"].item() > cfg.target_kl:
+                    stop = True
+                    break
+            if stop:
+                break
+        metrics = {name: float(total) / count for name, total in totals.items()}
+        metrics |= {"train/explained_variance": explained, "train/gradient_steps": float(count)}
+        metrics |= {f"train/grad_norm/{part}": norm for part, norm in part_norms.items()}
+        metrics |= {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
+        return metrics
+
+    def _backward(self, losses: TensorDictBase, value_only: bool) -> None:
+        if self.value_parameters is None:
+            (losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]).backward()
+            return
+        # Only the value head accumulates the critic's gradient, whichever way the model is wired.
+        torch.autograd.backward(losses["loss_critic"], inputs=self.value_parameters, retain_graph=not value_only)
+        if not value_only:
+            (losses["loss_objective"] + losses["loss_entropy"]).backward()
+
+    def _gradient_norms(self) -> dict[str, float]:
+        norms = {}
+        for group in self.optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                norms[group["name"]] = nn.utils.get_total_norm(gradients).item()
+        return norms
+
+
+def _step_metrics(losses: TensorDictBase, norm: Tensor) -> dict[str, Tensor]:
+    return {
+        "train/loss_objective": losses["loss_objective"].detach(),
+        "train/loss_critic": losses["loss_critic"].detach(),
+        "train/entropy": losses["entropy"].detach().mean(),
+        "train/approx_kl": losses["kl_approx"].detach().mean(),
+        "train/clip_fraction": losses["clip_fraction"].detach(),
+        "train/grad_norm": norm.detach(),
+    }
+
+
+def _explained_variance(value: Tensor, target: Tensor) -> float:
+    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 no better than the mean; 0 if targets are equal."""
+    variance = target.var()
+    return (1 - (target - value).var() / variance).item() if variance > 0 else 0.0

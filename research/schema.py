@@ -1,0 +1,118 @@
+"""TensorDict keys, text as tensors, and the errors that cross module boundaries.
+
+The one module of `research` that `agents` and `envs` may import, so that the three packages agree on names
+without knowing each other.
+
+Observation, batch `[B]`, under the key `"observation"`; any of the four may be missing:
+
+| key        | dtype   | shape                              | unit                        |
+|------------|---------|------------------------------------|-----------------------------|
+| `rgb`      | uint8   | `[B, H, W, 3]` (or `[B, 3, H, W]`) | 0..255                      |
+| `depth`    | float32 | `[B, H, W]`                        | metres                      |
+| `proprio`  | float32 | `[B, P]`                           | documented by each env      |
+| `language` | int64   | `[B, L]`                           | UTF-8 bytes, zero-padded    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+OBSERVATION = "observation"
+RGB, DEPTH, PROPRIO, LANGUAGE = "rgb", "depth", "proprio", "language"
+MODALITIES = (RGB, DEPTH, PROPRIO, LANGUAGE)
+
+ACTION = "action"
+LOG_PROB = "action_log_prob"
+VALUE = "state_value"
+HIDDEN = "hidden"
+SUCCESS = "success"
+# Asked for in the TensorDict given to `env.reset`, reported by every reset: which initial state an episode starts from.
+INITIAL_STATE = "initial_state"
+
+# name -> (dtype, number of dimensions including the batch)
+_LAYOUT = {RGB: (torch.uint8, 4), DEPTH: (torch.float32, 3), PROPRIO: (torch.float32, 2), LANGUAGE: (torch.int64, 2)}
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. Scripts print the message as one line and exit with code 2."""
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or an infinity where training needs numbers; the message names the tensor."""
+
+
+def encode_text(text: str | Sequence[str], length: int) -> Tensor:
+    """Text to zero-padded UTF-8 bytes.
+
+    Args:
+        text: one string, or a sequence of N strings.
+        length: L, the number of bytes kept per string.
+    Returns:
+        int64 `[L]` for one string, `[N, L]` for a sequence.
+    Raises:
+        UserError: a string has more than `length` bytes, or holds a NUL character (it would read as padding).
+    """
+    if isinstance(text, str):
+        return _encode_one(text, length)
+    return torch.stack([_encode_one(t, length) for t in text]) if text else torch.zeros(0, length, dtype=torch.int64)
+
+
+def _encode_one(text: str, length: int) -> Tensor:
+    raw = text.encode("utf-8")
+    if len(raw) > length:
+        raise UserError(f"the instruction {text!r} has {len(raw)} bytes, more than the {length} reserved for it")
+    if 0 in raw:
+        raise UserError(f"the instruction {text!r} holds a NUL character")
+    tokens = torch.zeros(length, dtype=torch.int64)
+    tokens[: len(raw)] = torch.tensor(list(raw), dtype=torch.int64)
+    return tokens
+
+
+def decode_text(tokens: Tensor) -> list[str]:
+    """Zero-padded UTF-8 bytes int64 `[N, L]` back to N strings; each distinct row is decoded once, ever."""
+    rows = tokens.to(torch.uint8).cpu().numpy()
+    return [_decode_one(row.tobytes()) for row in rows]
+
+
+@lru_cache(maxsize=65536)
+def _decode_one(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode("utf-8")
+
+
+def check_observation(observation: TensorDictBase, source: str) -> None:
+    """Refuse an observation that breaks the table at the top of this module.
+
+    Args:
+        observation: the TensorDict under `"observation"`, batch `[B]`.
+        source: who made it, for the message ("env 'tabletop'").
+    Raises:
+        UserError: an unknown key, or a known one with another dtype or number of dimensions.
+    """
+    for key in observation.keys():
+        if key not in _LAYOUT:
+            raise UserError(f"{source}: observation has the key {key!r}; the schema knows {', '.join(MODALITIES)}")
+        dtype, dims = _LAYOUT[key]
+        value = observation.get(key)
+        if value.dtype != dtype or value.ndim != dims:
+            raise UserError(
+                f"{source}: observation {key!r} should be {dtype} with {dims} dimensions (batch first), "
+                f"got {value.dtype} {tuple(value.shape)}"
+            )
+
+
+def check_finite(named: Iterable[tuple[str, Tensor]], when: str) -> None:
+    """Raise `NonFiniteError` naming the first floating-point tensor that holds a NaN or an infinity.
+
+    Args:
+        named: (name, tensor) pairs; integer tensors pass.
+        when: where in the run this is ("at env step 4096"), for the message.
+    """
+    for name, tensor in named:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise NonFiniteError(f"{name} is {tensor[tuple(bad)].item()} at index {bad} {when}")

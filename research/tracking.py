@@ -1,0 +1,478 @@
+"""One run = one folder + one W&B run + `metrics.jsonl`, a local mirror that loses nothing when a process is killed.
+
+Metrics, the same names in every script, all against `global_step`:
+
+| name                                    | unit      | meaning                                                      |
+|-----------------------------------------|-----------|--------------------------------------------------------------|
+| `global_step`                           | env steps | control steps taken so far, over all environments            |
+| `time/elapsed_s`                        | s         | wall clock since the run began, pauses left out               |
+| `rollout/success_rate`                  | 0..1      | successes among the episodes that ended during the rollout   |
+| `rollout/return`                        | reward    | mean undiscounted return of those episodes                   |
+| `rollout/episode_length`                | env steps | their mean length                                            |
+| `train/loss_objective`                  | –         | clipped PPO objective, mean over the update's minibatches    |
+| `train/loss_critic`                     | –         | value loss, same mean                                        |
+| `train/entropy`                         | nats      | entropy of the policy                                        |
+| `train/approx_kl`                       | nats      | KL divergence between the collecting and the updated policy  |
+| `train/clip_fraction`                   | 0..1      | samples whose probability ratio was clipped                  |
+| `train/explained_variance`              | <= 1      | 1 - Var(target - value) / Var(target), before the update     |
+| `train/grad_norm/<part>`                | L2 norm   | gradient of one named part of the model, before clipping     |
+| `train/learning_rate/<part>`            | –         | its learning rate                                            |
+| `audit/drift/<part>`                    | –         | how far its weights are from those at the start; 0 if frozen |
+| `eval/success_rate`                     | 0..1      | successes over the fixed evaluation states                   |
+| `eval/success_low`, `eval/success_high` | 0..1      | its 95 % interval                                            |
+| `eval/return`                           | reward    | mean undiscounted return of the evaluation                   |
+| `time/env_steps_per_second`             | 1/s       | env steps per second of the whole iteration                  |
+| `time/collect_s`, `time/update_s`       | s         | duration of the rollout and of the update                    |
+| `time/mfu`                              | 0..1      | model FLOP/s over the device's peak                          |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+import string
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from research.schema import UserError
+
+if TYPE_CHECKING:
+    import wandb
+
+WANDB_MODES = ("online", "offline", "shared", "disabled")
+METRICS_FILE = "metrics.jsonl"
+
+# Seconds that W&B may hold a run up where the network is gone; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override.
+_WANDB_TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 300.0}
+
+
+def create_run_folder(run_dir: str | Path, exp_name: str) -> Path:
+    """Make `<run_dir>/<exp_name>-<id>/` with `checkpoints/` and `videos/` in it.
+
+    The id (date, time, four random characters) is also the W&B run id. Where `WANDB_RUN_ID` is set, as `wandb agent`
+    does, that is the id; a sweep's run that the agent starts again gets its old folder back, checkpoints included.
+
+    Raises:
+        UserError: `exp_name` is not a plain name, the folder cannot be written, or, outside a sweep, `WANDB_RUN_ID`
+            names a run whose folder is there already.
+    """
+    if not exp_name or Path(exp_name).name != exp_name:
+        raise UserError(
+            f"trainer.exp_name is {exp_name!r}; it becomes part of a folder's name, so no '/' and not empty"
+        )
+    given_id = os.environ.get("WANDB_RUN_ID")
+    folder = Path(run_dir) / f"{exp_name}-{given_id or _new_run_id()}"
+    try:
+        folder.mkdir(parents=True, exist_ok="WANDB_SWEEP_ID" in os.environ)
+        for name in ("checkpoints", "videos"):
+            (folder / name).mkdir(exist_ok=True)
+    except FileExistsError as error:
+        if given_id and folder.is_dir():
+            raise UserError(f"{folder} is there already: resume that run, or unset WANDB_RUN_ID") from error
+        raise UserError(f"cannot make the run folder {folder}: {error.filename} is in the way") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot make the run folder {folder}: {error}") from error
+    return folder
+
+
+def _new_run_id() -> str:
+    # Not `random`: seeded alike, two runs of the same second would get the same characters.
+    characters = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(4))
+    return f"{time.strftime('%Y%m%d_%H%M%S')}_{characters}"
+
+
+def resolve_wandb_mode(use_wandb: bool) -> tuple[str, str]:
+    """Decide how this run talks to W&B, without a prompt and without the network.
+
+    `WANDB_MODE` wins; then `use_wandb`; then `wandb offline` / `wandb disabled`, where the user has run them; then
+    online where credentials are configured (environment, netrc or W&B settings), else offline.
+
+    Returns:
+        mode: one of `WANDB_MODES`.
+        reason: why, in a few words.
+    Raises:
+        UserError: an unknown `WANDB_MODE`, or credentials and W&B settings that W&B itself refuses.
+    """
+    asked = os.environ.get("WANDB_MODE")
+    if asked is not None and asked not in WANDB_MODES:
+        raise UserError(f"WANDB_MODE is {asked!r}; set it to one of {', '.join(WANDB_MODES)}, or unset it")
+    if asked in ("offline", "disabled"):
+        return asked, f"WANDB_MODE={asked}"
+    if not asked and not use_wandb:
+        return "disabled", "trainer.use_wandb is false"
+
+    settings = _set_up_wandb()
+    import wandb
+
+    if settings.mode in ("offline", "disabled"):
+        return settings.mode, f"`wandb {settings.mode}` was run here; `wandb online` undoes it"
+    try:
+        has_credentials = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:
+        raise UserError(
+            f"W&B refuses its credentials: {error}; correct or unset them, or set WANDB_MODE=offline"
+        ) from error
+    if not has_credentials:
+        return "offline", "no API key is configured; `wandb login` adds one"
+    return asked or "online", f"WANDB_MODE={asked}" if asked else "an API key is configured"
+
+
+def _set_up_wandb() -> wandb.Settings:
+    """Start the W&B session of this process, mute, and return its settings."""
+    # W&B's own error reports hold the exit up for 20 s behind a firewall that drops packets.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # wandb takes a second to import, which a run with W&B disabled need not wait for.
+    import wandb
+
+    try:
+        return wandb.setup(wandb.Settings(silent=True, quiet=True, console="off")).settings
+    except (wandb.Error, ValueError) as error:
+        raise UserError(
+            f"a W&B setting in the environment or its settings file is wrong: {_one_line(error)}"
+        ) from error
+
+
+def git_commit() -> str | None:
+    """The short commit of this code, with `-dirty` where tracked files were changed; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+class Tracker:
+    """Writes one run's config, metrics, media and summary to its folder and to W&B.
+
+    A context manager: leaving it finishes the W&B run with exit code 0, or 1 (130 for Ctrl-C) on an exception. One
+    line on stdout at the start says where W&B data goes; W&B itself prints nothing.
+
+    Args:
+        folder: the run folder; also holds `wandb/`, `metrics.jsonl`, `config.json` and `summary.json`.
+        config: the resolved configuration, nested, for `config.json`.
+        flat_config: the same with dotted keys, for W&B: a sweep sets dotted names, and one form is enough.
+        project: W&B project. A sweep's runs go to the sweep's project instead.
+        group: W&B group, what is compared within it: environment, algorithm and freeze scope.
+        mode: see `resolve_wandb_mode`; online without a network becomes offline.
+        reason: why this mode, for the line at the start.
+        job_type: "train" or "eval".
+        tags: W&B tags; the git commit is added.
+        name: the run's name in the W&B UI, default the folder's name.
+        resume_id: W&B id of the run to continue; None starts a new one. Inside a sweep the agent's id is taken.
+        resume_step: `global_step` of the checkpoint that the run continues from: later rows of `metrics.jsonl` are
+            dropped, as the run will write them again; -1 drops all. W&B cannot drop what it has.
+    Attributes:
+        mode: the mode the run is in, after any fallback.
+        run: the W&B run; None when disabled or finished.
+        sync_command: what uploads data that is only on this machine; None where there is none.
+    Raises:
+        UserError: the folder cannot be written, it has metrics already and no `resume_step` is given, or W&B refuses
+            a name (project, tags, id).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Mapping[str, Any],
+        flat_config: Mapping[str, Any],
+        *,
+        project: str,
+        group: str,
+        mode: str,
+        reason: str = "",
+        job_type: str = "train",
+        tags: Sequence[str] = (),
+        name: str | None = None,
+        resume_id: str | None = None,
+        resume_step: int | None = None,
+    ):
+        self.folder = Path(folder)
+        self.mode = mode
+        self.run: wandb.Run | None = None
+        self.sync_command: str | None = None
+        path = self.folder / METRICS_FILE
+        try:
+            elapsed = _keep_rows_until(path, resume_step)
+            self._metrics = path.open("a", encoding="utf-8")
+            _write_json(self.folder / "config.json", config)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error}") from error
+        summary = self.folder / "summary.json"
+        self._summary = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+        self._start = time.monotonic() - elapsed
+
+        if mode != "disabled":
+            commit = git_commit()
+            names = {
+                "run_id": resume_id or _run_id(self.folder),
+                "resume": "allow" if resume_id else None,
+                "project": project,
+                "run_group": group,
+                "run_job_type": job_type,
+                "run_tags": [*tags, *([commit] if commit else [])],
+                "run_name": name or self.folder.name,
+            }
+            reason = self._start_wandb(names, flat_config, reason)
+        print(self._wandb_line(reason), flush=True)
+
+    def _start_wandb(self, names: dict[str, Any], flat_config: Mapping[str, Any], reason: str) -> str:
+        """Start the W&B run, offline where online fails; return the reason for the mode it ended up in."""
+        _set_up_wandb()
+        import wandb
+
+        names |= {k: v for k, v in _WANDB_TIMEOUTS.items() if f"WANDB_{k.upper()}" not in os.environ}
+        try:
+            settings = wandb.Settings(
+                **names,
+                mode=self.mode,
+                root_dir=str(self.folder.resolve()),
+                reinit="finish_previous",  # by default W&B hands back a run that is still open, and mixes the two
+                finish_timeout_raises=True,
+            )
+        except (wandb.Error, ValueError) as error:
+            raise UserError(f"W&B refuses a name of this run: {_one_line(error)}") from error
+        try:  # inside a sweep, W&B takes project and id from its agent and not from these settings
+            self.run = wandb.init(config=dict(flat_config), settings=settings)
+        except (wandb.Error, TimeoutError) as error:
+            if self.mode == "offline":
+                raise
+            wandb.teardown()  # the old session still holds the run's id
+            _set_up_wandb()
+            reason = f"{self.mode} failed: {_one_line(error)}"
+            self.mode = settings.mode = "offline"
+            self.run = wandb.init(config=dict(flat_config), settings=settings)
+        self.run.define_metric("global_step")
+        self.run.define_metric("*", step_metric="global_step")
+        if self.mode == "offline":
+            self.sync_command = self._sync("offline-run-*")
+        return reason
+
+    def _sync(self, pattern: str) -> str:
+        # A pattern: a resumed run has one directory per start, and `wandb sync` joins them by the run's id.
+        return f"wandb sync {shlex.quote(str(self.folder / 'wandb'))}/{pattern}"
+
+    def _wandb_line(self, reason: str) -> str:
+        line = f"W&B: {self.mode}" + (f" ({reason})" if reason else "")
+        if self.sync_command:
+            return f"{line}; upload later with: {self.sync_command}"
+        return f"{line}; {self.run.url}" if self.run and self.run.url else line
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write one row to `metrics.jsonl`, flushed, and to W&B.
+
+        Args:
+            metrics: name to number or one-element tensor. NaN and infinities are null in the file.
+            step: `global_step`, in env steps.
+        """
+        row = {"global_step": int(step), "time/elapsed_s": round(time.monotonic() - self._start, 3)}
+        row |= {name: float(value) for name, value in metrics.items()}
+        self._metrics.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._metrics.flush()
+        if self.run:
+            self.run.log(row)
+
+    def log_video(self, key: str, path: str | Path, step: int) -> None:
+        """Show the video file `path` (mp4, webm or gif) in W&B under `key`; the file stays where it is."""
+        if self.run:
+            import wandb
+
+            self.run.log({key: wandb.Video(str(path)), "global_step": int(step)})
+
+    def log_image(self, key: str, path: str | Path, step: int) -> None:
+        """Show the image file `path` in W&B under `key`; the file stays where it is."""
+        if self.run:
+            import wandb
+
+            self.run.log({key: wandb.Image(str(path)), "global_step": int(step)})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Add `values` to the run's results: `summary.json`, replaced as a whole, and W&B's summary."""
+        self._summary |= values
+        _write_json(self.folder / "summary.json", self._summary)
+        if self.run:
+            self.run.summary.update(dict(values))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the files and the W&B run; a second call does nothing.
+
+        Waits for uploads, at most 300 s (`WANDB_FINISH_TIMEOUT`), then says how to upload the rest.
+        """
+        self._metrics.close()
+        run, self.run = self.run, None
+        if run:
+            try:
+                run.finish(exit_code=exit_code)
+            except TimeoutError:
+                self.sync_command = self._sync("run-*")
+                print(f"W&B: the upload is not complete; complete it with: {self.sync_command}", flush=True)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        else:
+            code = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
+        self.finish(code)
+
+
+def _run_id(folder: Path) -> str:
+    """The id that `create_run_folder` gave this folder."""
+    return os.environ.get("WANDB_RUN_ID") or folder.name.rsplit("-", 1)[-1]
+
+
+def _one_line(error: Exception) -> str:
+    text = re.split(r"Consider increasing|For further information", str(error))[0]  # advice that is not ours to give
+    return " ".join(text.split())
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities, at any depth, replaced by None: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a crash leaves the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _replace_file(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _keep_rows_until(path: Path, step: int | None) -> float:
+    """Drop the rows of a metrics file with a later `global_step`; return `time/elapsed_s` of the last one kept."""
+    if not path.exists():
+        return 0.0
+    rows = _read_rows(path)
+    if rows and step is None:
+        raise UserError(f"{path} has the metrics of a run already: resume that run, or take another folder")
+    kept = [row for row in rows if row["global_step"] <= step]
+    _replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept[-1]["time/elapsed_s"] if kept else 0.0
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """Read the rows of a run's `metrics.jsonl`, oldest first; null is NaN, a torn last line is left out.
+
+    Raises:
+        UserError: no such file, or a line before the last one is not JSON.
+    """
+    path = Path(folder) / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {METRICS_FILE}")
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in _read_rows(path)]
+
+
+# seconds, label, the longest run in seconds that is drawn in it
+_TIME_UNITS = ((1.0, "s", 180.0), (60.0, "min", 7200.0), (3600.0, "h", math.inf))
+
+
+def plot_learning_curve(folder: str | Path, path: str | Path | None = None) -> Path | None:
+    """Draw a run's success rate, or its return where the environment reports no success, against env steps.
+
+    Rollouts as a line (raw in the background, running mean in front), evaluations as points with their 95 % interval,
+    wall time along the top.
+
+    Args:
+        folder: the run folder, whose `metrics.jsonl` is read.
+        path: image to write (png, svg or pdf), default `learning_curve.png` in the folder.
+    Returns:
+        The image's path, or None where the run has nothing to draw yet.
+    Raises:
+        UserError: as `read_metrics`.
+    """
+    # Imported here: training needs neither until its end. Figure without pyplot touches no display and no global state.
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+    rows = read_metrics(folder)
+
+    def curve(*names: str) -> np.ndarray:
+        """The rows that have the first of these metrics, as columns: env steps, then each metric. [1 + names, rows]."""
+        found = [r for r in rows if math.isfinite(r.get(names[0], math.nan))]
+        columns = [[r["global_step"] for r in found], *([r.get(name, math.nan) for r in found] for name in names)]
+        return np.array(columns, dtype=float)
+
+    success = any(math.isfinite(r.get(f"{when}/success_rate", math.nan)) for r in rows for when in ("rollout", "eval"))
+    metric = "success_rate" if success else "return"
+    rollouts = curve(f"rollout/{metric}")
+    evaluations = curve(f"eval/{metric}", "eval/success_low", "eval/success_high")
+    if not rollouts.size and not evaluations.size:
+        return None
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    blue, vermilion = "#0072B2", "#D55E00"  # Okabe and Ito's colours, told apart by colour-blind readers too
+    if rollouts.size:
+        steps, values = rollouts
+        half = len(values) // 40  # centred: a trailing mean would lag behind and look worse than the policy is
+        mean = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
+        axes.plot(steps, values, color=blue, alpha=0.25, linewidth=1, marker=".", markersize=3)
+        axes.plot(steps, mean, color=blue, linewidth=2, label="training rollouts (line: running mean)")
+    if evaluations.size:
+        steps, values, low, high = evaluations
+        error = np.nan_to_num(np.clip([values - low, high - values], 0, None)) if success else None
+        axes.errorbar(
+            steps, values, error, color=vermilion, marker="o", markersize=6, linewidth=1.5, capsize=3, zorder=3,
+            label="evaluation (95 % interval)" if success else "evaluation",
+        )  # fmt: skip
+    axes.set_xlabel("environment steps")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if success:
+        axes.set_ylabel("success rate")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylim(-0.02, 1.02)
+    else:
+        axes.set_ylabel("return (reward per episode)")
+    axes.margins(x=0.02)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+    time_axis = axes.twiny()
+    steps, seconds = curve("time/elapsed_s")
+    unit, name = next((u, n) for u, n, most in _TIME_UNITS if seconds[-1] <= most)
+    ticks = [t for t in MaxNLocator(6).tick_values(0, seconds[-1] / unit) if seconds[0] <= t * unit <= seconds[-1]]
+    time_axis.set_xlim(axes.get_xlim())
+    time_axis.set_xticks(np.interp([t * unit for t in ticks], seconds, steps), [f"{t:g}" for t in ticks])
+    time_axis.set_xlabel(f"wall time ({name})")
+    time_axis.spines[["top", "right"]].set_visible(False)
+
+    path = Path(path) if path else Path(folder) / "learning_curve.png"
+    figure.savefig(path, dpi=150)
+    return path

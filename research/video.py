@@ -1,0 +1,134 @@
+"""Frames to look at: mp4 files, grids of episodes, strips of one episode. Frames are uint8 RGB, `[T, H, W, 3]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from einops import rearrange
+from torch import Tensor
+
+from research.schema import UserError
+
+Frames = np.ndarray | Tensor
+
+# Okabe and Ito's green and red, which colour-blind readers tell apart too.
+SUCCESS_COLOR, FAILURE_COLOR = (0, 158, 115), (213, 94, 0)
+BACKGROUND = 255
+
+
+def write_video(frames: Frames, path: str | Path, fps: float) -> None:
+    """Write an mp4 (H.264, yuv420p) that browsers play.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`. An odd height or width, which the format does not have, gets one more pixel: the
+            last row or column again.
+        path: file to write, ending in .mp4; its folder is made.
+        fps: frames per second.
+    Raises:
+        UserError: frames of another shape or dtype, none at all, another file ending, `fps` not above 0, or a file
+            that cannot be written.
+    """
+    path = Path(path)
+    frames = _checked(frames, str(path))
+    if path.suffix != ".mp4":
+        raise UserError(f"{path}: a video's file name ends in .mp4")
+    if not fps > 0:
+        raise UserError(f"{path}: fps is {fps}, should be above 0")
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    # imageio does not notice every failure of ffmpeg; renaming does, and no half-written video keeps the final name.
+    partial = path.with_name(f"{path.stem}.partial.mp4")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(
+            partial,
+            frames,
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            quality=8,
+            macro_block_size=1,  # sizes are even already; imageio would stretch them to multiples of 16
+            ffmpeg_log_level="error",
+            output_params=["-movflags", "+faststart"],  # a browser starts before it has the whole file
+        )
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: imageio finds no ffmpeg
+        raise UserError(f"cannot write the video {path}: {str(error).splitlines()[0]}") from error
+
+
+def video_grid(
+    episodes: Sequence[Frames],
+    columns: int,
+    success: Sequence[bool] | None = None,
+    gap: int = 2,
+    border: int = 3,
+) -> np.ndarray:
+    """Episodes side by side, filled row by row; one that is over holds its last frame.
+
+    Args:
+        episodes: N of uint8 `[T_i, H, W, 3]`, all of the same H and W.
+        columns: C, episodes per row; the grid has ceil(N / C) rows.
+        success: N outcomes: an episode gets a green or red border, around its frame, once it is over.
+        gap: pixels between episodes.
+        border: pixels of the border on each side; without `success` there is none.
+    Returns:
+        uint8 `[max T_i, rows * (H + 2 border + gap) - gap, C * (W + 2 border + gap) - gap, 3]`, white where empty.
+    Raises:
+        UserError: no episodes, different sizes, another shape or dtype, or not one outcome per episode.
+    """
+    clips = [_checked(episode, f"episode {i}") for i, episode in enumerate(episodes)]
+    if not clips or len({clip.shape[1:] for clip in clips}) > 1:
+        raise UserError(f"a video grid takes episodes of one size, got {sorted({c.shape[1:3] for c in clips})}")
+    if success is not None and len(success) != len(clips):
+        raise UserError(f"{len(clips)} episodes but {len(success)} outcomes")
+    if columns < 1:
+        raise UserError(f"columns is {columns}, should be at least 1")
+    edge = border if success is not None else 0
+    length = max(len(clip) for clip in clips)
+    rows = -(-len(clips) // columns)
+    _, height, width, _ = clips[0].shape
+    # Every tile ends in a gap below and to the right; the last ones are cut off.
+    tiles = np.full(
+        (rows * columns, length, height + 2 * edge + gap, width + 2 * edge + gap, 3), BACKGROUND, dtype=np.uint8
+    )
+    for i, (tile, clip) in enumerate(zip(tiles, clips, strict=False)):
+        framed = tile[:, : height + 2 * edge, : width + 2 * edge]
+        if success is not None:
+            framed[len(clip) - 1 :] = SUCCESS_COLOR if success[i] else FAILURE_COLOR
+        inside = framed[:, edge : edge + height, edge : edge + width]
+        inside[: len(clip)] = clip
+        inside[len(clip) :] = clip[-1]
+    grid = rearrange(tiles, "(r c) t h w rgb -> t (r h) (c w) rgb", c=columns)
+    return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def frame_strip(frames: Frames, count: int, gap: int = 2) -> np.ndarray:
+    """`count` evenly spaced frames side by side, the first and the last among them.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`; where T < `count`, frames repeat.
+        count: how many frames, at least 2.
+        gap: white pixels between frames.
+    Returns:
+        uint8 `[H, count * (W + gap) - gap, 3]`.
+    Raises:
+        UserError: `count` below 2, another shape or dtype, or no frames.
+    """
+    frames = _checked(frames, "frame strip")
+    if count < 2:
+        raise UserError(f"a frame strip shows at least 2 frames, not {count}")
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    spaced = np.pad(chosen, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=BACKGROUND)
+    return rearrange(spaced, "n h w rgb -> h (n w) rgb")[:, : count * (frames.shape[2] + gap) - gap]
+
+
+def _checked(frames: Frames, what: str) -> np.ndarray:
+    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        raise UserError(
+            f"{what}: frames should be uint8 [T, H, W, 3] with T > 0, got {array.dtype} {list(array.shape)}"
+        )
+    return array

@@ -1,0 +1,401 @@
+"""research/config.py: what a JSON file and the flags of `wandb agent` become, and how bad input is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from jsonargparse.typing import PositiveInt
+
+from research.config import (
+    AlgorithmConfig,
+    ExperimentConfig,
+    PolicyConfig,
+    PPOConfig,
+    TrainerConfig,
+    VLAConfig,
+    flatten,
+    parse_config,
+    to_dict,
+)
+from research.schema import UserError
+
+MODEL_CONFIG = "--policy.vla_config.model_config"
+
+
+def parse(*argv: str) -> ExperimentConfig:
+    return parse_config(ExperimentConfig, list(argv), "test")
+
+
+def write(folder: Path, content: object) -> str:
+    path = folder / "my.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def refusal(*argv: str, config_class: type = ExperimentConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_config(config_class, list(argv), "test")
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# --- what is accepted
+
+
+def test_no_arguments_give_the_defaults() -> None:
+    assert parse() == ExperimentConfig()
+
+
+def test_layout_of_the_contract(tmp_path: Path) -> None:
+    trainer = {"exp_name": "x", "env": "tabletop", "env_config": {"task": "reach"}, "seed": 3, "device": "cpu"}
+    trainer |= {"num_envs": 8, "iterations": 5, "buffer_size": 256, "buffer_type": "standard", "enable_eval": False}
+    trainer |= {"num_eval_envs": 4, "num_eval_episodes": 12, "eval_freq": 0, "save_freq": 0, "use_wandb": False}
+    trainer |= {"wandb_project_name": "p"}
+    vla = {"model_path": "a.pt", "model_class": "package.ClassName", "model_config": {"freeze_vision_encoder": True}}
+    policy = {"name": "vla", "action_dim": 7, "freeze": "vision", "learning_rates": {"value_head": 1e-3}}
+    ppo = {"learning_rate": 3e-5, "n_epochs": 2, "batch_size": 64, "gamma": 1.0, "gae_lambda": 0.9, "clip_coef": 0.1}
+    ppo |= {"ent_coef": 0.0, "vf_coef": 1.0, "max_grad_norm": 0.5}
+    layout = {
+        "trainer": trainer,
+        "policy": policy | {"vla_config": vla},
+        "algorithm": {"name": "ppo", "cfg": ppo},
+    }
+    expected = ExperimentConfig(
+        TrainerConfig(**trainer),
+        PolicyConfig(**policy, vla_config=VLAConfig(**vla)),
+        AlgorithmConfig(cfg=PPOConfig(**ppo)),
+    )
+    assert parse("--config", write(tmp_path, layout)) == expected
+
+
+def test_flags_of_wandb_agent() -> None:
+    config = parse(
+        f"{MODEL_CONFIG}.freeze_vision_encoder=True",
+        "--algorithm.cfg.learning_rate=1e-05",
+        "--algorithm.cfg.normalize_advantage=False",
+        "--algorithm.cfg.target_kl=None",
+        "--trainer.resume=None",
+        "--trainer.num_envs=32",
+        "--policy.freeze=['vision_encoder', 'fusion']",
+    )
+    assert config == ExperimentConfig(
+        TrainerConfig(num_envs=32),
+        PolicyConfig(
+            freeze=["vision_encoder", "fusion"], vla_config=VLAConfig(model_config={"freeze_vision_encoder": True})
+        ),
+        AlgorithmConfig(cfg=PPOConfig(learning_rate=1e-5, normalize_advantage=False)),
+    )
+    assert config.policy.vla_config.model_config["freeze_vision_encoder"] is True
+    assert config.trainer.resume is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("vision", "vision"),
+        ("[vision_encoder, fusion]", ["vision_encoder", "fusion"]),
+        ("['vision_encoder', 'fusion']", ["vision_encoder", "fusion"]),
+        ('["vision_encoder"]', ["vision_encoder"]),
+        ("[*.norm, encoder.layers.1*]", ["*.norm", "encoder.layers.1*"]),
+        ("[]", []),
+    ],
+)
+def test_freeze_is_a_preset_or_a_list(text: str, value: object) -> None:
+    assert parse(f"--policy.freeze={text}").policy.freeze == value
+
+
+def test_value_as_a_word_of_its_own_and_the_last_flag_wins() -> None:
+    assert parse("--trainer.seed", "5").trainer.seed == 5
+    assert parse("--trainer.seed=5", "--trainer.seed=6").trainer.seed == 6
+
+
+def test_plus_appends_to_the_list_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, {"trainer": {"wandb_tags": ["a"]}})
+    assert parse("--trainer.wandb_tags+=b", "--config", path).trainer.wandb_tags == ["a", "b"]
+
+
+def test_text_that_looks_like_something_else_stays_text_where_text_is_wanted() -> None:
+    trainer = parse("--trainer.exp_name=1e-3", "--trainer.wandb_group=123", "--trainer.run_dir=[x").trainer
+    assert (trainer.exp_name, trainer.wandb_group, trainer.run_dir) == ("1e-3", "123", "[x")
+    assert parse("--trainer.wandb_group=null").trainer.wandb_group is None
+
+
+@pytest.mark.parametrize("flag_first", [True, False])
+def test_flags_win_over_the_file(tmp_path: Path, flag_first: bool) -> None:
+    path = write(tmp_path, {"trainer": {"seed": 2, "num_envs": 8}, "policy": {"freeze": ["a", "b"]}})
+    flags = ["--trainer.seed=3", "--policy.freeze=[c]"]
+    config = parse(*flags, "--config", path) if flag_first else parse("--config", path, *flags)
+    assert (config.trainer.seed, config.trainer.num_envs, config.policy.freeze) == (3, 8, ["c"])
+
+
+def test_int_in_the_file_is_a_float_where_one_is_wanted(tmp_path: Path) -> None:
+    value = parse("--config", write(tmp_path, {"algorithm": {"cfg": {"gamma": 1}}})).algorithm.cfg.gamma
+    assert value == 1.0 and type(value) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("True", True), ("false", False), ("None", None), ("null", None), ("3", 3), ("1e-3", 1e-3), ("-0.5", -0.5)],
+        *[("[1, 2]", [1, 2]), ("{'a': 1}", {"a": 1}), ('{"a": true}', {"a": True}), ("(1, 2)", [1, 2])],
+        *[("resnet50", "resnet50"), ("nan", "nan"), ("", ""), ("a=b", "a=b"), ("[a, 1e-3]", ["a", 1e-3])],
+        *[("NaN", "NaN"), ("1e400", "1e400")],  # not JSON: they would not survive config.json
+    ],
+)
+def test_free_form_flags_are_typed(text: str, value: object) -> None:
+    got = parse(f"{MODEL_CONFIG}.x={text}").policy.vla_config.model_config["x"]
+    assert got == value and type(got) is type(value)
+
+
+def test_free_form_flags_join_the_dict_of_the_file(tmp_path: Path) -> None:
+    model_config = {"lr": "1e-5", "class_path": "json.JSONDecoder", "trunk": {"width": 64, "norm": {"eps": 1e-5}}}
+    path = write(tmp_path, {"policy": {"vla_config": {"model_config": model_config}}})
+    flags = [f"{MODEL_CONFIG}.trunk.norm.affine=False", f"{MODEL_CONFIG}.trunk.depth=2", f"{MODEL_CONFIG}.head.bins=9"]
+    assert parse("--config", path, *flags).policy.vla_config.model_config == {
+        "lr": "1e-5",
+        "class_path": "json.JSONDecoder",
+        "trunk": {"width": 64, "norm": {"eps": 1e-5, "affine": False}, "depth": 2},
+        "head": {"bins": 9},
+    }
+    assert parse("--config", path, f"{MODEL_CONFIG}={{}}", f"{MODEL_CONFIG}.a=1").policy.vla_config.model_config == {
+        "a": 1
+    }
+
+
+def test_learning_rates_per_part(tmp_path: Path) -> None:
+    path = write(tmp_path, {"policy": {"learning_rates": {"value_head": 1e-3}}})
+    rates = parse("--config", path, "--policy.learning_rates.vision_encoder.layer1=1").policy.learning_rates
+    assert rates == {"value_head": 1e-3, "vision_encoder.layer1": 1.0}
+    assert type(rates["vision_encoder.layer1"]) is float
+
+
+# --- saving and logging
+
+
+def changed_everywhere() -> ExperimentConfig:
+    return parse(
+        "--trainer.wandb_tags=[a, b]",
+        "--trainer.env_config.task=push",
+        "--trainer.resume=runs/x",
+        "--policy.freeze=[fusion, 'vision.*']",
+        "--policy.learning_rates.value_head=1e-3",
+        f"{MODEL_CONFIG}.trunk.width=64",
+        f"{MODEL_CONFIG}.dropout=None",
+        "--algorithm.cfg.target_kl=0.02",
+    )
+
+
+def test_saved_config_loads_equal(tmp_path: Path) -> None:
+    config = changed_everywhere()
+    path = write(tmp_path, json.dumps(to_dict(config), allow_nan=False))
+    assert parse("--config", path) == config
+
+
+def test_flattened_config_uses_the_names_of_the_flags() -> None:
+    config = changed_everywhere()
+    flat = flatten(config)
+    assert flat["policy.vla_config.model_config.trunk.width"] == 64
+    assert flat["policy.learning_rates.value_head"] == 1e-3
+    assert flat["trainer.wandb_tags"] == ["a", "b"]
+    assert set(flatten(ExperimentConfig())) >= {"policy.vla_config.model_config", "algorithm.cfg.gamma", "policy.name"}
+    # What W&B holds, handed back the way its agent does, is the same experiment.
+    assert parse(*(f"--{key}={value}" for key, value in flat.items())) == config
+
+
+# --- what is refused
+
+BAD_FLAGS = [
+    # misspelt, misplaced, malformed
+    (["--trainer.num_env=3"], "trainer.num_env;", "did you mean --trainer.num_envs?"),
+    (["--polcy.freeze=vision"], "polcy.freeze", "did you mean --policy.freeze?"),
+    (["--learning_rate=1e-4"], "--learning_rate;", "did you mean --algorithm.cfg.learning_rate?"),
+    (["--policy.vla_config.model_confg.width=3"], "model_confg.width", "--policy.vla_config.model_config?"),
+    (["--trainer.s=3"], "unknown option --trainer.s", ""),  # no abbreviations
+    (["--policy=x.json"], "unknown option --policy", ""),
+    (["--nonsense=1"], "unknown option --nonsense", ""),
+    ([f"{MODEL_CONFIG}.=1"], "unknown option", "model_config."),
+    (["run"], "'run'", "--key=value"),
+    (["-x"], "'-x'", "--key=value"),
+    (["--trainer.seed"], "--trainer.seed needs a value", ""),
+    (["--trainer.seed", "--trainer.use_wandb=False"], "--trainer.seed needs a value", ""),
+    (["--trainer.seed+=1"], "--trainer.seed+", "appended"),
+    (["--trainer.exp_name+=x"], "--trainer.exp_name+", "appended"),
+    # wrong types
+    (["--trainer.num_envs=many"], "trainer.num_envs: expected int >0", 'got the string "many"'),
+    (["--trainer.num_envs=8.0"], "trainer.num_envs: expected int >0", "got 8.0"),
+    (["--trainer.num_envs=True"], "trainer.num_envs: expected int >0", "got true"),
+    (["--trainer.use_wandb=1"], "trainer.use_wandb: expected true or false", "got 1"),
+    (["--trainer.wandb_tags=a"], "trainer.wandb_tags: expected list of strings", 'got the string "a"'),
+    (["--trainer.wandb_tags=[1]"], "trainer.wandb_tags: expected list of strings", "got [1]"),
+    (["--algorithm.cfg.target_kl=x"], "algorithm.cfg.target_kl: expected float >0 or null", 'got the string "x"'),
+    (["--policy.name=mlp"], "policy.name", '"vla"'),
+    (["--policy.critic_gradient=all"], "policy.critic_gradient", '"head" or "trunk"'),
+    (["--policy.learning_rates.head=x"], "policy.learning_rates.head: expected float >0", 'got the string "x"'),
+    ([f"{MODEL_CONFIG}=3"], "policy.vla_config.model_config: expected object", "got 3"),
+    ([f"{MODEL_CONFIG}.a=3", f"{MODEL_CONFIG}.a.b=3"], "model_config.a.b", "'a' holds 3"),
+    # out of range
+    *[
+        ([f"--trainer.{name}={value}"], f"trainer.{name}: expected int >0", f"got {value}")
+        for name in ("num_envs", "iterations", "buffer_size", "num_eval_envs", "num_eval_episodes")
+        for value in (0, -1)
+    ],
+    *[([f"--algorithm.cfg.{n}=0"], f"algorithm.cfg.{n}: expected int >0", "got 0") for n in ("n_epochs", "batch_size")],
+    (["--policy.action_dim=0"], "policy.action_dim: expected int >0", "got 0"),
+    (["--trainer.eval_freq=-1"], "trainer.eval_freq: expected int ≥0", "got -1"),
+    (["--algorithm.cfg.gamma=1.01"], "algorithm.cfg.gamma", "≥0 and ≤1, got 1.01"),
+    (["--algorithm.cfg.gae_lambda=-0.1"], "algorithm.cfg.gae_lambda", "≥0 and ≤1, got -0.1"),
+    (["--algorithm.cfg.clip_coef=0"], "algorithm.cfg.clip_coef: expected float >0", "got 0"),
+    (["--algorithm.cfg.learning_rate=-1e-05"], "algorithm.cfg.learning_rate: expected float >0", "got -1e-05"),
+    (["--algorithm.cfg.learning_rate=inf"], "algorithm.cfg.learning_rate: expected float >0", "Infinity"),
+    (["--policy.learning_rates.head=0"], "policy.learning_rates.head: expected float >0", "got 0"),
+    # impossible or not there yet
+    (["--trainer.num_envs=48"], "trainer.buffer_size: 2048 is not a multiple of num_envs = 48", ""),
+    (["--algorithm.cfg.batch_size=4096"], "algorithm.cfg.batch_size: 4096", "trainer.buffer_size = 2048"),
+    (["--trainer.buffer_type=vla"], "trainer.buffer_type", "not available yet"),
+    (["--trainer.exp_name=a/b"], "trainer.exp_name: 'a/b'", ""),
+    (["--trainer.exp_name="], "trainer.exp_name: ''", ""),
+    (["--policy.freeze=vison"], "policy.freeze: 'vison'", "none, vision, language, backbone"),
+]
+
+
+@pytest.mark.parametrize(("argv", "where", "what"), BAD_FLAGS, ids=[" ".join(row[0]) for row in BAD_FLAGS])
+def test_bad_flags(argv: list[str], where: str, what: str) -> None:
+    message = refusal(*argv)
+    assert where in message and what in message
+
+
+BAD_FILES = [
+    ({"trainer": {"num_env": 8}}, "unknown key trainer.num_env; did you mean trainer.num_envs?"),
+    ({"trainr": {"num_envs": 8}}, "unknown key trainr; did you mean trainer?"),
+    (
+        {"policy": {"vla_config": {"model_confg": {}}}},
+        "unknown key policy.vla_config.model_confg; did you mean policy.",
+    ),
+    ({"algorithm": {"gamma": 0.9}}, "unknown key algorithm.gamma; did you mean algorithm.cfg.gamma?"),
+    ({"trainer.seed": 1}, "'trainer.seed' has a dot"),
+    (
+        {"algorithm": {"cfg": {"learning_rate": "1e-5"}}},
+        'algorithm.cfg.learning_rate: expected float >0, got the string "1e-5"',
+    ),
+    ({"algorithm": {"cfg": {"n_epochs": "4"}}}, 'algorithm.cfg.n_epochs: expected int >0, got the string "4"'),
+    ({"algorithm": {"cfg": {"n_epochs": 4.0}}}, "algorithm.cfg.n_epochs: expected int >0, got 4.0"),
+    ({"algorithm": {"cfg": {"n_epochs": True}}}, "algorithm.cfg.n_epochs: expected int >0, got true"),
+    (
+        {"algorithm": {"cfg": {"target_kl": "None"}}},
+        'algorithm.cfg.target_kl: expected float >0 or null, got the string "None"',
+    ),
+    ({"algorithm": {"cfg": {"gamma": 2}}}, "algorithm.cfg.gamma: expected float ≥0 and ≤1, got 2"),
+    ({"trainer": {"use_wandb": "no"}}, 'trainer.use_wandb: expected true or false, got the string "no"'),
+    ({"trainer": {"use_wandb": 0}}, "trainer.use_wandb: expected true or false, got 0"),
+    ({"trainer": {"exp_name": None}}, "trainer.exp_name: expected string, got null"),
+    ({"algorithm": {"cfg": {"gamma": 10**400}}}, "algorithm.cfg.gamma: expected float ≥0 and ≤1, got 1000"),
+    ({"policy": {"freeze": ["a", 1]}}, 'policy.freeze: expected string or list of strings, got ["a", 1]'),
+    ({"policy": {"learning_rates": {"a": "1"}}}, 'policy.learning_rates.a: expected float >0, got the string "1"'),
+    ({"algorithm": {"cfg": [1]}}, "algorithm.cfg: expected object, got [1]"),
+    ({"algorithm": None}, "algorithm: expected object, got null"),
+    ([], "expected object, got []"),
+    ('{"trainer": {"env_config": {"x": {"y": NaN}}}}', "trainer.env_config.x: expected finite numbers, got {"),
+    ('{"algorithm": {"cfg": {"vf_coef": Infinity}}}', "algorithm.cfg.vf_coef: expected float ≥0, got Infinity"),
+    ('{"trainer": {"seed": 1, "seed": 2}}', "'seed' is given twice"),
+    ('{"trainer":\n {"seed": 1,}}', "line 2, column 13: not JSON"),
+    ("", "line 1, column 1: not JSON"),
+    ("[" * 100_000, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("content", "what"), BAD_FILES, ids=[str(row[0])[:60] for row in BAD_FILES])
+def test_bad_files(tmp_path: Path, content: object, what: str) -> None:
+    path = write(tmp_path, content)
+    message = refusal("--config", path)
+    assert path in message and what in message
+
+
+def test_bad_value_in_the_file_is_refused_even_where_a_flag_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, {"trainer": {"seed": "1"}})
+    assert "trainer.seed" in refusal("--config", path, "--trainer.seed=1")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.json")
+    assert missing in refusal("--config", missing)
+    assert str(tmp_path) in refusal("--config", str(tmp_path))
+    (tmp_path / "latin.json").write_bytes(b'{"trainer": {"exp_name": "caf\xe9"}}')
+    assert "latin.json" in refusal(f"--config={tmp_path / 'latin.json'}")
+    assert "--config needs a value" in refusal("--config")
+
+
+def test_combinations_are_judged_after_the_flags(tmp_path: Path) -> None:
+    path = write(tmp_path, {"trainer": {"buffer_size": 256}, "algorithm": {"cfg": {"batch_size": 512}}})
+    assert "algorithm.cfg.batch_size: 512" in refusal("--config", path)
+    assert parse("--config", path, "--algorithm.cfg.batch_size=128").algorithm.cfg.batch_size == 128
+
+
+# --- configurations of other scripts
+
+
+@dataclass
+class CloneConfig:
+    """Imitation."""
+
+    checkpoint: str
+    """Where to write the checkpoint."""
+    samples: PositiveInt = 1000
+    """Number of samples."""
+    offset: int = 0
+    """Where to start, may be negative."""
+    scale: float = 1.0
+    """Scale of the noise."""
+    trainer: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(exp_name="clone", env_config={"task": "reach"})
+    )
+    run: ExperimentConfig = field(default_factory=ExperimentConfig)
+
+
+def test_another_config_class_nests_these(tmp_path: Path) -> None:
+    path = write(tmp_path, {"samples": 5, "offset": -2, "scale": 0.5, "run": {"policy": {"action_dim": 4}}})
+    config = parse_config(
+        CloneConfig, ["--config", path, "--checkpoint=a.pt", "--trainer.env_config.image_size=32"], ""
+    )
+    assert config == CloneConfig(
+        "a.pt",
+        5,
+        -2,
+        0.5,
+        TrainerConfig(exp_name="clone", env_config={"task": "reach", "image_size": 32}),
+        ExperimentConfig(policy=PolicyConfig(action_dim=4)),
+    )
+    assert CloneConfig("b.pt").trainer.env_config == {"task": "reach"}
+
+
+def test_another_config_class_gets_the_same_refusals(tmp_path: Path) -> None:
+    for name in ("offset", "scale"):
+        path = write(tmp_path, {"checkpoint": "a", name: True})
+        assert f"{name}: expected " in refusal("--config", path, config_class=CloneConfig)
+    assert "checkpoint: a value is required" in refusal(config_class=CloneConfig)
+    assert "--samples" in refusal("--checkpoint=a", "--sample=3", config_class=CloneConfig)
+    assert "samples: expected int >0" in refusal("--checkpoint=a", "--samples=0", config_class=CloneConfig)
+    message = refusal("--checkpoint=a", "--run.trainer.num_envs=48", config_class=CloneConfig)
+    assert message.startswith("run.trainer.buffer_size: ")
+    message = refusal("--checkpoint=a", "--run.algorithm.cfg.batch_size=4096", config_class=CloneConfig)
+    assert message.startswith("run.algorithm.cfg.batch_size: ")
+
+
+@pytest.mark.parametrize("config_class", [ExperimentConfig, CloneConfig])
+def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, config_class: type) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as caught:
+        parse_config(config_class, ["--trainer.seed=1", "--help"], "Trains something.")
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    text = "\n".join(lines)
+    assert "Trains something." in text and "--config FILE" in text
+    assert "Environments that run side by side. (type: PositiveInt, default: 64)" in text
+    assert f"default: {'clone' if config_class is CloneConfig else 'tabletop_ppo'})" in text
+    for key in flatten(ExperimentConfig() if config_class is ExperimentConfig else CloneConfig("")):
+        assert f"--{key} " in text or key.startswith("trainer.env_config."), key
+    undocumented = [line for line in lines if line.partition("(type:")[0].endswith("  ")]
+    assert not undocumented
