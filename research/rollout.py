@@ -43,7 +43,14 @@ class FiniteGuard(TensorDictModuleBase):
 def make_collector(env: EnvBase, policy: TensorDictModuleBase, buffer_size: int) -> Collector:
     """A TorchRL collector that yields rollouts `[N, T]` of `buffer_size` = N * T transitions, without end."""
     guard = FiniteGuard(policy, env.batch_size[0])
-    return Collector(env, guard, frames_per_batch=buffer_size, total_frames=-1, trust_policy=True)
+    return Collector(
+        env,
+        guard,
+        frames_per_batch=buffer_size,
+        total_frames=-1,
+        trust_policy=True,
+        auto_register_policy_transforms=False,
+    )
 
 
 def bootstrap_values(rollout: TensorDictBase, values) -> Tensor:

@@ -1,0 +1,255 @@
+"""One model, three interfaces: the same actions, losses and gradients, and no trunk pass too many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from agents.policy import INTERFACES, VLAPolicy, check_policy, split_frozen_prefix
+from agents.small_vla import SmallVLA
+from envs.tabletop import TabletopEnv
+from research.config import PPOConfig
+from research.freezing import freeze, parameter_groups
+from research.ppo import PPO, make_gae, make_loss, value_head_parameters
+from research.rollout import make_collector, prepare_batch
+from research.schema import UserError
+
+HEADS = [("gaussian", {}), ("tokens", {"bins": 11})]
+
+
+def small_model(head: str = "gaussian", options: dict | None = None, seed: int = 0) -> SmallVLA:
+    torch.manual_seed(seed)
+    return SmallVLA(3, keypoints=8, hidden_size=32, action_head=head, head=options or {}).eval()
+
+
+class Fused(nn.Module):
+    """The same weights, offered through `act` and `evaluate` and the three methods, without stages."""
+
+    def __init__(self, model: SmallVLA):
+        super().__init__()
+        self.model = model
+        self.value_head = model.value_head
+        self.forward, self.get_value = model.forward, model.get_value
+        self.evaluate_actions, self.act, self.evaluate = model.evaluate_actions, model.act, model.evaluate
+
+
+class ThreeMethods(nn.Module):
+    """The same weights behind the three methods alone."""
+
+    def __init__(self, model: SmallVLA):
+        super().__init__()
+        self.model = model
+        self.value_head = model.value_head
+
+    def forward(self, observations):
+        return self.model(observations)
+
+    def get_value(self, observations):
+        return self.model.get_value(observations)
+
+    def evaluate_actions(self, observations, actions):
+        return self.model.evaluate_actions(observations, actions)
+
+
+WRAP = {"staged": lambda m: m, "fused": Fused, "methods": ThreeMethods}
+
+
+def rollout_batch(policy: VLAPolicy, num_envs: int = 4, steps: int = 8) -> TensorDict:
+    torch.manual_seed(1)
+    env = TabletopEnv(num_envs, max_steps=5, modalities=["rgb", "proprio", "language"])
+    rollout = next(iter(make_collector(env, policy.act, num_envs * steps)))
+    return prepare_batch(rollout, policy.values, make_gae(PPOConfig()), policy.kept_keys)
+
+
+def total_loss(policy: VLAPolicy, batch: TensorDict, **cfg) -> TensorDict:
+    return make_loss(policy.actor, policy.critic, PPOConfig(**cfg))(batch)
+
+
+@pytest.mark.parametrize(("head", "options"), HEADS)
+@pytest.mark.parametrize("critic_gradient", ["head", "trunk"])
+def test_all_interfaces_give_equal_losses_and_gradients(head, options, critic_gradient):
+    reference = None
+    batch = rollout_batch(VLAPolicy(small_model(head, options)))
+    batch["action_log_prob"] += 0.1 * torch.randn(len(batch))  # away from ratio 1, where clipping matters
+    for name in INTERFACES:
+        model = small_model(head, options)
+        policy = VLAPolicy(WRAP[name](model), interface="auto")
+        assert policy.interface == name
+        losses = total_loss(policy, batch.clone())
+        values = value_head_parameters(model, "value_head") if critic_gradient == "head" else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        PPO(model, None, optimizer, PPOConfig(), values)._backward(losses, value_only=False)
+        got = [losses[k].detach() for k in ("loss_objective", "loss_critic", "loss_entropy")]
+        got += [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(got) > 20
+        reference = reference or got
+        assert len(reference) == len(got)
+        for a, b in zip(reference, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("head", "options"), HEADS)
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_ratio_is_one_at_the_first_minibatch(head, options, interface):
+    policy = VLAPolicy(WRAP[interface](small_model(head, options)))
+    batch = rollout_batch(policy)
+    losses = total_loss(policy, batch[torch.randperm(len(batch))[:16]])
+    assert losses["kl_approx"].abs().item() < 1e-6
+    assert losses["clip_fraction"].item() == 0
+    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)
+    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=1e-5)
+
+
+def count_calls(module: nn.Module) -> list:
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize(("interface", "per_step", "per_minibatch"), [("staged", 1, 1), ("fused", 1, 1), ("methods", 3, 2)])
+def test_trunk_passes_are_counted(interface, per_step, per_minibatch):
+    model = small_model()
+    calls = count_calls(model.fusion)
+    policy = VLAPolicy(WRAP[interface](model))
+    env = TabletopEnv(4, max_steps=50, modalities=["rgb", "proprio", "language"])
+    collector = make_collector(env, policy.act, 4 * 8)
+    batches = iter(collector)
+    next(batches)
+    calls.clear()
+    rollout = next(batches)
+    assert len(calls) == 8 * per_step
+    calls.clear()
+    batch = prepare_batch(rollout, policy.values, make_gae(PPOConfig()), policy.kept_keys)
+    assert len(calls) == 1  # the last column's next states, once
+    calls.clear()
+    cfg = PPOConfig(n_epochs=2, batch_size=16)
+    optimizer = torch.optim.Adam(parameter_groups(model, 1e-3, {}))
+    values = value_head_parameters(model, "value_head")
+    PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, values).update(batch)
+    assert len(calls) == 2 * 2 * per_minibatch
+
+
+@pytest.mark.parametrize("scope", [["vision_encoder"], ["language_encoder"], ["vision_encoder", "language_encoder"], "backbone"])
+def test_frozen_stages_run_once_and_give_the_same_gradients(scope):
+    """Features kept in the rollout change nothing but the work (and the batch shape they were computed at)."""
+    results = []
+    for reuse in ("auto", "off"):
+        model = small_model()
+        freeze(model, scope)
+        policy = VLAPolicy(model, feature_reuse=reuse)
+        batch = rollout_batch(policy)
+        calls = count_calls(model.vision_encoder)
+        losses = total_loss(policy, batch)
+        (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
+        reused = reuse == "auto" and scope != ["language_encoder"]
+        assert len(calls) == (0 if reused else 1)
+        assert (("observation", "rgb") in batch.keys(True)) != reused  # pixels are dropped where nothing reads them
+        results.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert all(g is not None for g in results[-1])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_frozen_stage_behind_a_trainable_one_is_not_reused():
+    model = small_model()
+    freeze(model, ["fusion"])
+    frozen, rest = split_frozen_prefix(model.stages())
+    assert frozen == [] and len(rest) == 3
+
+
+def test_evaluation_takes_the_mode_and_rollouts_sample():
+    policy = VLAPolicy(small_model())
+    step = TabletopEnv(4, modalities=["rgb", "proprio", "language"]).reset()
+    for wrap in WRAP.values():
+        if wrap is ThreeMethods:
+            continue  # its forward has no deterministic form
+        act = VLAPolicy(wrap(small_model())).act
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            assert torch.equal(act(step.copy())["action"], act(step.copy())["action"])
+        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+            assert not torch.equal(act(step.copy())["action"], act(step.copy())["action"])
+    assert policy.interface == "staged"
+
+
+class Strings(ThreeMethods):
+    """Wants the instruction as text."""
+
+    language_format = "strings"
+
+    def forward(self, observations):
+        self.seen = observations["language"]
+        return torch.zeros(observations.batch_size[0], 3)
+
+    def get_value(self, observations):
+        assert isinstance(observations["language"], list)
+        return self.model.value_head(torch.zeros(observations.batch_size[0], 32))
+
+    def evaluate_actions(self, observations, actions):
+        assert observations["language"] == self.expected or self.expected is None
+        return self.model.value_head.parameters().__next__().sum() + actions.sum(-1), actions.sum(-1)
+
+    expected = None
+
+
+def test_strings_are_handed_to_a_model_that_asks():
+    model = Strings(small_model())
+    env = TabletopEnv(4)
+    step = env.reset()
+    with torch.no_grad():
+        VLAPolicy(model).act(step)
+    assert isinstance(model.seen, list) and len(model.seen) == 4
+    assert all(isinstance(text, str) and "plate" in text for text in model.seen)
+    assert step["observation", "language"].dtype == torch.int64  # the rollout keeps tensors
+
+
+def observations() -> TensorDict:
+    return TabletopEnv(2).reset()["observation"]
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "message"),
+    [
+        ("forward", lambda o: torch.zeros(2, 4), r"forward \(the action\): expected a float tensor \[2, 3\].*\[2, 4\]"),
+        ("forward", lambda o: torch.zeros(2, 3, dtype=torch.int64), r"expected a float tensor.*int64"),
+        ("forward", lambda o: None, "got NoneType"),
+        ("get_value", lambda o: torch.zeros(2), r"get_value: expected a float tensor \[2, 1\].*\[2\]"),
+        ("evaluate_actions", lambda o, a: (torch.zeros(2, 3), torch.zeros(2)), r"\(log_prob\).*\[2\].*\[2, 3\]"),
+        ("evaluate_actions", lambda o, a: (torch.zeros(2), torch.zeros(1)), r"\(entropy\)"),
+        ("evaluate_actions", lambda o, a: torch.zeros(2), r"should return \(log_prob, entropy\)"),
+        ("evaluate_actions", lambda o, a: (torch.zeros(2), torch.zeros(2)), "no trainable parameter"),
+        ("forward", lambda o: o["touch"], "forward failed on the environment's observations"),
+    ],
+)
+def test_wrong_shapes_and_dtypes_say_expected_and_got(method, result, message):
+    model = ThreeMethods(small_model())
+    check_policy(VLAPolicy(model), observations(), 3)
+    setattr(model, method, result)
+    with pytest.raises(UserError, match=message) as caught:
+        check_policy(VLAPolicy(model), observations(), 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_modality_the_environment_lacks_is_named():
+    with pytest.raises(UserError, match="reads depth, but the environment offers"):
+        step = TabletopEnv(2, modalities=["rgb", "proprio"]).reset()
+        check_policy(VLAPolicy(SmallVLA(3, modalities=["rgb", "depth"])), step["observation"], 3)
+
+
+@pytest.mark.parametrize("modalities", [["rgb"], ["proprio"], ["depth", "language"], ["language"], ["rgb", "depth", "proprio", "language"]])
+def test_any_subset_of_modalities(modalities):
+    env = TabletopEnv(3, modalities=modalities)
+    model = SmallVLA(3, modalities=modalities)
+    policy = VLAPolicy(model)
+    check_policy(policy, env.reset()["observation"], 3)
+    names = {name for name, _ in model.named_children()}
+    assert ("vision_encoder" in names) == bool({"rgb", "depth"} & set(modalities))
+    assert ("language_encoder" in names) == ("language" in modalities)
+
+
+def test_channels_first_pixels_are_the_same_pixels():
+    model, step = small_model(), TabletopEnv(2).reset()["observation"]
+    flipped = step.copy().set("rgb", step["rgb"].permute(0, 3, 1, 2))
+    torch.testing.assert_close(model.encode(step), model.encode(flipped))
