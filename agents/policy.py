@@ -67,6 +67,8 @@ class VLAPolicy:
             raise UserError(f"{_name(self.model)}.stages() should end in a stage that writes 'hidden'")
         prefix, rest = split_frozen_prefix(stages) if feature_reuse == "auto" else ([], stages)
         self.frozen_stages = [stage_name(self.model, stage) for stage in prefix]
+        prefix = [OncePerInstruction(s) if s.in_keys == [(OBSERVATION, LANGUAGE)] else s for s in prefix]
+        self._trunk = [*prefix, *rest]
         self.actor = ProbabilisticActor(
             StageSequence(self.model, rest),
             in_keys={"hidden": HIDDEN},
@@ -98,7 +100,7 @@ class VLAPolicy:
         if self.interface != "staged":
             return self.model.get_value(_for_model(self.model, steps.get(OBSERVATION)))
         steps = TensorDict({OBSERVATION: steps.get(OBSERVATION)}, batch_size=steps.batch_size)
-        for stage in self.model.stages():
+        for stage in self._trunk:
             steps = stage(steps)
         return self.model.value(steps.get(HIDDEN))
 
@@ -158,6 +160,44 @@ class StageSequence(TensorDictModuleBase):
         for stage in self.stages:
             tensordict = stage(tensordict)
         return tensordict
+
+
+class OncePerInstruction(TensorDictModuleBase):
+    """A frozen stage that reads the instruction alone, run once for each distinct one and looked up from then on.
+
+    Each instruction is encoded by itself, so that its features do not depend on what else was in the batch. Loading
+    other weights empties the table.
+
+    Args:
+        stage: the frozen stage; writes tensors `[B, ...]`.
+        capacity: distinct instructions kept; the table starts anew when it is full.
+    """
+
+    def __init__(self, stage: TensorDictModuleBase, capacity: int = 8192):
+        super().__init__()
+        self.stage, self.capacity = stage, capacity
+        self.in_keys, self.out_keys = stage.in_keys, stage.out_keys
+        self._rows: dict[bytes, int] = {}
+        self._tables: list[Tensor] = []
+        self._weights_version = None
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        tokens = tensordict.get(self.in_keys[0])
+        version = sum(p._version for p in self.stage.parameters())
+        if version != self._weights_version or len(self._rows) + len(tokens) > self.capacity:
+            self._rows, self._tables, self._weights_version = {}, [], version
+        texts = [row.tobytes() for row in tokens.to(torch.uint8).cpu().numpy()]
+        new = {text: i for i, text in enumerate(texts) if text not in self._rows}
+        for text, i in new.items():
+            self._rows[text] = len(self._rows)
+            alone = TensorDict({self.in_keys[0]: tokens[i : i + 1]}, batch_size=[1])
+            encoded = [self.stage(alone).get(key) for key in self.out_keys]
+            if not self._tables:
+                self._tables = [e.new_empty(self.capacity, *e.shape[1:]) for e in encoded]
+            for table, e in zip(self._tables, encoded, strict=True):
+                table[self._rows[text]] = e[0]
+        rows = torch.tensor([self._rows[text] for text in texts], device=tokens.device)
+        return tensordict.update({key: table[rows] for key, table in zip(self.out_keys, self._tables, strict=True)})
 
 
 class _ActionDistribution:

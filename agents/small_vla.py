@@ -1,13 +1,12 @@
 """SmallVLA: a language-conditioned policy of 0.15 M parameters that trains in minutes on a laptop.
 
-    rgb, depth ─ vision_encoder ─ keypoints [B, 3K] ─┐
+    rgb, depth ─ vision_encoder ─ tokens [B, T, F] ──┐
     language ── language_encoder ─ [B, E] ───────────┼─ fusion ─ hidden [B, D] ─┬─ action_head
     proprio ─────────────────────────────────────────┘                          └─ value_head
 
-The vision encoder ends in a spatial soft-argmax ("Deep Spatial Autoencoders", Finn et al. 2016): each of K feature maps
-becomes the place it responds to and how strongly. The instruction then selects among these keypoints by attention, so
-that "the red cube" comes out as one coordinate pair whatever else lies on the table. What vision hands on is small
-(3K numbers), which is what makes frozen features cheap to keep.
+The instruction attends to the visual tokens, each of which knows its place, so that "the red cube" comes out as one
+coordinate pair whatever else lies on the table. (Keypoints chosen before the instruction is known, as in a spatial
+soft-argmax, did not learn this: see experiments/RESULTS.md.)
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -31,7 +31,7 @@ class SmallVLA(StagedVLA):
         action_dim: A.
         modalities: which observations to read; leave out what the environment does not have.
         proprio_dim: P of `proprio` `[B, P]`.
-        keypoints: K.
+        token_size: F, numbers per visual token.
         language_size: E.
         hidden_size: D.
         action_head: "gaussian" or "tokens".
@@ -43,7 +43,7 @@ class SmallVLA(StagedVLA):
         action_dim: int,
         modalities: Sequence[str] = (RGB, PROPRIO, LANGUAGE),
         proprio_dim: int = 3,
-        keypoints: int = 48,
+        token_size: int = 24,
         language_size: int = 64,
         hidden_size: int = 128,
         action_head: str = "gaussian",
@@ -61,11 +61,11 @@ class SmallVLA(StagedVLA):
         self.observation_keys = tuple(modalities)
         if self.images:
             channels = 3 * (RGB in self.images) + (DEPTH in self.images)
-            self.vision_encoder = VisionEncoder(channels, keypoints)
+            self.vision_encoder = VisionEncoder(channels, token_size)
         if self.reads_language:
             self.language_encoder = LanguageEncoder(language_size)
         self.fusion = Fusion(
-            keypoints if self.images else 0,
+            token_size if self.images else 0,
             language_size if self.reads_language else 0,
             proprio_dim if self.reads_proprio else 0,
             hidden_size,
@@ -93,33 +93,41 @@ class SmallVLA(StagedVLA):
     def value(self, hidden: Tensor) -> Tensor:
         return self.value_head(hidden).float()
 
+    def point(self, features: TensorDictBase, count: int) -> Tensor:
+        """Where the first `count` questions point, `[B, count, 2]`: x right and y up, the picture's edges at -1 and 1.
+
+        Args:
+            features: a TensorDict that the stages have been through.
+            count: at most the number of slots.
+        """
+        language = features["language_features"] if self.reads_language else None
+        return self.fusion.answers(features["vision_features"], language)[:, :count, :2]
+
 
 class VisionEncoder(nn.Module):
-    """Images to keypoints: rgb uint8 `[B, H, W, 3]` or `[B, 3, H, W]`, depth `[B, H, W]` metres -> `[B, 3K]`."""
+    """Images to tokens, one per 8 x 8 pixels: rgb uint8 `[B, H, W, 3]` or `[B, 3, H, W]`, depth `[B, H, W]` metres ->
+    `[B, T, F]`. A token starts with the place it speaks of: its cell's centre plus a learned offset, `x, y` in [-1, 1].
+    """
 
-    def __init__(self, channels: int, keypoints: int):
+    def __init__(self, channels: int, token_size: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 24, 4, stride=4),  # patches, as a ViT: nothing runs at full resolution
-            nn.ReLU(),
-            nn.Conv2d(24, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, keypoints, 1),
-        )
+        self.patches = nn.Conv2d(channels, 24, 4, stride=4)  # as a ViT's: nothing runs at full resolution
+        self.cells = nn.Conv2d(24, 48, 4, stride=2, padding=1)
+        self.tokens = nn.Conv2d(48, token_size, 1)
 
     def forward(self, *images: Tensor) -> Tensor:
-        maps = self.layers(torch.cat([_plane(image) for image in images], dim=1))  # [B, K, h, w]
+        planes = torch.cat([_plane(image) for image in images], dim=1) if len(images) > 1 else _plane(images[0])
+        maps = self.tokens(torch.relu(self.cells(torch.relu(self.patches(planes)))))  # [B, F, h, w]
         h, w = maps.shape[-2:]
-        flat = maps.flatten(2)
-        peak = flat.amax(dim=-1, keepdim=True)
-        # Soft-argmax as one matrix product: where each map responds, its coordinates weighted by exp(response).
-        x = torch.linspace(-1, 1, w, device=maps.device, dtype=maps.dtype).expand(h, w)
-        y = torch.linspace(1, -1, h, device=maps.device, dtype=maps.dtype)[:, None].expand(h, w)
-        grid = torch.stack([x, y, torch.ones_like(x)], dim=-1).view(h * w, 3)
-        sums = torch.exp(flat - peak) @ grid  # [B, K, 3]
-        place = sums[..., :2] / sums[..., 2:]
-        strength = torch.tanh(peak.squeeze(-1) / 4)
-        return torch.cat([place[..., 0], place[..., 1], strength], dim=-1)
+        x, y = _centres(w, maps).repeat(h), -_centres(h, maps).repeat_interleave(w)
+        tokens = maps.flatten(2).transpose(1, 2)  # [B, T, F]
+        place = torch.stack([x, y], dim=-1) + tokens[..., :2] / w
+        return torch.cat([place, tokens[..., 2:]], dim=-1)
+
+
+def _centres(count: int, like: Tensor) -> Tensor:
+    """Centres of `count` cells that divide [-1, 1]."""
+    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) * (2 / count) - 1
 
 
 def _plane(image: Tensor) -> Tensor:
@@ -148,40 +156,40 @@ class LanguageEncoder(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Keypoints `[B, 3K]`, language `[B, E]`, proprioception `[B, P]` -> `hidden` `[B, D]`; any may be absent (size 0).
+    """Tokens `[B, T, F]`, language `[B, E]`, proprioception `[B, P]` -> `hidden` `[B, D]`; any may be absent (size 0).
 
-    The instruction asks `slots` questions of the keypoints; the answers are places, compared with the gripper's own by
-    the layers that follow.
+    The instruction asks `slots` questions of the tokens by attention; the answers are places, compared with the
+    gripper's own by the layers that follow.
     """
 
-    def __init__(self, keypoints: int, language_size: int, proprio_dim: int, hidden_size: int, slots: int = 8):
+    def __init__(self, token_size: int, language_size: int, proprio_dim: int, hidden_size: int, slots: int = 4):
         super().__init__()
-        self.keypoints, self.language_size, self.proprio_dim, self.slots = keypoints, language_size, proprio_dim, slots
-        inputs = language_size + proprio_dim
-        if keypoints:
-            inputs += 3 * slots + 3 * keypoints
-            self.question = nn.Linear(language_size, slots * keypoints) if language_size else None
-            self.standing = nn.Parameter(torch.zeros(slots, keypoints))
+        self.token_size, self.language_size, self.proprio_dim, self.slots = token_size, language_size, proprio_dim, slots
+        if token_size:
+            self.question = nn.Linear(language_size, slots * token_size) if language_size else None
+            self.standing = nn.Parameter(0.1 * torch.randn(slots, token_size))
         if proprio_dim:
             self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
             self.register_buffer("proprio_std", torch.ones(proprio_dim))
+        inputs = slots * token_size + language_size + proprio_dim
         self.layers = nn.Sequential(
             nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, hidden_size), nn.LayerNorm(hidden_size), nn.ReLU()
         )
 
+    def answers(self, tokens: Tensor, language: Tensor | None) -> Tensor:
+        """What each question attends to: `[B, slots, F]`, the first two numbers a place."""
+        question = self.standing.expand(tokens.shape[0], -1, -1)  # [B, slots, F]
+        if language is not None:
+            question = question + self.question(language).unflatten(-1, (self.slots, self.token_size))
+        weight = torch.softmax(question @ tokens.transpose(1, 2) / self.token_size**0.5, dim=-1)
+        return weight @ tokens
+
     def forward(self, *features: Tensor) -> Tensor:
-        remaining, inputs, answers = list(features), [], None
-        points = remaining.pop(0) if self.keypoints else None
+        remaining, inputs = list(features), []
+        tokens = remaining.pop(0) if self.token_size else None
         language = remaining.pop(0) if self.language_size else None
-        if points is not None:
-            scores = self.standing  # [slots, K]
-            if language is not None:
-                scores = scores + self.question(language).unflatten(-1, (self.slots, self.keypoints))
-            weight = torch.softmax(scores, dim=-1)
-            if weight.ndim == 2:
-                weight = weight.expand(points.shape[0], -1, -1)
-            answers = weight @ points.unflatten(-1, (3, self.keypoints)).transpose(1, 2)  # [B, slots, 3]
-            inputs += [points, answers.flatten(1)]
+        if tokens is not None:
+            inputs.append(self.answers(tokens, language).flatten(1))
         if language is not None:
             inputs.append(language)
         if self.proprio_dim:

@@ -27,19 +27,13 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
     if name == "tabletop":
         from envs.tabletop import TabletopEnv
 
-        _check_options(name, TabletopEnv.__init__, env_config)
+        known = [p for p in inspect.signature(TabletopEnv.__init__).parameters if p not in ("self", "num_envs", "seed", "device")]
+        unknown = sorted(set(env_config) - set(known))
+        if unknown:
+            raise UserError(f"trainer.env_config: tabletop has no option {', '.join(unknown)}; it has {', '.join(known)}")
         return TabletopEnv(num_envs, device=device, seed=seed, **env_config)
     if name.startswith("gym:"):
         from envs.gym import make_gym_env
 
-        _check_options(name, make_gym_env, env_config)
-        return make_gym_env(name.removeprefix("gym:"), num_envs, device=device, seed=seed, **env_config)
+        return make_gym_env(name.removeprefix("gym:"), num_envs, device, seed, **env_config)
     raise UserError(f"trainer.env: unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}")
-
-
-def _check_options(name: str, constructor, env_config: dict) -> None:
-    given_elsewhere = {"self", "env_id", "num_envs", "device", "seed"}
-    options = [p for p in inspect.signature(constructor).parameters if p not in given_elsewhere]
-    unknown = sorted(set(env_config) - set(options))
-    if unknown:
-        raise UserError(f"trainer.env_config: {name} has no option {', '.join(unknown)}; it has {', '.join(options)}")

@@ -623,6 +623,7 @@ class GymnasiumEnv(EnvBase):
     """
 
     batch_locked = True
+    resumes_exactly = False
 
     def __init__(self, trial: _Trial, num_envs: int, workers: int, seed: int, device: torch.device | str):
         super().__init__(device=device, batch_size=[num_envs])

@@ -142,6 +142,7 @@ class TabletopEnv(EnvBase):
     """
 
     batch_locked = True
+    resumes_exactly = True
 
     def __init__(
         self,
@@ -307,7 +308,7 @@ class TabletopEnv(EnvBase):
         n = self.batch_size[0]
         mask = None if tensordict is None else tensordict.get("_reset", None)
         rows = self._rows if mask is None or self._state is None else mask.view(n).nonzero()[:, 0]
-        ids = None if tensordict is None or mask is not None else tensordict.get(INITIAL_STATE, None)
+        ids = None if tensordict is None else tensordict.get(INITIAL_STATE, None)
         fresh = self._draw_training_states(len(rows)) if ids is None else self._make_states(ids.view(n)[rows])
         if len(rows) == n:
             self._state = fresh.clone()
@@ -438,6 +439,10 @@ class TabletopEnv(EnvBase):
             # Close on arrival at the block, let go on arrival at the plate; open first when shut on nothing.
             grip = torch.where(holds, ~arrives, arrives & empty & ~state["shut"])[:, None].float() * 2 - 1
         return torch.cat([((goal - gripper) / STEP).clamp(-1, 1), grip], dim=1)
+
+    def named_places(self) -> Tensor:
+        """Where the block and the plate are that the instruction names: `[N, 2, 2]`, x and y, the edges at -1 and 1."""
+        return torch.stack([self._state["blocks"][:, 0], self._state["plates"][:, 0]], dim=1) / TABLE
 
     @staticmethod
     def _push_waypoint(gripper: Tensor, target: Tensor, plate: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Imitation: pretrain a VLA on the scripted expert, and regress its value head on the returns that were seen.
 
+First the model learns to point at what an instruction names, on many scenes without actions, as the vision-language
+models inside of large VLAs have; then it imitates the expert, on few demonstrations.
+
     python experiments/bc_vla.py                                  # remakes the checkpoint that ships with the repository
     python experiments/bc_vla.py --samples=20000 --output=my.pt   # a better one
 
@@ -65,6 +68,8 @@ class BCConfig:
     """Peak of the one-cycle schedule."""
     value_weight: NonNegativeFloat = 0.5
     """Weight of the value regression beside the imitation loss."""
+    pointing_steps: NonNegativeInt = 1500
+    """Gradient steps on pointing at what the instruction names, each on fresh scenes; 0 for a model that cannot point."""
     num_envs: PositiveInt = 128
     """Environments that run side by side."""
     eval_episodes: PositiveInt = 256
@@ -115,6 +120,26 @@ def discounted_returns(rewards: Tensor, dones: Tensor, gamma: float) -> Tensor:
     return returns
 
 
+def learn_to_point(model: nn.Module, config: BCConfig) -> None:
+    """Regress the places that the model points at on those of the block and the plate that the instruction names."""
+    env = make_env(config.env, config.batch_size, config.env_config, config.device, seed=config.seed + 1)
+    if not hasattr(model, "point") or not hasattr(env, "named_places"):
+        raise UserError("pointing_steps: the model has no point(), or the environment no named_places(); set it to 0")
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    bar = tqdm(range(config.pointing_steps), desc="pointing", disable=None)
+    for step in bar:
+        features = env.reset()
+        for stage in model.stages():
+            features = stage(features)
+        places = env.named_places()
+        loss = (model.point(features, places.shape[1]) - places).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
 def imitate(model: nn.Module, policy: VLAPolicy, data: TensorDict, config: BCConfig) -> None:
     """Regress the policy's deterministic action on the expert's, and the value on the return."""
     steps_per_epoch = max(1, len(data) // config.batch_size)
@@ -148,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     policy = VLAPolicy(model, interface="staged")
     check_policy(policy, data[OBSERVATION][:2], data[ACTION].shape[-1])
     normalise_proprio(model, data)
+    if config.pointing_steps:
+        learn_to_point(model, config)
     imitate(model, policy, data, config)
     env = make_env(config.env, min(64, config.eval_episodes), config.env_config, config.device)
     result = evaluate(env, policy.act, range(config.eval_episodes))

@@ -32,15 +32,14 @@ from research.tracking import Tracker, create_run_folder, plot_learning_curve, r
 from research.video import frame_strip, video_grid, write_video
 
 HERE = Path(__file__).resolve().parent
+DEFAULT_CONFIG = HERE / "configs" / "pick_place.json"
 FILMED = 12  # evaluation episodes in a video
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not any(word == "--config" or word.startswith("--config=") for word in argv):
-        argv = [f"--config={HERE / 'configs' / 'pick_place.json'}", *argv]
     try:
-        return train(parse_config(ExperimentConfig, argv, __doc__))
+        return train(parse_config(ExperimentConfig, with_default_config(argv), __doc__))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,7 +72,8 @@ def train(config: ExperimentConfig) -> int:
     collector = make_collector(env, policy.act, trainer.buffer_size)
     mode, reason = resolve_wandb_mode(trainer.use_wandb)
     folder = run_folder_of(trainer.resume) if resumed else create_run_folder(trainer.run_dir, trainer.exp_name)
-    eval_env = make_env(trainer.env, trainer.num_eval_envs, trainer.env_config, device, seed=trainer.seed)
+    num_eval_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
+    eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, seed=trainer.seed)
 
     iteration, step, before, best = 0, 0, None, float("-inf")
     if resumed:
@@ -182,6 +182,12 @@ def train(config: ExperimentConfig) -> int:
     return code
 
 
+def with_default_config(argv: list[str]) -> list[str]:
+    """Arguments that start from the main job's configuration unless they name one of their own."""
+    names_one = any(word == "--config" or word.startswith("--config=") for word in argv)
+    return argv if names_one else [f"--config={DEFAULT_CONFIG}", *argv]
+
+
 class Interruption:
     """The first Ctrl-C or SIGTERM asks the loop to stop after this iteration, a second one stops at once.
 
@@ -240,10 +246,10 @@ def run_folder_of(resume: str) -> Path:
 
 def restore_environment(env, collector, resumed: dict) -> None:
     """Put environment and collector where they were; an environment that cannot say where it was starts new episodes."""
-    if not resumed["environment"]:
-        print("this environment cannot be restored: its episodes start anew, so the resumed run differs slightly")
-        return
     env.load_state_dict(resumed["environment"])
+    if not env.resumes_exactly:
+        print("the simulator's state cannot be restored: episodes start anew, so this is not the run bit for bit")
+        return
     collector._carrier.update(resumed["carrier"])
 
 

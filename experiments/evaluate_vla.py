@@ -1,0 +1,105 @@
+"""Evaluate a checkpoint from fixed, held-out initial states.
+
+    python experiments/evaluate_vla.py                                            # the shipped checkpoint
+    python experiments/evaluate_vla.py --checkpoint=runs/<run folder>             # where a training run ended
+    python experiments/evaluate_vla.py --checkpoint=weights.safetensors --config=my.json --trainer.num_eval_episodes=64
+
+A run folder, or a checkpoint in it, brings its own configuration; bare weights take it from --config, by default
+experiments/configs/pick_place.json. Flags win over both. Writes episodes.jsonl, summary.json and a video grid.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ppo_vla import choose_device, load_model, with_default_config
+from tqdm import tqdm
+
+from agents.policy import VLAPolicy, check_policy
+from envs import make_env
+from research.checkpoint import load_checkpoint
+from research.config import ExperimentConfig, parse_config
+from research.evaluation import evaluate, write_episodes
+from research.freezing import freeze
+from research.schema import OBSERVATION, UserError
+from research.video import video_grid, write_video
+
+
+@dataclass
+class EvaluationConfig(ExperimentConfig):
+    """An evaluation: the configuration of a training run, and where to read and write."""
+
+    checkpoint: str | None = None
+    """Run folder, training checkpoint or weights; none = policy.vla_config.model_path of the configuration."""
+    output: str = "evaluation"
+    """Folder for episodes.jsonl, summary.json and evaluation.mp4."""
+    first_state: int = 0
+    """Id of the first initial state; below 10000 no training run has seen it."""
+    film: int = 16
+    """Episodes in the video; 0 = none."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(argv: list[str]) -> int:
+    config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
+    trained = None
+    if config.checkpoint and is_training_run(Path(config.checkpoint)):
+        trained = load_checkpoint(Path(config.checkpoint))
+        own = Path(config.checkpoint) if Path(config.checkpoint).is_dir() else Path(config.checkpoint).parent.parent
+        config = parse_config(EvaluationConfig, [f"--config={own / 'config.json'}", *argv], __doc__)
+        config.policy.vla_config.model_path = None
+    elif config.checkpoint:
+        config.policy.vla_config.model_path = config.checkpoint
+    if config.film < 0 or config.first_state < 0:
+        raise UserError("film and first_state are at least 0")
+    trainer, output = config.trainer, Path(config.output)
+
+    device = choose_device(trainer.device)
+    num_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
+    env = make_env(trainer.env, num_envs, trainer.env_config, device, seed=trainer.seed)
+    model = load_model(config, device).eval()
+    if trained is not None:
+        model.load_state_dict(trained["model_state_dict"])
+    freeze(model, config.policy.freeze)  # as in training, where frozen stages run at other batch shapes
+    policy = VLAPolicy(model, config.policy.feature_reuse)
+    check_policy(policy, env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[-1])
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: cannot write to {output}: {error.strerror}") from error
+
+    states = range(config.first_state, config.first_state + trainer.num_eval_episodes)
+    with tqdm(total=len(states), unit="episode", disable=not trainer.progress_bar) as bar:
+        result = evaluate(env, policy.act, states, config.film, on_wave=lambda done: bar.update(done - bar.n))
+    (output / "episodes.jsonl").unlink(missing_ok=True)
+    write_episodes(output / "episodes.jsonl", result.episodes)
+    facts = {"checkpoint": config.checkpoint or config.policy.vla_config.model_path, **result.metrics()}
+    (output / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(result.summary())
+    if result.frames:
+        success = [bool(e.success) for e in result.episodes[: len(result.frames)]] if result.has_success else None
+        write_video(video_grid(result.frames, columns=4, success=success), output / "evaluation.mp4", fps=10)
+    print(f"episodes, summary{' and video' if result.frames else ''} in {output}/")
+    env.close()
+    return 0
+
+
+def is_training_run(path: Path) -> bool:
+    """Whether a path is a run folder or a checkpoint inside of one."""
+    return (path / "config.json").is_file() or (path.is_file() and (path.parent.parent / "config.json").is_file())
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())

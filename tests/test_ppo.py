@@ -1,0 +1,143 @@
+"""The update: direction of the policy gradient, where the critic's gradient goes, warm-up, early stop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch.distributions import Independent, Normal
+from torch.nn.functional import mse_loss
+
+from agents.policy import VLAPolicy
+from agents.small_vla import SmallVLA
+from research.config import PPOConfig
+from research.freezing import parameter_groups
+from research.ppo import PPO, make_loss, value_head_parameters
+from research.schema import NonFiniteError, UserError
+
+
+def make_model() -> SmallVLA:
+    torch.manual_seed(0)
+    return SmallVLA(2, modalities=["proprio"], proprio_dim=3, hidden_size=16).eval()
+
+
+def make_batch(policy: VLAPolicy, size: int = 64) -> TensorDict:
+    torch.manual_seed(1)
+    batch = TensorDict({"observation": {"proprio": torch.randn(size, 3)}}, batch_size=[size])
+    with torch.no_grad():
+        policy.act(batch)
+        batch["action"] += 0.2 * torch.randn(size, 2)
+        batch["action_log_prob"] = policy.model.evaluate_actions(batch["observation"], batch["action"])[0]
+    batch = batch.select("observation", "action", "action_log_prob", "state_value")
+    batch["advantage"], batch["value_target"] = torch.randn(size, 1), torch.randn(size, 1)
+    return batch
+
+
+def make_ppo(model: SmallVLA, lr: float = 1e-3, head_only: bool = True, **cfg) -> tuple[PPO, VLAPolicy]:
+    policy = VLAPolicy(model)
+    cfg = PPOConfig(**{"batch_size": 16, **cfg})
+    optimizer = torch.optim.Adam(parameter_groups(model, lr, {}))
+    values = value_head_parameters(model, "value_head") if head_only else None
+    return PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, values), policy
+
+
+def test_loss_is_ppo_as_written():
+    """Schulman et al. 2017, equations 7 and 9, by hand, at a policy that has moved."""
+    model = make_model()
+    cfg = PPOConfig(clip_coef=0.1, vf_coef=0.7, ent_coef=0.02)
+    policy = VLAPolicy(model)
+    batch = make_batch(policy)
+    with torch.no_grad():
+        for p in model.action_head.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    losses = make_loss(policy.actor, policy.critic, cfg)(batch.clone())
+    hidden = model.encode(batch["observation"])
+    d = Independent(Normal(model.action_head.mean(hidden), model.action_head.std()), 1)
+    ratio = (d.log_prob(batch["action"]) - batch["action_log_prob"]).exp()
+    a = batch["advantage"][:, 0]
+    a = (a - a.mean()) / a.std()
+    assert ((ratio - 1).abs() > 0.1).any() and ((ratio - 1).abs() < 0.1).any()
+    objective = -torch.min(ratio * a, ratio.clamp(0.9, 1.1) * a).mean()
+    torch.testing.assert_close(losses["loss_objective"], objective, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["loss_critic"], 0.7 * mse_loss(model.value(hidden), batch["value_target"]))
+    torch.testing.assert_close(losses["loss_entropy"], -0.02 * d.entropy().mean())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_update_makes_good_actions_likelier(sign):
+    """Actions above the mean are good (or, with the sign turned, bad): the mean must move there (or away)."""
+    model = make_model()
+    ppo, policy = make_ppo(model, lr=3e-3, n_epochs=4)
+    batch = make_batch(policy)
+    before = model(batch["observation"], deterministic=True).detach()
+    batch["advantage"] = sign * (batch["action"] - before).sum(-1, keepdim=True)
+    ppo.update(batch)
+    moved = (model(batch["observation"], deterministic=True) - before).mean().item()
+    assert sign * moved > 0.02
+
+
+def test_update_brings_values_to_their_targets():
+    model = make_model()
+    ppo, policy = make_ppo(model, lr=1e-2, n_epochs=20)
+    batch = make_batch(policy)
+    batch["value_target"] = torch.full((64, 1), 0.6)
+    error = (model.get_value(batch["observation"]) - 0.6).square().mean().item()
+    ppo.update(batch)
+    assert (model.get_value(batch["observation"]) - 0.6).square().mean().item() < 0.1 * error
+
+
+def test_value_warm_up_leaves_the_policy_bit_identical():
+    model = make_model()
+    ppo, policy = make_ppo(model, lr=1e-2)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    ppo.update(make_batch(policy), value_only=True)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not name.startswith("value_head")), name
+
+
+@pytest.mark.parametrize("head_only", [True, False])
+def test_where_the_critics_gradient_goes(head_only):
+    model = make_model()
+    ppo, policy = make_ppo(model, head_only=head_only, ent_coef=0.0)
+    batch = make_batch(policy)
+    batch["advantage"][:] = 0.0  # no policy gradient: what reaches the trunk is the critic's
+    losses = make_loss(policy.actor, policy.critic, PPOConfig(ent_coef=0.0, normalize_advantage=False))(batch)
+    ppo._backward(losses, value_only=False)
+    trunk = sum(p.grad.abs().sum().item() for p in model.fusion.parameters() if p.grad is not None)
+    assert sum(p.grad.abs().sum().item() for p in model.value_head.parameters()) > 0
+    assert (trunk == 0) == head_only
+
+
+def test_target_kl_stops_the_update():
+    model = make_model()
+    ppo, policy = make_ppo(model, lr=0.05, n_epochs=10, target_kl=0.01)
+    metrics = ppo.update(make_batch(policy))
+    assert 1 < metrics["train/gradient_steps"] < 40
+
+
+def test_metrics_name_every_part():
+    model = make_model()
+    ppo, policy = make_ppo(model)
+    metrics = ppo.update(make_batch(policy))
+    for part in ("fusion", "action_head", "value_head"):
+        assert metrics[f"train/grad_norm/{part}"] > 0
+        assert metrics[f"train/learning_rate/{part}"] == 1e-3
+    for name in ("loss_objective", "loss_critic", "entropy", "approx_kl", "clip_fraction", "explained_variance"):
+        assert f"train/{name}" in metrics
+    assert all(isinstance(v, float) for v in metrics.values())
+
+
+def test_nan_loss_stops_before_the_weights_are_touched():
+    model = make_model()
+    ppo, policy = make_ppo(model)
+    batch = make_batch(policy)
+    batch["value_target"][:] = float("nan")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(NonFiniteError, match="loss_critic is nan"):
+        ppo.update(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_model_without_that_value_head_is_told_what_to_do():
+    with pytest.raises(UserError, match="no trainable part 'critic'.*value_head.*critic_gradient"):
+        value_head_parameters(make_model(), "critic")
