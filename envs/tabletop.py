@@ -185,6 +185,7 @@ class TabletopEnv(EnvBase):
         self._rows = torch.arange(num_envs, device=self.device)
         self._block_numbers = torch.arange(num_blocks, device=self.device)
         self._state: TensorDictBase | None = None
+        self._film_painter: _Painter | None = None
         self._set_seed(seed)
 
     def _make_specs(self, n: int, size: int, length: int) -> None:
@@ -460,7 +461,9 @@ class TabletopEnv(EnvBase):
 
     def render_frames(self, size: int = 256) -> Tensor:
         """The tables as a person would want to see them: uint8 `[N, size, size, 3]`."""
-        painter = _Painter(size, True, False, self.device)
+        if self._film_painter is None or self._film_painter.size != size:
+            self._film_painter = _Painter(size, True, False, self.device)
+        painter = self._film_painter
         state = self._state.copy()
         state.update(painter.tables(state))
         state.update(painter.scenes(state))

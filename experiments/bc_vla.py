@@ -52,7 +52,7 @@ class BCConfig:
     """Keyword arguments of the model's class, free-form."""
     seed: NonNegativeInt = 0
     """Seed of the data, the weights and the order of the minibatches."""
-    samples: PositiveInt = 10000
+    samples: PositiveInt = 12000
     """Transitions to imitate."""
     noise: NonNegativeFloat = 0.3
     """Standard deviation of the noise on the expert's motion while it collects."""
@@ -60,7 +60,7 @@ class BCConfig:
     """Probability that the expert's gripper does the opposite of what it should."""
     gamma: ClosedUnitInterval = 0.97
     """Discount of the returns that the value head learns."""
-    epochs: PositiveInt = 60
+    epochs: PositiveInt = 4
     """Passes over the data."""
     batch_size: PositiveInt = 128
     """Transitions per gradient step."""
@@ -68,7 +68,7 @@ class BCConfig:
     """Peak of the one-cycle schedule."""
     value_weight: NonNegativeFloat = 0.5
     """Weight of the value regression beside the imitation loss."""
-    pointing_steps: NonNegativeInt = 1500
+    pointing_steps: NonNegativeInt = 2000
     """Gradient steps on pointing at what the instruction names, each on fresh scenes; 0 for a model that cannot point."""
     num_envs: PositiveInt = 128
     """Environments that run side by side."""
