@@ -84,7 +84,7 @@ class ActionTokens(Distribution):
         low, high: values of the first and the last token.
     """
 
-    arg_constraints = {}
+    arg_constraints = {}  # noqa: RUF012
     support = constraints.independent(constraints.real, 1)
 
     def __init__(self, logits: Tensor, low: float = -1.0, high: float = 1.0):
@@ -95,7 +95,7 @@ class ActionTokens(Distribution):
     def _value(self, token: Tensor) -> Tensor:
         return self.low + token * ((self.high - self.low) / (self.bins - 1))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         return self._value(self.tokens.sample(sample_shape).to(self.tokens.logits.dtype))
 
     @property

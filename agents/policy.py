@@ -144,7 +144,7 @@ def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
 
 
 class StageSequence(TensorDictModuleBase):
-    """Some of a model's stages in a row, possibly none; holds the whole model, so that its heads' weights travel too."""
+    """Some of a model's stages in a row, possibly none; holds the whole model, so that its heads come along."""
 
     def __init__(self, model: nn.Module, stages: Sequence[TensorDictModuleBase]):
         super().__init__()
@@ -334,7 +334,9 @@ def check_policy(policy: VLAPolicy, observations: TensorDictBase, action_dim: in
     for what, score in zip(("log_prob", "entropy"), scores, strict=True):
         _expect(f"{name}.evaluate_actions ({what})", score, (b,))
     if any(p.requires_grad for p in model.parameters()) and not scores[0].requires_grad:
-        raise UserError(f"{name}.evaluate_actions: log_prob depends on no trainable parameter, so nothing would be learned")
+        raise UserError(
+            f"{name}.evaluate_actions: log_prob depends on no trainable parameter, so nothing would be learned"
+        )
 
 
 def _call(what: str, method: Callable, *arguments):

@@ -164,7 +164,12 @@ class Fusion(nn.Module):
 
     def __init__(self, token_size: int, language_size: int, proprio_dim: int, hidden_size: int, slots: int = 4):
         super().__init__()
-        self.token_size, self.language_size, self.proprio_dim, self.slots = token_size, language_size, proprio_dim, slots
+        self.token_size, self.language_size, self.proprio_dim, self.slots = (
+            token_size,
+            language_size,
+            proprio_dim,
+            slots,
+        )
         if token_size:
             self.question = nn.Linear(language_size, slots * token_size) if language_size else None
             self.standing = nn.Parameter(0.1 * torch.randn(slots, token_size))

@@ -27,10 +27,16 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
     if name == "tabletop":
         from envs.tabletop import TabletopEnv
 
-        known = [p for p in inspect.signature(TabletopEnv.__init__).parameters if p not in ("self", "num_envs", "seed", "device")]
+        known = [
+            p
+            for p in inspect.signature(TabletopEnv.__init__).parameters
+            if p not in ("self", "num_envs", "seed", "device")
+        ]
         unknown = sorted(set(env_config) - set(known))
         if unknown:
-            raise UserError(f"trainer.env_config: tabletop has no option {', '.join(unknown)}; it has {', '.join(known)}")
+            raise UserError(
+                f"trainer.env_config: tabletop has no option {', '.join(unknown)}; it has {', '.join(known)}"
+            )
         return TabletopEnv(num_envs, device=device, seed=seed, **env_config)
     if name.startswith("gym:"):
         from envs.gym import make_gym_env

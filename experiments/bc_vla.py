@@ -3,7 +3,7 @@
 First the model learns to point at what an instruction names, on many scenes without actions, as the vision-language
 models inside of large VLAs have; then it imitates the expert, on few demonstrations.
 
-    python experiments/bc_vla.py                                  # remakes the checkpoint that ships with the repository
+    python experiments/bc_vla.py                                  # remakes the checkpoint of the repository
     python experiments/bc_vla.py --samples=20000 --output=my.pt   # a better one
 
 The expert acts with noise, so that the data shows how to recover; what is imitated is what it would have done without.
@@ -69,7 +69,7 @@ class BCConfig:
     value_weight: NonNegativeFloat = 0.5
     """Weight of the value regression beside the imitation loss."""
     pointing_steps: NonNegativeInt = 2000
-    """Gradient steps on pointing at what the instruction names, each on fresh scenes; 0 for a model that cannot point."""
+    """Gradient steps on pointing at what the instruction names, on fresh scenes; 0 for a model that cannot point."""
     num_envs: PositiveInt = 128
     """Environments that run side by side."""
     eval_episodes: PositiveInt = 256

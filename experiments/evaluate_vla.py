@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from agents.policy import VLAPolicy, check_policy
 from envs import make_env
-from research.checkpoint import load_checkpoint
 from research.config import ExperimentConfig, parse_config
 from research.evaluation import evaluate, write_episodes
 from research.freezing import freeze
@@ -53,14 +52,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
-    trained = None
-    if config.checkpoint and is_training_run(Path(config.checkpoint)):
-        trained = load_checkpoint(Path(config.checkpoint))
-        own = Path(config.checkpoint) if Path(config.checkpoint).is_dir() else Path(config.checkpoint).parent.parent
+    vla = config.policy.vla_config
+    if config.checkpoint and (own := run_folder_of(Path(config.checkpoint))):
         config = parse_config(EvaluationConfig, [f"--config={own / 'config.json'}", *argv], __doc__)
-        config.policy.vla_config.model_path = None
+        path = Path(config.checkpoint)
+        vla = config.policy.vla_config
+        vla.model_path = str(path / "checkpoints" / "last.pt" if path.is_dir() else path)
+        vla.strip_prefix = vla.add_prefix = None  # they were for the weights that the run started from
     elif config.checkpoint:
-        config.policy.vla_config.model_path = config.checkpoint
+        vla.model_path = config.checkpoint
     if config.film < 0 or config.first_state < 0:
         raise UserError("film and first_state are at least 0")
     trainer, output = config.trainer, Path(config.output)
@@ -68,10 +68,9 @@ def run(argv: list[str]) -> int:
     device = choose_device(trainer.device)
     num_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
     env = make_env(trainer.env, num_envs, trainer.env_config, device, seed=trainer.seed)
-    model = load_model(config, device).eval()
-    if trained is not None:
-        model.load_state_dict(trained["model_state_dict"])
-    freeze(model, config.policy.freeze)  # as in training, where frozen stages run at other batch shapes
+    model, scope = load_model(config, device)
+    model.eval()
+    freeze(model, scope)  # as in training, where frozen stages run at other batch shapes
     policy = VLAPolicy(model, config.policy.feature_reuse)
     check_policy(policy, env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[-1])
     try:
@@ -84,7 +83,7 @@ def run(argv: list[str]) -> int:
         result = evaluate(env, policy.act, states, config.film, on_wave=lambda done: bar.update(done - bar.n))
     (output / "episodes.jsonl").unlink(missing_ok=True)
     write_episodes(output / "episodes.jsonl", result.episodes)
-    facts = {"checkpoint": config.checkpoint or config.policy.vla_config.model_path, **result.metrics()}
+    facts = {"checkpoint": vla.model_path, **result.metrics()}
     (output / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(result.summary())
     if result.frames:
@@ -95,9 +94,10 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def is_training_run(path: Path) -> bool:
-    """Whether a path is a run folder or a checkpoint inside of one."""
-    return (path / "config.json").is_file() or (path.is_file() and (path.parent.parent / "config.json").is_file())
+def run_folder_of(path: Path) -> Path | None:
+    """The run folder that a path is, or lies in as a checkpoint; None for bare weights."""
+    folder = path if path.is_dir() else path.parent.parent
+    return folder if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir() else None
 
 
 if __name__ == "__main__":

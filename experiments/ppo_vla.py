@@ -10,7 +10,6 @@ iteration, writes a checkpoint that --trainer.resume=<run folder> continues exac
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,16 +17,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from agents.loading import load_vla_model
+from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy, check_policy
 from envs import make_env
 from research.checkpoint import load_checkpoint, restore_rng, save_checkpoint
 from research.config import ExperimentConfig, flatten, parse_config, to_dict
 from research.evaluation import Evaluation, evaluate, write_episodes
-from research.freezing import freeze, parameter_groups
+from research.freezing import freeze, parameter_groups, split_switches
+from research.interruption import Interruption
 from research.ppo import PPO, make_gae, make_loss, value_head_parameters
 from research.rollout import EpisodeStatistics, make_collector, prepare_batch
-from research.schema import ACTION, OBSERVATION, NonFiniteError, UserError, check_observation
+from research.schema import OBSERVATION, NonFiniteError, UserError, check_observation
 from research.tracking import Tracker, create_run_folder, plot_learning_curve, resolve_wandb_mode
 from research.video import frame_strip, video_grid, write_video
 
@@ -57,9 +57,11 @@ def train(config: ExperimentConfig) -> int:
     check_observation(observations, f"env {trainer.env!r}")
     action_dim = env.action_spec.shape[-1]
     if config.policy.action_dim != action_dim:
-        raise UserError(f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_dim} numbers")
-    model = load_model(config, device)
-    freeze(model, config.policy.freeze)
+        raise UserError(
+            f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_dim} numbers"
+        )
+    model, scope = load_model(config, device)
+    freeze(model, scope)
     model.eval()  # no dropout and fixed batch statistics: the policy that is trained is the one that acted
     policy = VLAPolicy(model, config.policy.feature_reuse)
     check_policy(policy, observations[: min(2, trainer.num_envs)], action_dim)
@@ -85,16 +87,16 @@ def train(config: ExperimentConfig) -> int:
         restore_environment(env, collector, resumed)
         restore_rng(resumed)
 
-    scope = config.policy.freeze if isinstance(config.policy.freeze, str) else "+".join(config.policy.freeze)
+    scope_name = scope if isinstance(scope, str) else "+".join(scope)
     tracker = Tracker(
         folder,
         to_dict(config),
         flatten(config),
         project=trainer.wandb_project_name,
-        group=trainer.wandb_group or f"{trainer.env}-{config.algorithm.name}-{scope}",
+        group=trainer.wandb_group or f"{trainer.env}-{config.algorithm.name}-{scope_name}",
         mode=mode,
         reason=reason,
-        tags=[f"freeze:{scope}"[:64], *trainer.wandb_tags],
+        tags=[f"freeze:{scope_name}"[:64], *trainer.wandb_tags],
         resume_id=folder.name.rsplit("-", 1)[-1] if resumed else None,
         resume_step=step if resumed else None,
     )
@@ -143,6 +145,7 @@ def train(config: ExperimentConfig) -> int:
                 rollout = next(batches)  # [N, T]
                 batch = prepare_batch(rollout, policy.values, gae, policy.kept_keys)  # [N * T]
                 collected = time.perf_counter()
+                ppo.set_progress(iteration / trainer.iterations)
                 metrics = ppo.update(batch, value_only=iteration < cfg.value_warmup_iterations)
                 metrics |= statistics.update(rollout)
                 end = time.perf_counter()
@@ -188,28 +191,6 @@ def with_default_config(argv: list[str]) -> list[str]:
     return argv if names_one else [f"--config={DEFAULT_CONFIG}", *argv]
 
 
-class Interruption:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after this iteration, a second one stops at once.
-
-    `code` is 0, or the exit code of the signal (130 for Ctrl-C, 143 for SIGTERM).
-    """
-
-    def __enter__(self) -> Interruption:
-        self.code = 0
-        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _on_signal(self, number: int, frame) -> None:
-        if self.code:
-            raise KeyboardInterrupt
-        self.code = 128 + number
-        print("\nstopping after this iteration; once more to stop at once", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -222,21 +203,23 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(config: ExperimentConfig, device: torch.device) -> torch.nn.Module:
-    """The model of the configuration; a relative path is looked up from here, then from `experiments/`."""
+def load_model(config: ExperimentConfig, device: torch.device) -> tuple[torch.nn.Module, str | list[str]]:
+    """The configured model and what to freeze; a relative path is looked up from here, then from `experiments/`."""
     vla = config.policy.vla_config
     if vla.model_path and not Path(vla.model_path).exists() and (HERE / vla.model_path).exists():
         vla.model_path = str(HERE / vla.model_path)
-    return load_vla_model(
+    model_config, scope = split_switches(import_model_class(vla.model_class), vla.model_config, config.policy.freeze)
+    model = load_vla_model(
         vla.model_path,
         vla.model_class,
-        vla.model_config,
+        model_config,
         device,
         strict=vla.strict,
         strip_prefix=vla.strip_prefix,
         add_prefix=vla.add_prefix,
         trust_checkpoint=vla.trust_checkpoint,
     )
+    return model, scope
 
 
 def run_folder_of(resume: str) -> Path:
@@ -245,7 +228,7 @@ def run_folder_of(resume: str) -> Path:
 
 
 def restore_environment(env, collector, resumed: dict) -> None:
-    """Put environment and collector where they were; an environment that cannot say where it was starts new episodes."""
+    """Put environment and collector where they were; one that cannot say where it was starts new episodes."""
     env.load_state_dict(resumed["environment"])
     if not env.resumes_exactly:
         print("the simulator's state cannot be restored: episodes start anew, so this is not the run bit for bit")

@@ -30,16 +30,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from research.freezing import PRESETS
 from research.schema import UserError
-
-FREEZE_PRESETS = ("none", "vision", "language", "backbone")
 
 
 @dataclass
 class TrainerConfig:
     """The run: environment, seeds, sizes, evaluation, tracking."""
 
-    exp_name: str = "tabletop_ppo"
+    exp_name: str = "ppo"
     """Name of the experiment; the run folder is <run_dir>/<exp_name>-<id>."""
     env: str = "tabletop"
     """Environment: tabletop, or gym:<id> for a Gymnasium environment."""
@@ -132,9 +131,9 @@ class PolicyConfig:
     vla_config: VLAConfig = field(default_factory=VLAConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.freeze, str) and self.freeze not in FREEZE_PRESETS:
+        if isinstance(self.freeze, str) and self.freeze not in PRESETS:
             raise UserError(
-                f"freeze: {self.freeze!r} is none of the presets {', '.join(FREEZE_PRESETS)}; "
+                f"freeze: {self.freeze!r} is none of the presets {', '.join(PRESETS)}; "
                 f"name parts of the model in a list, as in [{self.freeze}]"
             )
 
@@ -145,6 +144,8 @@ class PPOConfig:
 
     learning_rate: PositiveFloat = 1e-5
     """Learning rate of every part that policy.learning_rates does not name."""
+    anneal_lr: bool = False
+    """Let all learning rates fall linearly, to 0 at the last iteration."""
     n_epochs: PositiveInt = 4
     """Passes over each rollout."""
     batch_size: PositiveInt = 512

@@ -7,6 +7,7 @@ learning rates address parts, or anything below them by dotted path or glob.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -21,7 +22,8 @@ PRESETS = {
     "backbone": ("*",),  # everything but the heads
 }
 HEADS = ("action_head", "value_head")
-LEGACY_SWITCHES = {"freeze_vision_encoder": "vision", "freeze_language_model": "language"}
+# Entries of model_config that mean the same as a preset, whatever the model.
+SWITCHES = {"freeze_vision_encoder": "vision", "freeze_language_model": "language"}
 
 
 def part_names(model: nn.Module) -> list[str]:
@@ -35,12 +37,34 @@ def part_of(parameter_name: str) -> str:
     return parameter_name.split(".", 1)[0]
 
 
+def split_switches(
+    model_class: type[nn.Module], model_config: dict, scope: str | Sequence[str]
+) -> tuple[dict, str | list[str]]:
+    """Take `freeze_vision_encoder` and `freeze_language_model` out of a model's configuration and into the scope.
+
+    A model whose constructor names such a switch is still given it.
+
+    Returns:
+        the configuration for the model, and the scope for `freeze`.
+    """
+    accepted = inspect.signature(model_class.__init__).parameters
+    kept = {k: v for k, v in model_config.items() if k not in SWITCHES or k in accepted}
+    wanted = [preset for switch, preset in SWITCHES.items() if model_config.get(switch)]
+    if not wanted or scope == "backbone":
+        return kept, scope
+    if len(wanted) == 1 and scope in ("none", wanted[0]):
+        return kept, wanted[0]
+    chosen = [scope] if isinstance(scope, str) else list(scope)
+    return kept, [pattern for pattern in dict.fromkeys([*chosen, *wanted]) if pattern != "none"]
+
+
 def freeze(model: nn.Module, scope: str | Sequence[str], heads: Sequence[str] = HEADS) -> list[str]:
     """Switch off the gradient of everything in `scope`, in place, and put frozen modules in eval mode.
 
     Args:
         model: the model.
-        scope: a preset ("none", "vision", "language", "backbone") or a list of part names, dotted paths and globs.
+        scope: a preset ("none", "vision", "language", "backbone"), or a list of presets, part names, dotted paths and
+            globs.
         heads: parts that "backbone" leaves trainable.
     Returns:
         names of the frozen parameters.
@@ -48,24 +72,9 @@ def freeze(model: nn.Module, scope: str | Sequence[str], heads: Sequence[str] = 
         UserError: a pattern that matches nothing (the message lists the parts), or nothing left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    if isinstance(scope, str):
-        if scope not in PRESETS:
-            raise UserError(f"policy.freeze: unknown preset {scope!r}; there are {', '.join(PRESETS)}")
-        matched = {n for pattern in PRESETS[scope] for n in _matches(names, pattern)}
-        if scope == "backbone":
-            matched = {n for n in matched if part_of(n) not in heads}
-        if PRESETS[scope] and not matched:
-            wanted = " or ".join(PRESETS[scope])
-            raise UserError(f"policy.freeze: preset {scope!r} freezes {wanted}, but {_parts_line(model)}")
-    else:
-        matched = set()
-        for pattern in scope:
-            found = _matches(names, pattern)
-            if not found:
-                close = difflib.get_close_matches(pattern, part_names(model), n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise UserError(f"policy.freeze: {pattern!r} matches nothing{hint}; {_parts_line(model)}")
-            matched.update(found)
+    matched: set[str] = set()
+    for pattern in [scope] if isinstance(scope, str) else scope:
+        matched.update(_frozen_by(model, names, pattern, heads))
     if len(matched) == len(names):
         raise UserError(f"policy.freeze: {scope!r} freezes every parameter, nothing is left to train")
     for name, parameter in model.named_parameters():
@@ -76,6 +85,18 @@ def freeze(model: nn.Module, scope: str | Sequence[str], heads: Sequence[str] = 
         if inside and not any(p.requires_grad for p in inside):
             module.eval()
     return sorted(matched)
+
+
+def _frozen_by(model: nn.Module, names: Sequence[str], pattern: str, heads: Sequence[str]) -> set[str]:
+    """Names of the parameters that one preset or pattern freezes."""
+    found = {n for p in PRESETS.get(pattern, (pattern,)) for n in _matches(names, p)}
+    if pattern == "backbone":
+        found = {n for n in found if part_of(n) not in heads}
+    if not found and pattern != "none":
+        close = difflib.get_close_matches(pattern, [*part_names(model), *PRESETS], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"policy.freeze: {pattern!r} matches nothing{hint}; {_parts_line(model)}")
+    return found
 
 
 def _matches(names: Sequence[str], pattern: str) -> list[str]:

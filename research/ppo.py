@@ -1,7 +1,7 @@
 """PPO: TorchRL's `ClipPPOLoss` over minibatches of a rollout.
 
-One update is `n_epochs` passes over the batch in shuffled minibatches. The critic's gradient reaches the value head only
-(`critic_gradient: head`, default) or the trunk as well (`trunk`): value errors that flow into a shared trunk were
+One update is `n_epochs` passes over the batch in shuffled minibatches. The critic's gradient reaches the value head
+alone (`critic_gradient: head`, default) or the trunk as well (`trunk`): value errors that flow into a shared trunk were
 measured to destroy a pretrained policy.
 """
 
@@ -52,8 +52,8 @@ def value_head_parameters(model: nn.Module, value_head: str) -> list[nn.Paramete
     if not parameters:
         parts = ", ".join(dict.fromkeys(part_of(n) for n, _ in model.named_parameters()))
         raise UserError(
-            f"policy.value_head: {type(model).__name__} has no trainable part {value_head!r} (its parts: {parts}); name "
-            "the part that only get_value uses, or set policy.critic_gradient to 'trunk' and no value warm-up"
+            f"policy.value_head: {type(model).__name__} has no trainable part {value_head!r} (its parts: {parts}); "
+            "name the part that only get_value uses, or set policy.critic_gradient to 'trunk' and no value warm-up"
         )
     return parameters
 
@@ -80,6 +80,12 @@ class PPO:
         self.model, self.loss, self.optimizer, self.cfg = model, loss, optimizer, cfg
         self.value_parameters = value_parameters
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def set_progress(self, done: float) -> None:
+        """Anneal the learning rates, if so configured; `done` is the share of the run that lies behind, 0 to 1."""
+        if self.cfg.anneal_lr:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1.0 - done)
 
     def update(self, batch: TensorDictBase, value_only: bool = False) -> dict[str, float]:
         """`n_epochs` x minibatches of gradient steps.
@@ -149,6 +155,6 @@ def _step_metrics(losses: TensorDictBase, norm: Tensor) -> dict[str, Tensor]:
 
 
 def _explained_variance(value: Tensor, target: Tensor) -> float:
-    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 no better than the mean; 0 if targets are equal."""
+    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 no better than the mean; 0 for equal targets."""
     variance = target.var()
     return (1 - (target - value).var() / variance).item() if variance > 0 else 0.0

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from agents.policy import INTERFACES, VLAPolicy, check_policy, split_frozen_prefix
+from agents.policy import INTERFACES, OncePerInstruction, VLAPolicy, check_policy, split_frozen_prefix
 from agents.small_vla import SmallVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
@@ -22,7 +22,7 @@ HEADS = [("gaussian", {}), ("tokens", {"bins": 11})]
 
 def small_model(head: str = "gaussian", options: dict | None = None, seed: int = 0) -> SmallVLA:
     torch.manual_seed(seed)
-    return SmallVLA(3, keypoints=8, hidden_size=32, action_head=head, head=options or {}).eval()
+    return SmallVLA(3, token_size=8, hidden_size=32, action_head=head, head=options or {}).eval()
 
 
 class Fused(nn.Module):
@@ -109,7 +109,9 @@ def count_calls(module: nn.Module) -> list:
     return calls
 
 
-@pytest.mark.parametrize(("interface", "per_step", "per_minibatch"), [("staged", 1, 1), ("fused", 1, 1), ("methods", 3, 2)])
+@pytest.mark.parametrize(
+    ("interface", "per_step", "per_minibatch"), [("staged", 1, 1), ("fused", 1, 1), ("methods", 3, 2)]
+)
 def test_trunk_passes_are_counted(interface, per_step, per_minibatch):
     model = small_model()
     calls = count_calls(model.fusion)
@@ -132,7 +134,9 @@ def test_trunk_passes_are_counted(interface, per_step, per_minibatch):
     assert len(calls) == 2 * 2 * per_minibatch
 
 
-@pytest.mark.parametrize("scope", [["vision_encoder"], ["language_encoder"], ["vision_encoder", "language_encoder"], "backbone"])
+@pytest.mark.parametrize(
+    "scope", [["vision_encoder"], ["language_encoder"], ["vision_encoder", "language_encoder"], "backbone"]
+)
 def test_frozen_stages_run_once_and_give_the_same_gradients(scope):
     """Features kept in the rollout change nothing but the work (and the batch shape they were computed at)."""
     results = []
@@ -158,6 +162,29 @@ def test_a_frozen_stage_behind_a_trainable_one_is_not_reused():
     freeze(model, ["fusion"])
     frozen, rest = split_frozen_prefix(model.stages())
     assert frozen == [] and len(rest) == 3
+
+
+def test_language_is_encoded_once_per_instruction():
+    model = small_model()
+    freeze(model, ["language_encoder"])
+    stage = OncePerInstruction(model.stages()[1], capacity=100)
+    calls = count_calls(model.language_encoder)
+    step = TabletopEnv(64).reset()
+    distinct = len({tuple(row) for row in step["observation", "language"].tolist()})
+    with torch.no_grad():
+        features = stage(step.copy())["language_features"]
+        assert len(calls) == distinct
+        torch.testing.assert_close(features, model.language_encoder(step["observation", "language"]))
+        calls.clear()
+        assert torch.equal(stage(step.flip(0))["language_features"], features.flip(0))  # independent of the batch
+        assert len(calls) == 0
+        model.load_state_dict(small_model(seed=5).state_dict())  # other weights: what was kept is no longer true
+        torch.testing.assert_close(
+            stage(step.copy())["language_features"], model.language_encoder(step["observation", "language"])
+        )
+        for seed in range(5):
+            stage(TabletopEnv(64, seed=seed).reset())
+            assert len(stage._rows) <= 100
 
 
 def test_evaluation_takes_the_mode_and_rollouts_sample():
@@ -238,7 +265,9 @@ def test_a_modality_the_environment_lacks_is_named():
         check_policy(VLAPolicy(SmallVLA(3, modalities=["rgb", "depth"])), step["observation"], 3)
 
 
-@pytest.mark.parametrize("modalities", [["rgb"], ["proprio"], ["depth", "language"], ["language"], ["rgb", "depth", "proprio", "language"]])
+@pytest.mark.parametrize(
+    "modalities", [["rgb"], ["proprio"], ["depth", "language"], ["language"], ["rgb", "depth", "proprio", "language"]]
+)
 def test_any_subset_of_modalities(modalities):
     env = TabletopEnv(3, modalities=modalities)
     model = SmallVLA(3, modalities=modalities)

@@ -115,6 +115,18 @@ def test_target_kl_stops_the_update():
     assert 1 < metrics["train/gradient_steps"] < 40
 
 
+def test_learning_rates_fall_linearly():
+    model = make_model()
+    ppo, policy = make_ppo(model, lr=1e-3, anneal_lr=True)
+    batch = make_batch(policy)
+    for done, rate in ((0.0, 1e-3), (0.25, 7.5e-4), (0.5, 5e-4)):
+        ppo.set_progress(done)
+        assert ppo.update(batch)["train/learning_rate/fusion"] == pytest.approx(rate)
+    ppo, _ = make_ppo(model, lr=1e-3)
+    ppo.set_progress(0.5)
+    assert ppo.update(batch)["train/learning_rate/fusion"] == 1e-3
+
+
 def test_metrics_name_every_part():
     model = make_model()
     ppo, policy = make_ppo(model)

@@ -22,7 +22,9 @@ def test_text_round_trip():
     assert torch.equal(encode_text(texts[0], 48), tokens[0])
 
 
-@pytest.mark.parametrize(("text", "message"), [("x" * 9, "9 bytes, more than the 8"), ("ä" * 5, "10 bytes"), ("a\0b", "NUL")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("x" * 9, "9 bytes, more than the 8"), ("ä" * 5, "10 bytes"), ("a\0b", "NUL")]
+)
 def test_text_that_does_not_fit(text, message):
     with pytest.raises(UserError, match=message):
         encode_text(text, 8)

@@ -90,7 +90,7 @@ def test_milestones_of_pick_place_grasp_hold_drop():
 
 def test_a_state_depends_on_its_id_alone():
     small, large = TabletopEnv(4, seed=1), TabletopEnv(64, seed=2)
-    a, b = reset_to(small, [7, 300, 12, 9_999]), reset_to(large, list(range(62)) + [300, 9_999])
+    a, b = reset_to(small, [7, 300, 12, 9_999]), reset_to(large, [*range(62), 300, 9_999])
     assert torch.equal(a["initial_state"][:, 0], torch.tensor([7, 300, 12, 9_999]))
     for key in STATES:
         assert torch.equal(small._state[key][[0, 2]], large._state[key][[7, 12]]), key

@@ -116,7 +116,12 @@ def test_resume_is_bit_exact(tmp_path):
 def test_evaluation_twice_gives_equal_episodes(tmp_path):
     episodes = []
     for name in ("a", "b"):
-        argv = [f"--output={tmp_path / name}", "--trainer.num_eval_episodes=24", "--trainer.num_eval_envs=16", "--film=2"]
+        argv = [
+            f"--output={tmp_path / name}",
+            "--trainer.num_eval_episodes=24",
+            "--trainer.num_eval_envs=16",
+            "--film=2",
+        ]
         assert evaluate_vla.main([*argv, "--trainer.progress_bar=False"]) == 0
         episodes.append((tmp_path / name / "episodes.jsonl").read_text())
     assert episodes[0] == episodes[1]
