@@ -170,7 +170,7 @@ class OncePerInstruction(TensorDictModuleBase):
 
     Args:
         stage: the frozen stage; writes tensors `[B, ...]`.
-        capacity: distinct instructions kept; the table starts anew when it is full.
+        capacity: distinct instructions kept, at least as many as rows in a batch; a full table starts anew.
     """
 
     def __init__(self, stage: TensorDictModuleBase, capacity: int = 8192):
@@ -184,10 +184,11 @@ class OncePerInstruction(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         tokens = tensordict.get(self.in_keys[0])
         version = sum(p._version for p in self.stage.parameters())
-        if version != self._weights_version or len(self._rows) + len(tokens) > self.capacity:
-            self._rows, self._tables, self._weights_version = {}, [], version
         texts = [row.tobytes() for row in tokens.to(torch.uint8).cpu().numpy()]
         new = {text: i for i, text in enumerate(texts) if text not in self._rows}
+        if version != self._weights_version or len(self._rows) + len(new) > self.capacity:
+            self._rows, self._tables, self._weights_version = {}, [], version
+            new = {text: i for i, text in enumerate(texts)}
         for text, i in new.items():
             self._rows[text] = len(self._rows)
             alone = TensorDict({self.in_keys[0]: tokens[i : i + 1]}, batch_size=[1])

@@ -394,7 +394,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     text = "\n".join(lines)
     assert "Trains something." in text and "--config FILE" in text
     assert "Environments that run side by side. (type: PositiveInt, default: 64)" in text
-    assert f"default: {'clone' if config_class is CloneConfig else 'tabletop_ppo'})" in text
+    assert f"default: {'clone' if config_class is CloneConfig else 'ppo'})" in text
     for key in flatten(ExperimentConfig() if config_class is ExperimentConfig else CloneConfig("")):
         assert f"--{key} " in text or key.startswith("trainer.env_config."), key
     undocumented = [line for line in lines if line.partition("(type:")[0].endswith("  ")]
