@@ -80,7 +80,8 @@ def run(argv: list[str]) -> int:
 
     states = range(config.first_state, config.first_state + trainer.num_eval_episodes)
     with tqdm(total=len(states), unit="episode", disable=not trainer.progress_bar) as bar:
-        result = evaluate(env, policy.act, states, config.film, on_wave=lambda done: bar.update(done - bar.n))
+        progress = lambda done: bar.update(done - bar.n)  # noqa: E731
+        result = evaluate(env, policy.act, states, config.film, trainer.max_eval_steps, progress)
     (output / "episodes.jsonl").unlink(missing_ok=True)
     write_episodes(output / "episodes.jsonl", result.episodes)
     facts = {"checkpoint": vla.model_path, **result.metrics()}

@@ -102,7 +102,7 @@ def train(config: ExperimentConfig) -> int:
     )
 
     def evaluate_now(film: int) -> Evaluation:
-        result = evaluate(eval_env, policy.act, range(trainer.num_eval_episodes), film)
+        result = evaluate(eval_env, policy.act, range(trainer.num_eval_episodes), film, trainer.max_eval_steps)
         tracker.log(result.metrics(), step)
         write_episodes(folder / "episodes.jsonl", result.episodes, global_step=step, seed=trainer.seed)
         if result.frames:

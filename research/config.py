@@ -62,6 +62,8 @@ class TrainerConfig:
     """Environments that run side by side in an evaluation."""
     num_eval_episodes: PositiveInt = 256
     """Episodes, each from its own initial state, per evaluation."""
+    max_eval_steps: PositiveInt = 1000
+    """Steps after which an evaluation episode that does not end by itself is cut off, without success."""
     eval_freq: NonNegativeInt = 20000
     """Environment steps between evaluations; 0 = only before and after training."""
     save_freq: NonNegativeInt = 20000

@@ -75,6 +75,7 @@ def evaluate(
     policy: TensorDictModuleBase,
     states: Sequence[int],
     film: int = 0,
+    max_steps: int = 1000,
     on_wave: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """One deterministic episode from each initial state.
@@ -83,6 +84,7 @@ def evaluate(
         env: a batched environment that accepts `initial_state` ids at reset.
         policy: the module that acts; asked for its mode.
         states: ids of the initial states.
+        max_steps: where an episode that does not end by itself is cut off, without success.
         film: how many of the first episodes to record, through the env's `render_frames`.
         on_wave: called with the number of episodes done, after every batch of them.
     Returns:
@@ -94,7 +96,7 @@ def evaluate(
         for first in range(0, len(states), n):
             wave = list(states[first : first + n])
             filmed = max(0, min(film - first, len(wave)))
-            rows, recorded = _run_wave(env, policy, wave, filmed)
+            rows, recorded = _run_wave(env, policy, wave, filmed, max_steps)
             episodes += rows
             frames += recorded
             if on_wave is not None:
@@ -102,7 +104,7 @@ def evaluate(
     return Evaluation(episodes, frames)
 
 
-def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film: int):
+def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film: int, max_steps: int):
     n, device = env.batch_size[0], env.device
     ids = torch.tensor(wave + [wave[-1]] * (n - len(wave)), device=device)[:, None]  # a short wave is filled up
     step = env.reset(TensorDict({INITIAL_STATE: ids}, batch_size=[n], device=device))
@@ -113,7 +115,9 @@ def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film:
     success = torch.zeros(n, dtype=torch.bool, device=device)
     has_success = SUCCESS in env.observation_spec.keys()
     shots: list[list[Tensor]] = [[] for _ in range(film)]
-    while running[: len(wave)].any():
+    for _ in range(max_steps):
+        if not running[: len(wave)].any():
+            break
         _film(env, shots, running)
         step = policy(step)
         check_finite([("action", step.get(ACTION))], "in evaluation")
