@@ -66,9 +66,10 @@ def train(config: ExperimentConfig) -> int:
     policy = VLAPolicy(model, config.policy.feature_reuse)
     check_policy(policy, observations[: min(2, trainer.num_envs)], action_dim)
     optimizer = torch.optim.Adam(parameter_groups(model, cfg.learning_rate, config.policy.learning_rates), eps=1e-5)
-    needs_head = config.policy.critic_gradient == "head" or cfg.value_warmup_iterations
+    to_head = config.policy.critic_gradient == "head"
+    needs_head = to_head or cfg.value_warmup_iterations
     value_head = value_head_parameters(model, config.policy.value_head) if needs_head else None
-    ppo = PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_head)
+    ppo = PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_head, critic_to_head=to_head)
     gae = make_gae(cfg)
     statistics = EpisodeStatistics(trainer.num_envs, device)
     collector = make_collector(env, policy.act, trainer.buffer_size)

@@ -66,7 +66,8 @@ class PPO:
         loss: from `make_loss`.
         optimizer: over `research.freezing.parameter_groups`.
         cfg: PPO's settings.
-        value_parameters: parameters that only the value depends on; None lets the critic's gradient flow everywhere.
+        value_parameters: parameters that only the value depends on; needed for `critic_to_head` and for value warm-up.
+        critic_to_head: keep the critic's gradient within `value_parameters`.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class PPO:
         optimizer: torch.optim.Optimizer,
         cfg: PPOConfig,
         value_parameters: Sequence[nn.Parameter] | None,
+        critic_to_head: bool = True,
     ):
         self.model, self.loss, self.optimizer, self.cfg = model, loss, optimizer, cfg
         self.value_parameters = value_parameters
+        self.critic_to_head = critic_to_head and value_parameters is not None
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
 
     def set_progress(self, done: float) -> None:
@@ -126,7 +129,7 @@ class PPO:
         return metrics
 
     def _backward(self, losses: TensorDictBase, value_only: bool) -> None:
-        if self.value_parameters is None:
+        if not self.critic_to_head and not value_only:
             (losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]).backward()
             return
         # Only the value head accumulates the critic's gradient, whichever way the model is wired.

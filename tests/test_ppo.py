@@ -108,6 +108,20 @@ def test_where_the_critics_gradient_goes(head_only):
     assert (trunk == 0) == head_only
 
 
+def test_after_a_warm_up_the_critics_gradient_reaches_the_trunk_where_asked():
+    model = make_model()
+    ppo, policy = make_ppo(model)
+    ppo.critic_to_head = False
+    batch = make_batch(policy)
+    batch["advantage"][:] = 0.0
+    loss = make_loss(policy.actor, policy.critic, PPOConfig(ent_coef=0.0, normalize_advantage=False))
+    for value_only in (True, False):
+        model.zero_grad()
+        ppo._backward(loss(batch.clone()), value_only)
+        trunk = sum(p.grad.abs().sum().item() for p in model.fusion.parameters() if p.grad is not None)
+        assert (trunk == 0) == value_only
+
+
 def test_target_kl_stops_the_update():
     model = make_model()
     ppo, policy = make_ppo(model, lr=0.05, n_epochs=10, target_kl=0.01)
