@@ -13,17 +13,20 @@ collector one module that acts:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
+from torch.utils.flop_counter import FlopCounterMode
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import ProbabilisticActor, ValueOperator
 
-from agents.vla import FUSED_METHODS, STAGED_METHODS
+from agents.vla import FUSED_METHODS, STAGED_METHODS, run_stage
 from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VALUE, UserError, decode_text
 
 INTERFACES = {"staged": STAGED_METHODS, "fused": FUSED_METHODS, "methods": ()}
@@ -43,66 +46,138 @@ class VLAPolicy:
         critic: `ValueOperator` for `ClipPPOLoss`; reads what the actor's pass left behind.
         kept_keys: what the update reads of a transition, besides actions and advantages.
         frozen_stages: names of the stages that run at collection only.
+        blocked_stages: frozen stages that run in the update all the same, and stages that are functions: (name, why).
 
     Args:
         model: the VLA.
         feature_reuse: "auto" keeps frozen stages' outputs in the rollout; "off" recomputes them in every minibatch.
         interface: one of the table's, or "auto" for the first that the model has.
+        autocast: "off", or "bf16" to run the trunk and the heads' layers in bfloat16 where autocast does;
+            log-probabilities, values and losses stay in float32.
+        compile: `torch.compile` the stages, or the methods of a model without stages.
     Raises:
         UserError: the model lacks the methods of the interface asked for.
     """
 
-    def __init__(self, model: nn.Module, feature_reuse: str = "auto", interface: str = "auto"):
+    def __init__(
+        self,
+        model: nn.Module,
+        feature_reuse: str = "auto",
+        interface: str = "auto",
+        autocast: str = "off",
+        compile: bool = False,
+    ):
         self.model = model
         self.interface = _choose_interface(model, interface)
         self.frozen_stages: list[str] = []
+        self.blocked_stages: list[tuple[str, str]] = []
+        self._precision = Precision(model, autocast)
         if self.interface == "staged":
-            self._wire_stages(feature_reuse)
+            self._wire_stages(feature_reuse, compile)
         else:
-            self._wire_methods()
+            self._wire_methods(compile)
 
-    def _wire_stages(self, feature_reuse: str) -> None:
+    def _wire_stages(self, feature_reuse: str, compile: bool) -> None:
         stages = list(self.model.stages())
         if not stages or HIDDEN not in stages[-1].out_keys:
             raise UserError(f"{_name(self.model)}.stages() should end in a stage that writes 'hidden'")
+        if compile:
+            for stage in stages:
+                getattr(stage, "module", stage).compile()
         prefix, rest = split_frozen_prefix(stages) if feature_reuse == "auto" else ([], stages)
         self.frozen_stages = [stage_name(self.model, stage) for stage in prefix]
+        if feature_reuse == "auto":
+            self.blocked_stages = [(stage_name(self.model, s), why) for s, why in blocked_stages(stages)]
         prefix = [OncePerInstruction(s) if s.in_keys == [(OBSERVATION, LANGUAGE)] else s for s in prefix]
-        self._trunk = [*prefix, *rest]
+        self.prefix = StageSequence(self.model, prefix, self._precision)
+        rest = StageSequence(self.model, rest, self._precision)
         self.actor = ProbabilisticActor(
-            StageSequence(self.model, rest),
+            rest,
             in_keys={"hidden": HIDDEN},
             out_keys=[ACTION],
-            distribution_class=_ActionDistribution(self.model),
+            distribution_class=_ActionDistribution(self.model, self._precision),
             return_log_prob=True,
         )
-        self.critic = ValueOperator(_ValueHead(self.model), in_keys=[HIDDEN], out_keys=[VALUE])
-        self.act = TensorDictSequential(StageSequence(self.model, prefix), self.actor, self.critic)
+        self.critic = ValueOperator(_ValueHead(self.model, self._precision), in_keys=[HIDDEN], out_keys=[VALUE])
+        self.act = TensorDictSequential(self.prefix, self.actor, self.critic)
         written = {key for stage in prefix for key in stage.out_keys}
-        self.kept_keys = [key for key in self.actor.module[0].in_keys if key in written or key[0] == OBSERVATION]
+        self.kept_keys = [key for key in rest.in_keys if key in written or key[0] == OBSERVATION]
 
-    def _wire_methods(self) -> None:
+    def _wire_methods(self, compile: bool) -> None:
         act, evaluate = _act_and_evaluate(self.model)
+        if compile:
+            act, evaluate = torch.compile(act), torch.compile(evaluate)
+        self.prefix = None
         self.actor = ProbabilisticActor(
-            MethodEvaluation(self.model, evaluate),
+            MethodEvaluation(self.model, evaluate, self._precision),
             in_keys={"log_prob": EVALUATED_LOG_PROB, "entropy": EVALUATED_ENTROPY},
             out_keys=[ACTION],
             distribution_class=EvaluatedActions,
             return_log_prob=True,
         )
         self.critic = ValueOperator(nn.Identity(), in_keys=[EVALUATED_VALUE], out_keys=[VALUE])
-        self.act = MethodActor(self.model, act)
+        self.act = MethodActor(self.model, act, self._precision)
         self.kept_keys = [OBSERVATION]
 
     @torch.no_grad()
     def values(self, steps: TensorDictBase) -> Tensor:
         """State values `[B, 1]` of the observations in `steps` `[B]`; the frozen and the trainable trunk both run."""
         if self.interface != "staged":
-            return self.model.get_value(_for_model(self.model, steps.get(OBSERVATION)))
+            with self._precision():
+                return self.model.get_value(_for_model(self.model, steps.get(OBSERVATION))).float()
         steps = TensorDict({OBSERVATION: steps.get(OBSERVATION)}, batch_size=steps.batch_size)
-        for stage in self._trunk:
-            steps = stage(steps)
-        return self.model.value(steps.get(HIDDEN))
+        return self.critic(self.actor.module[0](self.prefix(steps))).get(VALUE)
+
+    @torch.no_grad()
+    def reuse_report(self, observations: TensorDictBase) -> ReuseReport:
+        """What keeping frozen stages' outputs saves, measured on a few observations `[B]`."""
+        b = observations.batch_size[0]
+        before = sum(v.numel() * v.element_size() for v in observations.values()) // b
+        if self.interface != "staged":
+            return ReuseReport(self.frozen_stages, self.blocked_stages, before, before, None, None)
+        step = TensorDict({OBSERVATION: observations}, batch_size=[b])
+        # In eval of the counter the language table would hide what a stage costs: run the stages themselves.
+        with FlopCounterMode(display=False) as frozen:
+            for stage in self.prefix.stages:
+                step = run_stage(getattr(stage, "stage", stage), step)
+        with FlopCounterMode(display=False) as trained:
+            self.critic(self.actor.module[0](step))
+        kept = [step.get(key) for key in self.kept_keys]
+        after = sum(v.numel() * v.element_size() for v in kept) // b
+        frozen_flops, flops = (c.get_total_flops() // b for c in (frozen, trained))
+        return ReuseReport(self.frozen_stages, self.blocked_stages, before, after, frozen_flops, flops)
+
+
+@dataclass
+class ReuseReport:
+    """What feature reuse keeps and saves, per transition.
+
+    Attributes:
+        frozen_stages, blocked_stages: see `VLAPolicy`.
+        bytes_before, bytes_after: of the observations, and of what the rollout keeps in their place.
+        frozen_flops, trained_flops: of a forward pass through the frozen and the trainable part of the trunk (multiply
+            and add count as two); None for a model without stages.
+    """
+
+    frozen_stages: list[str]
+    blocked_stages: list[tuple[str, str]]
+    bytes_before: int
+    bytes_after: int
+    frozen_flops: int | None
+    trained_flops: int | None
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        lines = []
+        if self.frozen_stages:
+            share = self.frozen_flops / max(1, self.frozen_flops + self.trained_flops)
+            lines.append(
+                f"feature reuse: {', '.join(self.frozen_stages)} run once per transition and never in the update, "
+                f"which saves {share:.0%} of its forward pass; the rollout keeps {self.bytes_after:,} bytes per "
+                f"transition instead of {self.bytes_before:,}"
+            )
+        lines += [f"feature reuse: not of {name}: {why}" for name, why in self.blocked_stages]
+        return lines
 
 
 def _choose_interface(model: nn.Module, interface: str) -> str:
@@ -122,18 +197,66 @@ def split_frozen_prefix(
 ) -> tuple[list[TensorDictModuleBase], list[TensorDictModuleBase]]:
     """Split stages into those whose outputs depend on frozen parameters only, and the rest.
 
-    A stage is in the first list if none of its own parameters is trainable and everything it reads is an observation or
-    comes from such a stage. (A frozen stage behind a trainable one is not: its inputs change with every update.)
+    A stage is in the first list if none of its own parameters is trainable, it is not random, and everything it reads
+    is an observation or comes from such a stage. (A frozen stage behind a trainable one is not: its inputs change with
+    every update. Behind a random one its inputs change with every look.)
     """
     constant, frozen, rest = set(), [], []
     for stage in stages:
-        reads_constants = all(key in constant or key[0] == OBSERVATION for key in stage.in_keys)
-        if reads_constants and not any(p.requires_grad for p in stage.parameters()):
+        if _reads_constants(stage, constant) and not _trains(stage) and not _is_random(stage):
             constant.update(stage.out_keys)
             frozen.append(stage)
         else:
             rest.append(stage)
     return frozen, rest
+
+
+def blocked_stages(stages: Sequence[TensorDictModuleBase]) -> list[tuple[TensorDictModuleBase, str]]:
+    """Stages that would be reused but for something that a user may not expect, and what it is."""
+    frozen, rest = split_frozen_prefix(stages)
+    constant = {key for stage in frozen for key in stage.out_keys}
+    blocked = []
+    for stage in rest:
+        if _is_opaque(stage):
+            blocked.append((stage, "it is a function, which may use any weights; make it an nn.Module"))
+        if _trains(stage) or not any(True for _ in stage.parameters()):
+            continue
+        changing = [k for k in stage.in_keys if not _reads_constants_key(k, constant)]
+        behind = ", ".join(k if isinstance(k, str) else ".".join(k) for k in changing)
+        blocked.append((stage, f"it reads {behind}, which changes" if behind else "it is random, as dropout is"))
+    return blocked
+
+
+def _trains(stage: TensorDictModuleBase) -> bool:
+    return _is_opaque(stage) or any(p.requires_grad for p in _parameters(stage))
+
+
+def _parameters(stage: TensorDictModuleBase) -> Iterator[nn.Parameter]:
+    """A stage's parameters; those of the whole model where the stage is one of the model's methods."""
+    owner = getattr(getattr(stage, "module", None), "__self__", None)
+    return owner.parameters() if isinstance(owner, nn.Module) else stage.parameters()
+
+
+def _is_opaque(stage: TensorDictModuleBase) -> bool:
+    """A plain function may use any weights."""
+    module = getattr(stage, "module", stage)
+    return not isinstance(module, nn.Module) and not isinstance(getattr(module, "__self__", None), nn.Module)
+
+
+def _is_random(stage: TensorDictModuleBase) -> bool:
+    """A module says so itself (`stochastic = True`, as an augmentation does), or is a dropout that is on."""
+    dropout = nn.modules.dropout._DropoutNd
+    return any(
+        getattr(m, "stochastic", False) or (isinstance(m, dropout) and m.training and m.p > 0) for m in stage.modules()
+    )
+
+
+def _reads_constants(stage: TensorDictModuleBase, constant: set) -> bool:
+    return all(_reads_constants_key(key, constant) for key in stage.in_keys)
+
+
+def _reads_constants_key(key, constant: set) -> bool:
+    return key in constant or key[0] == OBSERVATION
 
 
 def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
@@ -146,9 +269,9 @@ def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
 class StageSequence(TensorDictModuleBase):
     """Some of a model's stages in a row, possibly none; holds the whole model, so that its heads come along."""
 
-    def __init__(self, model: nn.Module, stages: Sequence[TensorDictModuleBase]):
+    def __init__(self, model: nn.Module, stages: Sequence[TensorDictModuleBase], precision: Precision):
         super().__init__()
-        self.model, self.stages = model, list(stages)
+        self.model, self.stages, self._precision = model, list(stages), precision
         written, self.in_keys = set(), []
         for stage in self.stages:
             self.in_keys += [key for key in stage.in_keys if key not in written and key not in self.in_keys]
@@ -157,9 +280,26 @@ class StageSequence(TensorDictModuleBase):
         self.out_keys = [key for stage in self.stages for key in stage.out_keys] or [HIDDEN]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        for stage in self.stages:
-            tensordict = stage(tensordict)
+        with self._precision():
+            for stage in self.stages:
+                tensordict = run_stage(stage, tensordict)
         return tensordict
+
+
+class Precision:
+    """Autocast around the model's own computations: `with precision():`.
+
+    Args:
+        model: where its parameters lie decides the device type.
+        autocast: "off" or "bf16".
+    """
+
+    def __init__(self, model: nn.Module, autocast: str):
+        self.device_type = next(model.parameters()).device.type
+        self.dtype = {"off": None, "bf16": torch.bfloat16}[autocast]
+
+    def __call__(self) -> AbstractContextManager:
+        return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
 
 
 class OncePerInstruction(TensorDictModuleBase):
@@ -192,7 +332,8 @@ class OncePerInstruction(TensorDictModuleBase):
         for text, i in new.items():
             self._rows[text] = len(self._rows)
             alone = TensorDict({self.in_keys[0]: tokens[i : i + 1]}, batch_size=[1])
-            encoded = [self.stage(alone).get(key) for key in self.out_keys]
+            encoded = run_stage(self.stage, alone)
+            encoded = [encoded.get(key) for key in self.out_keys]
             if not self._tables:
                 self._tables = [e.new_empty(self.capacity, *e.shape[1:]) for e in encoded]
             for table, e in zip(self._tables, encoded, strict=True):
@@ -204,20 +345,22 @@ class OncePerInstruction(TensorDictModuleBase):
 class _ActionDistribution:
     """`distribution_class` of the staged actor: the model's own `action_distribution`."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, precision: Precision):
+        self.model, self._precision = model, precision
 
     def __call__(self, hidden: Tensor) -> Distribution:
-        return self.model.action_distribution(hidden)
+        with self._precision():
+            return self.model.action_distribution(hidden)
 
 
 class _ValueHead(nn.Module):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, precision: Precision):
         super().__init__()
-        self.model = model
+        self.model, self._precision = model, precision
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.model.value(hidden)
+        with self._precision():
+            return self.model.value(hidden).float()
 
 
 # ----------------------------------------------------------------------------- models with methods, fused or not
@@ -255,15 +398,16 @@ class MethodActor(TensorDictModuleBase):
     in_keys = [OBSERVATION]  # noqa: RUF012
     out_keys = [ACTION, LOG_PROB, VALUE]  # noqa: RUF012
 
-    def __init__(self, model: nn.Module, act: Callable):
+    def __init__(self, model: nn.Module, act: Callable, precision: Precision):
         super().__init__()
-        self.model, self._act = model, act
+        self.model, self._act, self._precision = model, act, precision
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         deterministic = exploration_type() in (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
         observations = _for_model(self.model, tensordict.get(OBSERVATION))
-        action, log_prob, value = self._act(observations, deterministic=deterministic)
-        return tensordict.update({ACTION: action, LOG_PROB: log_prob, VALUE: value})
+        with self._precision():
+            action, log_prob, value = self._act(observations, deterministic=deterministic)
+        return tensordict.update({ACTION: action.float(), LOG_PROB: log_prob.float(), VALUE: value.float()})
 
 
 class MethodEvaluation(TensorDictModuleBase):
@@ -272,14 +416,15 @@ class MethodEvaluation(TensorDictModuleBase):
     in_keys = [OBSERVATION, ACTION]  # noqa: RUF012
     out_keys = [EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE]  # noqa: RUF012
 
-    def __init__(self, model: nn.Module, evaluate: Callable):
+    def __init__(self, model: nn.Module, evaluate: Callable, precision: Precision):
         super().__init__()
-        self.model, self._evaluate = model, evaluate
+        self.model, self._evaluate, self._precision = model, evaluate, precision
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         observations = _for_model(self.model, tensordict.get(OBSERVATION))
-        scores = self._evaluate(observations, tensordict.get(ACTION))
-        return tensordict.update(dict(zip(self.out_keys, scores, strict=True)))
+        with self._precision():
+            scores = self._evaluate(observations, tensordict.get(ACTION))
+        return tensordict.update({key: score.float() for key, score in zip(self.out_keys, scores, strict=True)})
 
 
 class EvaluatedActions(Distribution):

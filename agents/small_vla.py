@@ -36,6 +36,7 @@ class SmallVLA(StagedVLA):
         hidden_size: D.
         action_head: "gaussian" or "tokens".
         head: further arguments of the action head, see `agents/action_heads.py`.
+        random_shift: pixels by which the update shifts `rgb` at random, see `RandomShift`; 0 = not at all.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SmallVLA(StagedVLA):
         hidden_size: int = 128,
         action_head: str = "gaussian",
         head: dict | None = None,
+        random_shift: int = 0,
     ):
         super().__init__()
         unknown = [m for m in modalities if m not in MODALITIES]
@@ -62,6 +64,7 @@ class SmallVLA(StagedVLA):
         if self.images:
             channels = 3 * (RGB in self.images) + (DEPTH in self.images)
             self.vision_encoder = VisionEncoder(channels, token_size)
+        self.random_shift = RandomShift(random_shift) if random_shift and RGB in self.images else None
         if self.reads_language:
             self.language_encoder = LanguageEncoder(language_size)
         self.fusion = Fusion(
@@ -77,6 +80,9 @@ class SmallVLA(StagedVLA):
         stages, features = [], []
         if self.images:
             keys = [(OBSERVATION, image) for image in self.images]
+            if self.random_shift is not None:
+                stages.append(TensorDictModule(self.random_shift, in_keys=keys[:1], out_keys=["shifted_rgb"]))
+                keys[0] = "shifted_rgb"
             stages.append(TensorDictModule(self.vision_encoder, in_keys=keys, out_keys=["vision_features"]))
             features.append("vision_features")
         if self.reads_language:
@@ -102,6 +108,35 @@ class SmallVLA(StagedVLA):
         """
         language = features["language_features"] if self.reads_language else None
         return self.fusion.answers(features["vision_features"], language)[:, :count, :2]
+
+
+class RandomShift(nn.Module):
+    """Shifts every image by up to `pixels` each way, where gradients are computed (Yarats et al. 2021, DrQ,
+    https://arxiv.org/abs/2004.13649).
+
+    The policy acts on unshifted images, so PPO's ratio starts near 1 and not at it.
+    """
+
+    stochastic = True  # what reads this cannot be computed once and kept
+
+    def __init__(self, pixels: int):
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, image: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return image
+        first = image.shape[-1] != 3
+        channels_first = image if first else image.permute(0, 3, 1, 2)
+        b, _, h, w = channels_first.shape
+        padded = nn.functional.pad(channels_first.float(), [self.pixels] * 4, mode="replicate").to(image.dtype)
+        down, right = torch.randint(0, 2 * self.pixels + 1, (2, b, 1), device=image.device)
+        rows = (down + torch.arange(h, device=image.device))[:, None, :, None]  # [B, 1, H, 1]
+        columns = (right + torch.arange(w, device=image.device))[:, None, None, :]
+        which = torch.arange(b, device=image.device)[:, None, None, None]
+        channel = torch.arange(3, device=image.device)[None, :, None, None]
+        shifted = padded[which, channel, rows, columns]
+        return shifted if first else shifted.permute(0, 2, 3, 1)
 
 
 class VisionEncoder(nn.Module):

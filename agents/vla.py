@@ -28,7 +28,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -62,7 +62,7 @@ class StagedVLA(nn.Module):
         """One pass through the trunk: `hidden`, `[B, D]`."""
         step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
         for stage in self.stages():
-            step = stage(step)
+            step = run_stage(stage, step)
         return step.get(HIDDEN)
 
     def forward(self, observations: TensorDictBase, deterministic: bool = False) -> Tensor:
@@ -88,3 +88,14 @@ class StagedVLA(nn.Module):
         hidden = self.encode(observations)
         distribution = self.action_distribution(hidden)
         return distribution.log_prob(actions), distribution.entropy(), self.value(hidden)
+
+
+def run_stage(stage: TensorDictModuleBase, tensordict: TensorDictBase) -> TensorDictBase:
+    """`stage(tensordict)`; for a plain `TensorDictModule` without what its call costs in Python, 0.1 to 0.2 ms."""
+    if type(stage) is not TensorDictModule:
+        return stage(tensordict)
+    outputs = stage.module(*[tensordict.get(key) for key in stage.in_keys])
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for key, output in zip(stage.out_keys, outputs, strict=True):
+        tensordict.set(key, output)
+    return tensordict

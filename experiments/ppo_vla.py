@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy, check_policy
 from envs import make_env
+from research.asynchronous import AsynchronousRollouts
 from research.checkpoint import load_checkpoint, restore_rng, save_checkpoint
-from research.config import ExperimentConfig, flatten, parse_config, to_dict
+from research.config import ExperimentConfig, TrainerConfig, flatten, parse_config, to_dict
 from research.evaluation import Evaluation, evaluate, write_episodes
 from research.freezing import freeze, parameter_groups, split_switches
 from research.interruption import Interruption
 from research.ppo import PPO, make_gae, make_loss, value_head_parameters
-from research.rollout import EpisodeStatistics, make_collector, prepare_batch
+from research.rollout import EpisodeStatistics, Rollouts
 from research.schema import OBSERVATION, NonFiniteError, UserError, check_observation
 from research.tracking import Tracker, create_run_folder, plot_learning_curve, resolve_wandb_mode
 from research.video import frame_strip, video_grid, write_video
@@ -52,7 +56,7 @@ def train(config: ExperimentConfig) -> int:
     resumed = load_checkpoint(Path(trainer.resume)) if trainer.resume else None
 
     # Environment, model, policy: everything that can be refused is refused here, before anything heavy starts.
-    env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, seed=trainer.seed)
+    env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, trainer.seed)
     observations = env.observation_spec[OBSERVATION].zero()
     check_observation(observations, f"env {trainer.env!r}")
     action_dim = env.action_spec.shape[-1]
@@ -63,20 +67,19 @@ def train(config: ExperimentConfig) -> int:
     model, scope = load_model(config, device)
     freeze(model, scope)
     model.eval()  # no dropout and fixed batch statistics: the policy that is trained is the one that acted
-    policy = VLAPolicy(model, config.policy.feature_reuse)
+    policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast, compile=trainer.compile == "on")
     check_policy(policy, observations[: min(2, trainer.num_envs)], action_dim)
-    optimizer = torch.optim.Adam(parameter_groups(model, cfg.learning_rate, config.policy.learning_rates), eps=1e-5)
+    groups = parameter_groups(model, cfg.learning_rate, config.policy.learning_rates)
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     to_head = config.policy.critic_gradient == "head"
     needs_head = to_head or cfg.value_warmup_iterations
     value_head = value_head_parameters(model, config.policy.value_head) if needs_head else None
     ppo = PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_head, critic_to_head=to_head)
-    gae = make_gae(cfg)
     statistics = EpisodeStatistics(trainer.num_envs, device)
-    collector = make_collector(env, policy.act, trainer.buffer_size)
     mode, reason = resolve_wandb_mode(trainer.use_wandb)
     folder = run_folder_of(trainer.resume) if resumed else create_run_folder(trainer.run_dir, trainer.exp_name)
     num_eval_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
-    eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, seed=trainer.seed)
+    eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
 
     iteration, step, before, best = 0, 0, None, float("-inf")
     if resumed:
@@ -85,7 +88,17 @@ def train(config: ExperimentConfig) -> int:
         statistics.load_state_dict(resumed["statistics"])
         iteration, step = resumed["iteration"], resumed["global_step"]
         before, best = resumed["before"], resumed["best"]
-        restore_environment(env, collector, resumed)
+    if trainer.buffer_type == "standard":
+        rollouts = Rollouts(env, policy, trainer.buffer_size, make_gae(cfg), env_steps=step)
+    else:
+        env.close()
+        rollouts = AsynchronousRollouts(
+            partial(make_worker_env, trainer, device), policy, trainer.num_collectors, trainer.num_envs,
+            trainer.buffer_size, cfg, trainer.max_staleness, trainer.seed, env_steps=step,
+        )  # fmt: skip
+    if resumed:
+        if not rollouts.load_state_dict(resumed["rollouts"]):
+            print("episodes cannot be restored and start anew: the run goes on, but not bit for bit")
         restore_rng(resumed)
 
     scope_name = scope if isinstance(scope, str) else "+".join(scope)
@@ -123,14 +136,13 @@ def train(config: ExperimentConfig) -> int:
             global_step=step,
             before=before,
             best=best,
-            environment=env.state_dict(),
-            carrier=collector._carrier.to_dict(),
+            rollouts=rollouts.state_dict(),
             config=to_dict(config),
         )
 
     code, result = 0, None
     with tracker, Interruption() as interruption:
-        print(describe(config, policy, folder, device), flush=True)
+        print(describe(policy, observations, folder, device), flush=True)
         try:
             if trainer.enable_eval and not resumed:
                 result = evaluate_now(film=FILMED)
@@ -140,14 +152,14 @@ def train(config: ExperimentConfig) -> int:
                 total=trainer.iterations * trainer.buffer_size, initial=step, unit="step", unit_scale=True,
                 disable=not trainer.progress_bar, dynamic_ncols=True,
             )  # fmt: skip
-            batches = iter(collector)
             while iteration < trainer.iterations and not interruption.code:
                 start = time.perf_counter()
-                rollout = next(batches)  # [N, T]
-                batch = prepare_batch(rollout, policy.values, gae, policy.kept_keys)  # [N * T]
+                rollout = rollouts.next()  # [N, T]
+                batch, metrics = rollouts.prepare(rollout)  # [N * T], with advantages
                 collected = time.perf_counter()
                 ppo.set_progress(iteration / trainer.iterations)
-                metrics = ppo.update(batch, value_only=iteration < cfg.value_warmup_iterations)
+                metrics |= ppo.update(batch, value_only=iteration < cfg.value_warmup_iterations)
+                rollouts.publish()
                 metrics |= statistics.update(rollout)
                 end = time.perf_counter()
 
@@ -181,7 +193,7 @@ def train(config: ExperimentConfig) -> int:
         if code > 128 and tracker.run:
             tracker.run.mark_preempting()
         tracker.finish(code)
-    collector.shutdown()
+    rollouts.shutdown()
     eval_env.close()
     return code
 
@@ -228,25 +240,21 @@ def run_folder_of(resume: str) -> Path:
     return path if path.is_dir() else path.parent.parent
 
 
-def restore_environment(env, collector, resumed: dict) -> None:
-    """Put environment and collector where they were; one that cannot say where it was starts new episodes."""
-    env.load_state_dict(resumed["environment"])
-    if not env.resumes_exactly:
-        print("the simulator's state cannot be restored: episodes start anew, so this is not the run bit for bit")
-        return
-    collector._carrier.update(resumed["carrier"])
+def make_worker_env(trainer: TrainerConfig, device: torch.device, worker: int) -> EnvBase:
+    """One worker's share of the environments (buffer_type vla); its seed comes from the collector."""
+    return make_env(trainer.env, trainer.num_envs // trainer.num_collectors, trainer.env_config, device, worker)
 
 
-def describe(config: ExperimentConfig, policy: VLAPolicy, folder: Path, device: torch.device) -> str:
+def describe(policy: VLAPolicy, observations: TensorDictBase, folder: Path, device: torch.device) -> str:
     parameters = list(policy.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    frozen = ", ".join(policy.frozen_stages)
-    return (
+    lines = [
         f"{type(policy.model).__name__} ({policy.interface} interface): {trained:,} of "
-        f"{sum(p.numel() for p in parameters):,} parameters train, on {device}\n"
-        + (f"frozen, so run once per transition and never in the update: {frozen}\n" if frozen else "")
-        + f"run folder: {folder}"
-    )
+        f"{sum(p.numel() for p in parameters):,} parameters train, on {device}",
+        *policy.reuse_report(observations[:1]).lines(),
+        f"run folder: {folder}",
+    ]
+    return "\n".join(lines)
 
 
 def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, str]:

@@ -55,7 +55,15 @@ class TrainerConfig:
     buffer_size: PositiveInt = 2048
     """Transitions per update over all environments."""
     buffer_type: Literal["standard", "vla"] = "standard"
-    """standard: collect, then update; vla (collection during the update) is not available yet."""
+    """standard: collect, then update; vla: collect in other processes while updating, corrected for stale weights."""
+    num_collectors: PositiveInt = 1
+    """Processes that collect (buffer_type vla); they share num_envs."""
+    max_staleness: NonNegativeInt = 2
+    """Updates that a transition's weights may lag behind (buffer_type vla); older ones are thrown away."""
+    autocast: Literal["off", "bf16"] = "off"
+    """bf16: run the model's layers in bfloat16; log-probabilities, advantages and losses stay in float32."""
+    compile: Literal["off", "on"] = "off"
+    """on: torch.compile the model's stages; slow at first, needs a C++ compiler."""
     enable_eval: bool = True
     """Evaluate on fixed initial states before, during and after training."""
     num_eval_envs: PositiveInt = 64
@@ -86,10 +94,10 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if not self.exp_name or Path(self.exp_name).name != self.exp_name:
             raise UserError(f"exp_name: {self.exp_name!r} cannot be part of a folder's name; leave out slashes")
-        if self.buffer_type == "vla":
-            raise UserError('buffer_type: "vla" (collection during the update) is not available yet; use "standard"')
         if self.buffer_size % self.num_envs:
             raise UserError(f"buffer_size: {self.buffer_size} is not a multiple of num_envs = {self.num_envs}")
+        if self.num_envs % self.num_collectors:
+            raise UserError(f"num_collectors: {self.num_collectors} does not divide num_envs = {self.num_envs}")
 
 
 @dataclass
@@ -152,6 +160,8 @@ class PPOConfig:
     """Passes over each rollout."""
     batch_size: PositiveInt = 512
     """Transitions per minibatch."""
+    micro_batch_size: PositiveInt | None = None
+    """Transitions per forward and backward pass; gradients accumulate over a minibatch. none = all at once."""
     gamma: ClosedUnitInterval = 0.99
     """Discount per decision."""
     gae_lambda: ClosedUnitInterval = 0.95

@@ -8,7 +8,7 @@ measured to destroy a pretrained policy.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -32,7 +32,7 @@ def make_loss(actor: ProbabilisticTensorDictSequential, critic: TensorDictModule
         entropy_coeff=cfg.ent_coef,
         critic_coeff=cfg.vf_coef,
         loss_critic_type="l2",
-        normalize_advantage=cfg.normalize_advantage,
+        normalize_advantage=False,  # PPO.update does, over a minibatch whatever its micro-batches
         functional=False,
     )
 
@@ -104,20 +104,17 @@ class PPO:
         cfg, totals, count, stop = self.cfg, defaultdict(float), 0, False
         explained = _explained_variance(batch[VALUE], batch["value_target"])
         for _ in range(cfg.n_epochs):
-            for rows in torch.randperm(len(batch), device=batch.device).split(cfg.batch_size):
-                losses = self.loss(batch[rows])
-                named = ((k, losses[k]) for k in ("loss_objective", "loss_critic", "loss_entropy"))
-                check_finite(named, f"in gradient step {count} of the update")
-                self._backward(losses, value_only)
-                norm = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm)
+            for minibatch in _minibatches(batch, cfg.batch_size):
+                metrics = self._accumulate(minibatch, value_only, f"in gradient step {count} of the update")
+                metrics["train/grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm)
                 if count == 0:
                     part_norms = self._gradient_norms()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 count += 1
-                for name, value in _step_metrics(losses, norm).items():
+                for name, value in metrics.items():
                     totals[name] += value
-                if cfg.target_kl is not None and losses["kl_approx"].item() > cfg.target_kl:
+                if cfg.target_kl is not None and metrics["train/approx_kl"].item() > cfg.target_kl:
                     stop = True
                     break
             if stop:
@@ -128,14 +125,33 @@ class PPO:
         metrics |= {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
         return metrics
 
-    def _backward(self, losses: TensorDictBase, value_only: bool) -> None:
+    def _accumulate(self, minibatch: TensorDictBase, value_only: bool, when: str) -> dict[str, Tensor]:
+        """Gradients of one minibatch, summed over its micro-batches; returns the means of their metrics."""
+        if self.cfg.normalize_advantage and len(minibatch) > 1:
+            advantage = minibatch["advantage"]
+            scale = advantage.std().clamp(min=1e-6)
+            minibatch = minibatch.copy().set("advantage", (advantage - advantage.mean()) / scale)
+        metrics = defaultdict(float)
+        for micro in minibatch.split(self.cfg.micro_batch_size or len(minibatch)):
+            share = len(micro) / len(minibatch)
+            losses = self.loss(micro)
+            named = [(k, losses[k]) for k in ("loss_objective", "loss_critic", "loss_entropy")]
+            if not torch.isfinite(sum(loss.detach() for _, loss in named)):
+                check_finite(named, when)
+            self._backward(losses, value_only, share)
+            for name, value in _loss_metrics(losses).items():
+                metrics[name] += share * value
+        return metrics
+
+    def _backward(self, losses: TensorDictBase, value_only: bool, share: float) -> None:
+        policy_loss, value_loss = losses["loss_objective"] + losses["loss_entropy"], losses["loss_critic"]
         if not self.critic_to_head and not value_only:
-            (losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]).backward()
+            (share * (policy_loss + value_loss)).backward()
             return
         # Only the value head accumulates the critic's gradient, whichever way the model is wired.
-        torch.autograd.backward(losses["loss_critic"], inputs=self.value_parameters, retain_graph=not value_only)
+        torch.autograd.backward(share * value_loss, inputs=self.value_parameters, retain_graph=not value_only)
         if not value_only:
-            (losses["loss_objective"] + losses["loss_entropy"]).backward()
+            (share * policy_loss).backward()
 
     def _gradient_norms(self) -> dict[str, float]:
         norms = {}
@@ -146,14 +162,22 @@ class PPO:
         return norms
 
 
-def _step_metrics(losses: TensorDictBase, norm: Tensor) -> dict[str, Tensor]:
+def _minibatches(batch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
+    """One shuffled pass; a minibatch that is the whole batch is not copied, as its order does not matter."""
+    if size >= len(batch):
+        yield batch
+        return
+    for rows in torch.randperm(len(batch), device=batch.device).split(size):
+        yield batch[rows]
+
+
+def _loss_metrics(losses: TensorDictBase) -> dict[str, Tensor]:
     return {
         "train/loss_objective": losses["loss_objective"].detach(),
         "train/loss_critic": losses["loss_critic"].detach(),
         "train/entropy": losses["entropy"].detach().mean(),
         "train/approx_kl": losses["kl_approx"].detach().mean(),
         "train/clip_fraction": losses["clip_fraction"].detach(),
-        "train/grad_norm": norm.detach(),
     }
 
 

@@ -1,86 +1,194 @@
 """Collection: environment + policy -> rollout `[N, T]` -> advantages -> a flat batch for the update.
 
-Values at truncations and at the rollout's end are computed for just those states; everywhere else the next value is the
-one that the next step stored. GAE then runs once per rollout and never calls a network.
+What a rollout keeps of a step is decided here: what the update reads and nothing else. Observations that only frozen
+stages read are gone as soon as those stages have run, and next observations once they have been valued, which happens
+for the few states that no later step of the rollout values: those at truncations, and those at the rollout's end. GAE
+then runs once per rollout and never calls a network.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.objectives.value import GAE
 
 from research.schema import ACTION, LOG_PROB, OBSERVATION, SUCCESS, VALUE, check_finite
 
+FINAL_VALUE = "final_value"  # under "next": the next state's value where no later step of the rollout holds it, else 0
+POLICY_VERSION = "policy_version"  # which weights acted: the number of updates that they had seen
 
-class FiniteGuard(TensorDictModuleBase):
-    """Runs a policy and stops at the first NaN or infinity in what it reads or does, naming the tensor and the step.
+
+class Policy(Protocol):
+    """What collection needs of a policy; `agents.policy.VLAPolicy` is one."""
+
+    act: TensorDictModuleBase
+    kept_keys: list
+
+    def values(self, steps: TensorDictBase) -> Tensor:
+        """State values `[B, 1]` of the observations in `steps` `[B]`."""
+
+
+class CollectingPolicy(TensorDictModuleBase):
+    """A policy at work in a collector: it says which weights acted, and stops at the first NaN or infinity.
 
     Args:
-        policy: the module that acts.
-        num_envs: N, env steps per call.
+        policy: see `Policy`.
+        env_steps: taken before this collection began, for messages.
+    Raises:
+        NonFiniteError: something that the policy reads or does is not a number; names the tensor and the step.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, num_envs: int):
+    def __init__(self, policy: Policy, env_steps: int = 0):
         super().__init__()
-        self.policy, self.num_envs, self.env_steps = policy, num_envs, 0
-        self.in_keys, self.out_keys = policy.in_keys, policy.out_keys
+        self.act, self.values, self.env_steps = policy.act, policy.values, env_steps
+        self.register_buffer("version", torch.zeros((), dtype=torch.int64))
+        self.before_step: Callable[[CollectingPolicy], None] | None = None  # in a worker: takes in new weights
+        self.kept_keys = [*policy.kept_keys, ACTION, LOG_PROB, VALUE, POLICY_VERSION]
+        self.in_keys, self.out_keys = policy.act.in_keys, [*policy.act.out_keys, POLICY_VERSION]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self.before_step is not None:
+            self.before_step(self)
         when = f"at env step {self.env_steps}"
         observation = tensordict.get(OBSERVATION)
         check_finite(((f"observation {key!r}", observation.get(key)) for key in observation.keys()), when)
-        tensordict = self.policy(tensordict)
+        tensordict = self.act(tensordict)
         check_finite(((key, tensordict.get(key)) for key in (ACTION, LOG_PROB, VALUE)), when)
-        self.env_steps += self.num_envs
-        return tensordict
+        count = tensordict.batch_size[0]
+        self.env_steps += count
+        return tensordict.set(POLICY_VERSION, self.version.expand(count).clone())
 
 
-def make_collector(env: EnvBase, policy: TensorDictModuleBase, buffer_size: int) -> Collector:
-    """A TorchRL collector that yields rollouts `[N, T]` of `buffer_size` = N * T transitions, without end."""
-    guard = FiniteGuard(policy, env.batch_size[0])
-    return Collector(
-        env,
-        guard,
-        frames_per_batch=buffer_size,
-        total_frames=-1,
-        trust_policy=True,
-        auto_register_policy_transforms=False,
-    )
+class RolloutEnv(TransformedEnv):
+    """An environment as a collector sees it: its steps keep what the update reads, and the values of final states.
 
-
-def bootstrap_values(rollout: TensorDictBase, values) -> Tensor:
-    """Values of the next states, `[N, T, 1]`, for GAE.
+    Those values are computed once per rollout, in one batch, when its last step has been taken.
 
     Args:
-        rollout: `[N, T]` with `state_value`, and `observation` and flags under `next`.
-        values: function of steps `[B]` (with `observation`) to state values `[B, 1]`; called once, for the states that
-            no later step of the rollout evaluated: those at truncations, and those in the last column.
+        env: the environment, batch `[N]`.
+        steps: T, steps per rollout.
     """
-    value = rollout[VALUE]
-    terminated, done = rollout["next", "terminated"].squeeze(-1), rollout["next", "done"].squeeze(-1)
-    following = torch.zeros_like(value)
-    following[:, :-1] = value[:, 1:]
-    needs = done.clone()
-    needs[:, -1] = True
-    needs &= ~terminated
-    if needs.any():
-        ends = TensorDict({OBSERVATION: rollout["next", OBSERVATION][needs]}, batch_size=[int(needs.sum())])
-        following[needs] = values(ends)
-    following[terminated] = 0.0
+
+    def __init__(self, env: EnvBase, steps: int):
+        super().__init__(env)
+        self.steps, self.taken = steps, 0
+        self.policy: CollectingPolicy | None = None  # set by RolloutCollector
+        self._final: list[tuple[Tensor, Tensor, TensorDictBase]] = []
+
+    def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
+        step, following = self.base_env.step_and_maybe_reset(tensordict)
+        after = step.get("next")
+        self.taken += 1
+        last = self.taken == self.steps
+        ends = torch.ones_like(after.get("done")) if last else after.get("done")
+        rows = (ends & ~after.get("terminated")).squeeze(-1).nonzero().squeeze(-1)
+        value = torch.zeros_like(ends, dtype=torch.float32)
+        if len(rows):
+            self._final.append((value, rows, after.get(OBSERVATION)[rows]))
+        if last:
+            self._value_final_states()
+        kept = after.select("reward", "done", "terminated", "truncated", SUCCESS, strict=False)
+        step.select(*self.policy.kept_keys, inplace=True)
+        return step.set("next", kept.set(FINAL_VALUE, value)), following
+
+    def _value_final_states(self) -> None:
+        """Write the values into the tensors that the steps of this rollout hold."""
+        if self._final:
+            observations = torch.cat([o for _, _, o in self._final])
+            values = self.policy.values(TensorDict({OBSERVATION: observations}, observations.batch_size))
+            for (value, rows, _), part in zip(
+                self._final, values.split([len(rows) for _, rows, _ in self._final]), strict=True
+            ):
+                value[rows] = part
+        self._final, self.taken = [], 0
+
+
+class RolloutCollector(Collector):
+    """TorchRL's collector over a `RolloutEnv`, which values states with the very policy that acts."""
+
+    def __init__(
+        self, create_env_fn: EnvBase | Callable[[], EnvBase], policy: CollectingPolicy | None = None, **options
+    ):
+        super().__init__(create_env_fn, policy, **options)
+        self.env.policy = self.policy
+
+
+class Rollouts:
+    """Rollouts `[N, T]` collected by turns with the update, and what becomes of them before it.
+
+    Args:
+        env: batch `[N]`.
+        policy: see `Policy`.
+        buffer_size: transitions per rollout, N * T.
+        gae: TorchRL's estimator, built with `value_network=None`.
+        env_steps: taken before this collection began, for messages.
+    """
+
+    def __init__(self, env: EnvBase, policy: Policy, buffer_size: int, gae: GAE, env_steps: int = 0):
+        self.env, self.gae, self.kept_keys = env, gae, policy.kept_keys
+        self.policy = CollectingPolicy(policy, env_steps)
+        self.collector = RolloutCollector(
+            RolloutEnv(env, buffer_size // env.batch_size[0]),
+            self.policy,
+            frames_per_batch=buffer_size,
+            total_frames=-1,
+            trust_policy=True,
+            track_traj_ids=False,
+            use_buffers=False,
+            auto_register_policy_transforms=False,
+        )
+        self._arriving: Iterator[TensorDictBase] | None = None
+
+    def next(self) -> TensorDictBase:
+        """Collect a rollout."""
+        self._arriving = self._arriving or iter(self.collector)
+        return next(self._arriving)
+
+    def prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
+        """The flat batch that the update reads, see `prepare_batch`, and metrics."""
+        return prepare_batch(rollout, self.gae, self.kept_keys), {}
+
+    def publish(self) -> None:
+        """Say that the weights have changed."""
+        self.policy.version += 1
+
+    def state_dict(self) -> dict:
+        """Where the environments and their episodes are."""
+        return {"environment": self.env.state_dict(), "carrier": self.collector._carrier.to_dict()}
+
+    def load_state_dict(self, state: dict) -> bool:
+        """Go on from there; False where the environment cannot, so that episodes start anew."""
+        self.env.load_state_dict(state.get("environment", {}))
+        exactly = self.env.resumes_exactly and "carrier" in state
+        if exactly:
+            self.collector._carrier.update(state["carrier"])
+        return exactly
+
+    def shutdown(self) -> None:
+        """Close the environment."""
+        self.collector.shutdown()
+
+
+def next_values(rollout: TensorDictBase) -> Tensor:
+    """Values of the next states, `[N, T, 1]`: the next step's own, or the final state's; 0 after a termination."""
+    value, done = rollout[VALUE], rollout["next", "done"]
+    following = rollout["next", FINAL_VALUE].clone()
+    following[:, :-1] = torch.where(done[:, :-1], following[:, :-1], value[:, 1:])
     return following
 
 
-def prepare_batch(rollout: TensorDictBase, values, gae: GAE, kept_keys: list) -> TensorDictBase:
-    """Advantages, and then only what the update reads, flat.
+def prepare_batch(rollout: TensorDictBase, gae: GAE, kept_keys: Sequence) -> TensorDictBase:
+    """Advantages, flat, beside what the update reads.
 
     Args:
         rollout: `[N, T]` from the collector.
-        values: see `bootstrap_values`.
         gae: TorchRL's estimator, built with `value_network=None`.
         kept_keys: the policy's own; see `VLAPolicy.kept_keys`.
     Returns:
@@ -88,15 +196,11 @@ def prepare_batch(rollout: TensorDictBase, values, gae: GAE, kept_keys: list) ->
     Raises:
         NonFiniteError: a reward, value or advantage is not a number.
     """
+    after = rollout["next"]
     steps = TensorDict(
         {
             VALUE: rollout[VALUE],
-            "next": {
-                "reward": rollout["next", "reward"],
-                "done": rollout["next", "done"],
-                "terminated": rollout["next", "terminated"],
-                VALUE: bootstrap_values(rollout, values),
-            },
+            "next": after.select("reward", "done", "terminated").set(VALUE, next_values(rollout)),
         },
         batch_size=rollout.batch_size,
     )

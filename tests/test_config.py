@@ -255,7 +255,7 @@ BAD_FLAGS = [
     # impossible or not there yet
     (["--trainer.num_envs=48"], "trainer.buffer_size: 2048 is not a multiple of num_envs = 48", ""),
     (["--algorithm.cfg.batch_size=4096"], "algorithm.cfg.batch_size: 4096", "trainer.buffer_size = 2048"),
-    (["--trainer.buffer_type=vla"], "trainer.buffer_type", "not available yet"),
+    (["--trainer.num_collectors=3"], "trainer.num_collectors", "does not divide num_envs = 64"),
     (["--trainer.exp_name=a/b"], "trainer.exp_name: 'a/b'", ""),
     (["--trainer.exp_name="], "trainer.exp_name: ''", ""),
     (["--policy.freeze=vison"], "policy.freeze: 'vison'", "none, vision, language, backbone"),

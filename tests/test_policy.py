@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -14,9 +15,10 @@ from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
 from research.freezing import freeze, parameter_groups
 from research.ppo import PPO, make_gae, make_loss, value_head_parameters
-from research.rollout import make_collector, prepare_batch
+from research.rollout import Rollouts
 from research.schema import UserError
 
+LOSS_KEYS = ("action", "action_log_prob", "state_value", "advantage", "value_target")
 HEADS = [("gaussian", {}), ("tokens", {"bins": 11})]
 
 
@@ -60,8 +62,8 @@ WRAP = {"staged": lambda m: m, "fused": Fused, "methods": ThreeMethods}
 def rollout_batch(policy: VLAPolicy, num_envs: int = 4, steps: int = 8) -> TensorDict:
     torch.manual_seed(1)
     env = TabletopEnv(num_envs, max_steps=5, modalities=["rgb", "proprio", "language"])
-    rollout = next(iter(make_collector(env, policy.act, num_envs * steps)))
-    return prepare_batch(rollout, policy.values, make_gae(PPOConfig()), policy.kept_keys)
+    rollouts = Rollouts(env, policy, num_envs * steps, make_gae(PPOConfig()))
+    return rollouts.prepare(rollouts.next())[0]
 
 
 def total_loss(policy: VLAPolicy, batch: TensorDict, **cfg) -> TensorDict:
@@ -81,7 +83,7 @@ def test_all_interfaces_give_equal_losses_and_gradients(head, options, critic_gr
         losses = total_loss(policy, batch.clone())
         values = value_head_parameters(model, "value_head") if critic_gradient == "head" else None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        PPO(model, None, optimizer, PPOConfig(), values)._backward(losses, value_only=False)
+        PPO(model, None, optimizer, PPOConfig(), values)._backward(losses, value_only=False, share=1.0)
         got = [losses[k].detach() for k in ("loss_objective", "loss_critic", "loss_entropy")]
         got += [p.grad for p in model.parameters() if p.grad is not None]
         assert len(got) > 20
@@ -103,6 +105,39 @@ def test_ratio_is_one_at_the_first_minibatch(head, options, interface):
     assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("scope", ["none", ["vision_encoder"]])
+def test_bf16_keeps_the_ratio_at_one_and_the_mathematics_in_float32(interface, scope):
+    model = small_model()
+    freeze(model, scope)
+    policy = VLAPolicy(WRAP[interface](model), autocast="bf16")
+    batch = rollout_batch(policy)
+    assert all(batch[key].dtype == torch.float32 for key in LOSS_KEYS)
+    if interface == "staged" and scope != "none":
+        assert batch["vision_features"].dtype == torch.bfloat16  # as recomputing would make them, in half the bytes
+    losses = total_loss(policy, batch[:16])
+    assert all(losses[key].dtype == torch.float32 for key in ("loss_objective", "loss_critic", "loss_entropy"))
+    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-3)
+    assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=1e-3)
+    exact = VLAPolicy(WRAP[interface](small_model()), autocast="off")
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        step = TabletopEnv(8, modalities=["rgb", "proprio", "language"]).reset()
+        values = policy.act(step.copy())["state_value"], exact.act(step.copy())["state_value"]
+    assert not torch.equal(*values)  # it did run in another precision
+    torch.testing.assert_close(*values, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("interface", ["staged", "methods"])
+def test_compiled_policies_give_equal_losses_and_gradients(interface):
+    gradients = []
+    batch = rollout_batch(VLAPolicy(small_model()))
+    for compile in (False, True):
+        policy = VLAPolicy(WRAP[interface](small_model()), compile=compile)
+        gradients.append(gradients_of(policy, batch.clone()))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def count_calls(module: nn.Module) -> list:
     calls = []
     module.register_forward_hook(lambda *_: calls.append(1))
@@ -117,15 +152,14 @@ def test_trunk_passes_are_counted(interface, per_step, per_minibatch):
     calls = count_calls(model.fusion)
     policy = VLAPolicy(WRAP[interface](model))
     env = TabletopEnv(4, max_steps=50, modalities=["rgb", "proprio", "language"])
-    collector = make_collector(env, policy.act, 4 * 8)
-    batches = iter(collector)
-    next(batches)
+    rollouts = Rollouts(env, policy, 4 * 8, make_gae(PPOConfig()))
+    rollouts.next()
     calls.clear()
-    rollout = next(batches)
-    assert len(calls) == 8 * per_step
+    rollout = rollouts.next()
+    assert len(calls) == 8 * per_step + 1  # and the last column's next states, once
     calls.clear()
-    batch = prepare_batch(rollout, policy.values, make_gae(PPOConfig()), policy.kept_keys)
-    assert len(calls) == 1  # the last column's next states, once
+    batch, _ = rollouts.prepare(rollout)
+    assert len(calls) == 0
     calls.clear()
     cfg = PPOConfig(n_epochs=2, batch_size=16)
     optimizer = torch.optim.Adam(parameter_groups(model, 1e-3, {}))
@@ -134,30 +168,104 @@ def test_trunk_passes_are_counted(interface, per_step, per_minibatch):
     assert len(calls) == 2 * 2 * per_minibatch
 
 
-@pytest.mark.parametrize(
-    "scope", [["vision_encoder"], ["language_encoder"], ["vision_encoder", "language_encoder"], "backbone"]
-)
+SCOPES = [["vision_encoder"], ["language_encoder"], ["vision_encoder", "language_encoder"], "backbone", "none"]
+
+
+def gradients_of(policy: VLAPolicy, batch: TensorDict) -> list[torch.Tensor]:
+    policy.model.zero_grad()
+    losses = total_loss(policy, batch)
+    (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
+    return [losses["loss_objective"].detach(), *(p.grad.clone() for p in policy.model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
 def test_frozen_stages_run_once_and_give_the_same_gradients(scope):
     """Features kept in the rollout change nothing but the work (and the batch shape they were computed at)."""
     torch.manual_seed(1)
     model = small_model()
     freeze(model, scope)
     policies = {reuse: VLAPolicy(model, feature_reuse=reuse) for reuse in ("auto", "off")}
-    env = TabletopEnv(4, max_steps=5, modalities=["rgb", "proprio", "language"])
-    rollout = next(iter(make_collector(env, policies["auto"].act, 32)))
-    gradients = []
+    keys = {reuse: policy.kept_keys for reuse, policy in policies.items()}
+    policies["auto"].kept_keys = [*keys["auto"], *(k for k in keys["off"] if k not in keys["auto"])]
+    both = rollout_batch(policies["auto"])
+    gradients, recomputed = {}, {}
     for reuse, policy in policies.items():
-        batch = prepare_batch(rollout, policies["auto"].values, make_gae(PPOConfig()), policy.kept_keys)
+        batch = both.select(*keys[reuse], *LOSS_KEYS)
         calls = count_calls(model.vision_encoder)
-        losses = total_loss(policy, batch)
-        (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
-        reused = reuse == "auto" and scope != ["language_encoder"]
+        gradients[reuse] = gradients_of(policy, batch)
+        reused = reuse == "auto" and scope not in (["language_encoder"], "none")
         assert len(calls) == (0 if reused else 1)
         assert (("observation", "rgb") in batch.keys(True)) != reused  # pixels are dropped where nothing reads them
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-        model.zero_grad()
-    for a, b in zip(*gradients, strict=True):
+    for a, b in zip(*gradients.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    # At equal batch shapes, bit for bit. (The language table encodes every instruction by itself, so run the stage.)
+    step = both.select("observation")
+    with torch.no_grad():
+        for stage in policies["auto"].prefix.stages:
+            step = getattr(stage, "stage", stage)(step)
+    recomputed = gradients_of(policies["auto"], both.update(step).select(*keys["auto"], *LOSS_KEYS))
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, gradients["off"], strict=True))
+
+
+def test_reuse_report_counts_bytes_and_work():
+    model = small_model()
+    freeze(model, ["vision_encoder", "language_encoder"])
+    step = TabletopEnv(2, modalities=["rgb", "proprio", "language"]).reset()["observation"]
+    report = VLAPolicy(model).reuse_report(step)
+    assert report.frozen_stages == ["vision_encoder", "language_encoder"] and report.blocked_stages == []
+    assert report.bytes_before == 64 * 64 * 3 + 3 * 4 + 64 * 8
+    assert report.bytes_after == 64 * 8 * 4 + 64 * 4 + 3 * 4  # tokens, language features, proprioception
+    assert report.frozen_flops > 10 * report.trained_flops > 0
+    (line,) = report.lines()
+    assert "vision_encoder, language_encoder" in line and f"{report.bytes_after:,}" in line
+    assert VLAPolicy(small_model()).reuse_report(step).lines() == []
+
+
+def test_dropout_that_is_on_prevents_reuse_and_says_so():
+    model = small_model()
+    model.vision_encoder.tokens = nn.Sequential(model.vision_encoder.tokens, nn.Dropout(0.1))
+    freeze(model, ["vision_encoder"])  # puts it in eval mode
+    assert VLAPolicy(model).frozen_stages == ["vision_encoder"]
+    model.vision_encoder.train()
+    policy = VLAPolicy(model)
+    assert policy.frozen_stages == [] and policy.blocked_stages == [("vision_encoder", "it is random, as dropout is")]
+
+
+def test_augmentation_prevents_reuse_of_what_sees_it_and_says_so():
+    torch.manual_seed(0)
+    model = SmallVLA(3, token_size=8, hidden_size=32, random_shift=4).eval()
+    freeze(model, ["vision_encoder", "language_encoder"])
+    policy = VLAPolicy(model)
+    assert policy.frozen_stages == ["language_encoder"]
+    assert policy.blocked_stages == [("vision_encoder", "it reads shifted_rgb, which changes")]
+    assert ("observation", "rgb") in policy.kept_keys
+
+
+class MethodStage(SmallVLA):
+    """Its trunk is a method, or a function, that uses weights of which the stage does not know."""
+
+    function = False
+
+    def stages(self):
+        look = (lambda rgb, text, p: self.look(rgb, text, p)) if self.function else self.look
+        keys = [("observation", key) for key in ("rgb", "language", "proprio")]
+        return [TensorDictModule(look, in_keys=keys, out_keys=["hidden"])]
+
+    def look(self, rgb, language, proprio):
+        return self.fusion(self.vision_encoder(rgb), self.language_encoder(language), proprio)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_stage_that_is_a_method_or_function_trains(function):
+    """It holds no parameters of its own; taking it for frozen would silently train nothing but the heads."""
+    torch.manual_seed(0)
+    model = MethodStage(3, token_size=8, hidden_size=32).eval()
+    model.function = function
+    policy = VLAPolicy(model)
+    assert policy.frozen_stages == []
+    assert len(policy.blocked_stages) == function
+    gradients_of(policy, rollout_batch(policy))
+    assert all(p.grad is not None for p in model.fusion.parameters())
 
 
 def test_a_frozen_stage_behind_a_trainable_one_is_not_reused():

@@ -50,12 +50,12 @@ def test_loss_is_ppo_as_written():
     with torch.no_grad():
         for p in model.action_head.parameters():
             p.add_(0.1 * torch.randn_like(p))
+    batch["advantage"] = (batch["advantage"] - batch["advantage"].mean()) / batch["advantage"].std()
     losses = make_loss(policy.actor, policy.critic, cfg)(batch.clone())
     hidden = model.encode(batch["observation"])
     d = Independent(Normal(model.action_head.mean(hidden), model.action_head.std()), 1)
     ratio = (d.log_prob(batch["action"]) - batch["action_log_prob"]).exp()
     a = batch["advantage"][:, 0]
-    a = (a - a.mean()) / a.std()
     assert ((ratio - 1).abs() > 0.1).any() and ((ratio - 1).abs() < 0.1).any()
     objective = -torch.min(ratio * a, ratio.clamp(0.9, 1.1) * a).mean()
     torch.testing.assert_close(losses["loss_objective"], objective, rtol=1e-4, atol=1e-6)
@@ -101,8 +101,8 @@ def test_where_the_critics_gradient_goes(head_only):
     ppo, policy = make_ppo(model, head_only=head_only, ent_coef=0.0)
     batch = make_batch(policy)
     batch["advantage"][:] = 0.0  # no policy gradient: what reaches the trunk is the critic's
-    losses = make_loss(policy.actor, policy.critic, PPOConfig(ent_coef=0.0, normalize_advantage=False))(batch)
-    ppo._backward(losses, value_only=False)
+    losses = make_loss(policy.actor, policy.critic, PPOConfig(ent_coef=0.0))(batch)
+    ppo._backward(losses, value_only=False, share=1.0)
     trunk = sum(p.grad.abs().sum().item() for p in model.fusion.parameters() if p.grad is not None)
     assert sum(p.grad.abs().sum().item() for p in model.value_head.parameters()) > 0
     assert (trunk == 0) == head_only
@@ -114,12 +114,44 @@ def test_after_a_warm_up_the_critics_gradient_reaches_the_trunk_where_asked():
     ppo.critic_to_head = False
     batch = make_batch(policy)
     batch["advantage"][:] = 0.0
-    loss = make_loss(policy.actor, policy.critic, PPOConfig(ent_coef=0.0, normalize_advantage=False))
+    loss = make_loss(policy.actor, policy.critic, PPOConfig(ent_coef=0.0))
     for value_only in (True, False):
         model.zero_grad()
-        ppo._backward(loss(batch.clone()), value_only)
+        ppo._backward(loss(batch.clone()), value_only, share=1.0)
         trunk = sum(p.grad.abs().sum().item() for p in model.fusion.parameters() if p.grad is not None)
         assert (trunk == 0) == value_only
+
+
+def test_advantages_are_normalised_over_the_minibatch():
+    model = make_model()
+    seen = []
+    ppo, policy = make_ppo(model, batch_size=64, n_epochs=1)
+    loss = ppo.loss
+    ppo.loss = lambda batch: seen.append(batch["advantage"].clone()) or loss(batch)
+    batch = make_batch(policy)
+    batch["advantage"] = batch["advantage"] * 7 + 3
+    ppo.update(batch)
+    assert seen[0].mean().item() == pytest.approx(0, abs=1e-6) and seen[0].std().item() == pytest.approx(1, abs=1e-5)
+    ppo, policy = make_ppo(model, batch_size=64, n_epochs=1, normalize_advantage=False)
+    ppo.loss = lambda batch: seen.append(batch["advantage"].clone()) or loss(batch)
+    ppo.update(batch)
+    assert torch.equal(seen[1], batch["advantage"])
+
+
+@pytest.mark.parametrize("head_only", [True, False])
+def test_micro_batches_give_the_minibatchs_gradients_and_metrics(head_only):
+    results = []
+    for micro in (None, 7, 64):  # 7 leaves a smaller one at the end
+        model = make_model()
+        ppo, policy = make_ppo(model, lr=1e-2, head_only=head_only, batch_size=64, n_epochs=1, micro_batch_size=micro)
+        batch = make_batch(policy)
+        metrics = ppo._accumulate(batch, value_only=False, when="")
+        results.append(([p.grad.clone() for p in model.parameters()], metrics))
+    for gradients, metrics in results[1:]:
+        for a, b in zip(gradients, results[0][0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        for name, value in metrics.items():
+            torch.testing.assert_close(value, results[0][1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_target_kl_stops_the_update():

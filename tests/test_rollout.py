@@ -5,109 +5,160 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
 
 from research.config import PPOConfig
 from research.ppo import make_gae
-from research.rollout import EpisodeStatistics, FiniteGuard, bootstrap_values, prepare_batch
+from research.rollout import CollectingPolicy, EpisodeStatistics, Rollouts
 from research.schema import NonFiniteError
 
 GAMMA, LAMBDA = 0.9, 0.8
 
 
-def made_up_rollout(n: int = 6, t: int = 12) -> TensorDict:
-    """Terminations and truncations in the middle and at the end, both at once never."""
+def script(n: int = 6, t: int = 12) -> TensorDict:
+    """What will happen: terminations and truncations in the middle and at the end, both at once never."""
     g = torch.Generator().manual_seed(3)
     terminated = torch.rand(n, t, 1, generator=g) < 0.15
     truncated = (torch.rand(n, t, 1, generator=g) < 0.15) & ~terminated
     terminated[0, -1], truncated[0, -1] = True, False
     truncated[1, -1], terminated[1, -1] = True, False
     assert terminated[:, :-1].any() and truncated[:, :-1].any()
-    state = torch.randn(n, t, 2, generator=g)
+    state = torch.randn(n, t + 1, 2, generator=g)
     after = torch.randn(n, t, 2, generator=g)  # the next state; where no episode ends it is the next step's state
-    ends = (terminated | truncated).squeeze(-1)
-    after[:, :-1][~ends[:, :-1]] = state[:, 1:][~ends[:, :-1]]
-    return TensorDict(
-        {
-            "observation": {"proprio": state},
-            "action": torch.randn(n, t, 3, generator=g),
-            "action_log_prob": torch.randn(n, t, generator=g),
-            "state_value": values_of(state.flatten(0, 1)).view(n, t, 1),
-            "next": {
-                "observation": {"proprio": after},
-                "reward": torch.randn(n, t, 1, generator=g),
-                "terminated": terminated,
-                "truncated": truncated,
-                "done": terminated | truncated,
-            },
-        },
-        batch_size=[n, t],
-    )
+    done = terminated | truncated
+    after = torch.where(done, after, state[:, 1:])
+    reward = torch.randn(n, t, 1, generator=g)
+    facts = {"state": state[:, :-1], "after": after, "reward": reward, "terminated": terminated, "truncated": truncated}
+    return TensorDict({**facts, "done": done}, batch_size=[n, t])
+
+
+class Scripted(EnvBase):
+    """Plays a script, over and over."""
+
+    resumes_exactly = True
+
+    def __init__(self, script: TensorDict):
+        n, self.t = len(script), 0
+        super().__init__(batch_size=[n])
+        self.script = script
+        proprio = Unbounded((n, 2))
+        self.observation_spec = Composite(observation=Composite(proprio=proprio, shape=(n,)), shape=(n,))
+        self.action_spec, self.reward_spec = Unbounded((n, 3)), Unbounded((n, 1))
+        flags = {k: Categorical(2, (n, 1), dtype=torch.bool) for k in ("done", "terminated", "truncated")}
+        self.full_done_spec = Composite(flags, shape=(n,))
+
+    def _observe(self, key: str, t: int) -> TensorDict:
+        proprio = self.script[key][:, t % self.script.shape[1]]
+        return TensorDict({"observation": TensorDict({"proprio": proprio}, self.batch_size)}, self.batch_size)
+
+    def _reset(self, tensordict=None, **_) -> TensorDict:
+        return self._observe("state", self.t)
+
+    def _step(self, tensordict: TensorDict) -> TensorDict:
+        now = self.script[:, self.t % self.script.shape[1]]
+        step = self._observe("after", self.t)
+        self.t += 1
+        return step.update(now.select("reward", "done", "terminated", "truncated"))
+
+    def _set_seed(self, seed) -> None:
+        pass
+
+
+class Valuing:
+    """A policy that does nothing, and knows what every state is worth; says how many states it was asked about."""
+
+    in_keys, out_keys, kept_keys = ["observation"], ["action"], [("observation", "proprio")]
+
+    def __init__(self):
+        self.act, self.asked = self, []
+
+    def __call__(self, step: TensorDict) -> TensorDict:
+        n = len(step)
+        value = values_of(step["observation", "proprio"])
+        return step.update({"action": torch.zeros(n, 3), "action_log_prob": torch.zeros(n), "state_value": value})
+
+    def values(self, steps: TensorDict) -> torch.Tensor:
+        self.asked.append(len(steps))
+        return values_of(steps["observation", "proprio"])
+
+
+def collect(script: TensorDict, policy: Valuing) -> tuple[TensorDict, TensorDict]:
+    """One rollout, and its batch."""
+    rollouts = Rollouts(Scripted(script), policy, script.numel(), make_gae(PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA)))
+    rollout = rollouts.next()
+    batch, metrics = rollouts.prepare(rollout)
+    assert metrics == {}
+    return rollout, batch
 
 
 def values_of(state: torch.Tensor) -> torch.Tensor:
     return (state * torch.tensor([1.5, -0.7])).sum(-1, keepdim=True).sin()
 
 
-def gae_by_hand(rollout: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+def gae_by_hand(script: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
     """Schulman et al. 2016, equation 16, in float64, one environment and one step at a time."""
-    n, t = rollout.batch_size
-    value = rollout["state_value"].double().squeeze(-1)
-    following = values_of(rollout["next", "observation", "proprio"].double().flatten(0, 1)).view(n, t)
+    n, t = script.batch_size
+    value = values_of(script["state"].double()).squeeze(-1)
+    following = values_of(script["after"].double()).squeeze(-1)
     advantage = torch.zeros(n, t, dtype=torch.float64)
     for i in range(n):
         running = 0.0
         for k in reversed(range(t)):
-            terminated = bool(rollout["next", "terminated"][i, k])
-            done = bool(rollout["next", "done"][i, k])
-            target = rollout["next", "reward"][i, k].double() + (0.0 if terminated else GAMMA * following[i, k])
+            terminated, done = bool(script["terminated"][i, k]), bool(script["done"][i, k])
+            target = script["reward"][i, k].double() + (0.0 if terminated else GAMMA * following[i, k])
             running = target - value[i, k] + (0.0 if done else GAMMA * LAMBDA * running)
             advantage[i, k] = running
     return advantage, advantage + value
 
 
-def step_values(steps: TensorDict) -> torch.Tensor:
-    return values_of(steps["observation", "proprio"])
-
-
 def test_advantages_equal_gae_by_hand():
-    rollout = made_up_rollout()
-    gae = make_gae(PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA))
-    batch = prepare_batch(rollout, step_values, gae, [])
-    advantage, target = gae_by_hand(rollout)
+    events = script()
+    _, batch = collect(events, Valuing())
+    advantage, target = gae_by_hand(events)
     torch.testing.assert_close(batch["advantage"].double().view(6, 12), advantage, rtol=0, atol=1e-5)
     torch.testing.assert_close(batch["value_target"].double().view(6, 12), target, rtol=0, atol=1e-5)
 
 
-def test_bootstrap_asks_only_for_states_nobody_evaluated():
-    rollout, asked = made_up_rollout(), []
+def test_the_second_rollout_goes_on_where_the_first_ended():
+    events = script()
+    events["truncated"][2:, -1] = events["terminated"][2:, -1] = events["done"][2:, -1] = False
+    events["after"][2:, -1] = events["state"][2:, 0]  # played over and over: the first state follows the last
+    both = torch.cat([events, events], dim=1)
+    rollouts = Rollouts(Scripted(events), Valuing(), 72, make_gae(PPOConfig(gamma=GAMMA, gae_lambda=0.0)))
+    rollouts.next()
+    batch, _ = rollouts.prepare(rollouts.next())
+    value, following = values_of(both["state"][:, 12:]), values_of(both["after"][:, 12:])
+    advantage = both["reward"][:, 12:] + GAMMA * following * ~both["terminated"][:, 12:] - value
+    torch.testing.assert_close(batch["advantage"].view(6, 12, 1), advantage, rtol=0, atol=1e-5)
 
-    def values(steps: TensorDict) -> torch.Tensor:
-        asked.append(len(steps))
-        return step_values(steps)
 
-    following = bootstrap_values(rollout, values)
-    needs = rollout["next", "truncated"].clone()
-    needs[:, -1] |= ~rollout["next", "terminated"][:, -1]
-    assert asked == [int(needs.sum())]
-    assert (following[rollout["next", "terminated"]] == 0).all()
-    reference = step_values(rollout["next"].flatten(0, 1)).view(6, 12, 1)
-    alive = ~rollout["next", "terminated"]
-    torch.testing.assert_close(following[alive], reference[alive])
+def test_values_are_asked_once_and_only_for_states_nobody_valued():
+    events, policy = script(), Valuing()
+    collect(events, policy)
+    needs = events["truncated"].clone()
+    needs[:, -1] |= ~events["terminated"][:, -1]
+    assert policy.asked == [int(needs.sum())]
 
 
 def test_nothing_is_asked_when_every_episode_terminates_at_the_end():
-    rollout = made_up_rollout()
-    rollout["next", "truncated"][:] = False
-    rollout["next", "terminated"][:, -1] = True
-    rollout["next", "done"] = rollout["next", "terminated"].clone()
-    assert torch.isfinite(bootstrap_values(rollout, lambda steps: pytest.fail("asked for a value"))).all()
+    events, policy = script(), Valuing()
+    events["truncated"][:] = False
+    events["terminated"][:, -1] = True
+    events["done"] = events["terminated"].clone()
+    collect(events, policy)
+    assert policy.asked == []
 
 
-def test_batch_holds_what_the_update_reads_and_nothing_else():
-    batch = prepare_batch(made_up_rollout(), step_values, make_gae(PPOConfig()), [("observation", "proprio")])
+def test_rollout_and_batch_hold_what_the_update_reads_and_nothing_else():
+    policy = Valuing()
+    policy.kept_keys = []
+    rollout, batch = collect(script(), policy)
     assert batch.batch_size == (72,)
-    keys = {"observation", "action", "action_log_prob", "state_value", "advantage", "value_target"}
-    assert set(batch.keys()) == keys
+    kept = {"action", "action_log_prob", "state_value"}
+    assert set(batch.keys()) == kept | {"advantage", "value_target"}
+    assert set(rollout.keys()) == kept | {"policy_version", "next"}  # no observation
+    assert set(rollout["next"].keys()) == {"reward", "done", "terminated", "truncated", "final_value"}
 
 
 def test_episode_statistics_cross_rollouts():
@@ -132,10 +183,10 @@ def test_episode_statistics_cross_rollouts():
 class Broken:
     """A policy whose action, or value, is NaN from its third call on."""
 
-    in_keys, out_keys = ["observation"], ["action"]
+    in_keys, out_keys, kept_keys, values = ["observation"], ["action"], [], None
 
     def __init__(self, key: str):
-        self.key, self.calls = key, 0
+        self.key, self.calls, self.act = key, 0, self
 
     def __call__(self, step: TensorDict) -> TensorDict:
         self.calls += 1
@@ -147,7 +198,7 @@ class Broken:
 
 @pytest.mark.parametrize("key", ["action", "action_log_prob", "state_value"])
 def test_nan_from_the_policy_names_tensor_and_step(key):
-    guard = FiniteGuard(Broken(key), num_envs=4)
+    guard = CollectingPolicy(Broken(key))
     step = TensorDict({"observation": {"proprio": torch.zeros(4, 2)}}, batch_size=[4])
     guard(step.clone())
     guard(step.clone())
@@ -155,15 +206,24 @@ def test_nan_from_the_policy_names_tensor_and_step(key):
         guard(step.clone())
 
 
+def test_after_a_resume_the_step_is_counted_from_there():
+    guard = CollectingPolicy(Broken("action"), env_steps=1000)
+    step = TensorDict({"observation": {"proprio": torch.zeros(4, 2)}}, batch_size=[4])
+    guard(step.clone())
+    guard(step.clone())
+    with pytest.raises(NonFiniteError, match="at env step 1008"):
+        guard(step.clone())
+
+
 def test_nan_in_an_observation_is_named():
-    guard = FiniteGuard(Broken("action"), num_envs=2)
+    guard = CollectingPolicy(Broken("action"))
     step = TensorDict({"observation": {"proprio": torch.tensor([[0.0], [float("inf")]])}}, batch_size=[2])
     with pytest.raises(NonFiniteError, match="observation 'proprio' is inf at index .1, 0. at env step 0"):
         guard(step)
 
 
 def test_nan_reward_is_named():
-    rollout = made_up_rollout()
-    rollout["next", "reward"][2, 3] = float("nan")
+    events = script()
+    events["reward"][2, 3] = float("nan")
     with pytest.raises(NonFiniteError, match=r"reward is nan at index \[2, 3, 0\]"):
-        prepare_batch(rollout, step_values, make_gae(PPOConfig()), [])
+        collect(events, Valuing())
