@@ -1,0 +1,524 @@
+"""GPTVLAModel: a ResNet (or any timm model) in front of a causal language model, GPT-style.
+
+    rgb ── vision_encoder ─ [B, T, C] ── projector ─ [B, T, D] ──┐
+    proprio ── proprio_projector ─ [B, 1, D] ────────────────────┼─ language_model ─ hidden [B, D] ─┬─ action_head
+    language ── its embeddings, and `readout` ─ [B, L + 1, D] ───┘                                  └─ value_head
+
+One sequence per observation: vision tokens, a proprioception token, the instruction, and a learned readout token whose
+last state is `hidden`. The readout stands right behind the last word and the padding behind the readout, so that causal
+attention alone keeps padding out of `hidden`, and positions count real tokens only.
+
+Weights come from local files; no hub is asked for anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tensordict.nn import TensorDictModule
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from agents.action_heads import GaussianHead, TokenHead
+from agents.vla import StagedVLA
+from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB, UserError, decode_text
+
+log = logging.getLogger(__name__)
+
+RESNETS = {
+    "resnet18": {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},
+    "resnet34": {"layer_type": "basic", "depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 256, 512]},
+    "resnet50": {"layer_type": "bottleneck", "depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]},
+    "resnet101": {"layer_type": "bottleneck", "depths": [3, 4, 23, 3], "hidden_sizes": [256, 512, 1024, 2048]},
+}
+LANGUAGE_MODELS = {
+    "distilgpt2": {"n_embd": 768, "n_layer": 6, "n_head": 12},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+}
+READS = (RGB, PROPRIO, LANGUAGE)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NO_TOKEN = -1
+
+
+class GPTVLAModel(StagedVLA):
+    """See the module's docstring.
+
+    Batch-norm and dropout are the caller's: `.eval()` the model, as the experiments do. Dropout is 0 in any case.
+
+    Args:
+        action_dim: A.
+        modalities: which of rgb, proprio and language to read; leave out what the environment does not have.
+        proprio_dim: P of `proprio` `[B, P]`.
+        vision_encoder: "resnet18", "resnet34", "resnet50", "resnet101", "timm:<name>" (needs the extra `timm`), or the
+            arguments of a `transformers.ResNetConfig`.
+        vision_weights: a local file or directory; without it the encoder starts from fresh weights.
+        vision_tokens: pool the feature map to this many tokens, a square number; None keeps its T = h * w cells.
+        language_model: "distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", the arguments of a `transformers.GPT2Config`,
+            or a local directory with the `config.json` of any causal language model, and with its weights if there are.
+        language_weights: a local file or directory; without it, and without weights in the `language_model` directory,
+            the language model starts from fresh weights.
+        tokenizer: a local directory with a `tokenizer.json`; without it, the instruction's bytes are the token ids.
+        language_tokens: with a tokenizer, the most tokens an instruction may have; shorter ones are padded to it.
+        action_head: "gaussian" or "tokens".
+        action_head_hidden_size: units of the hidden layer of the action head and of the value head.
+        head: further arguments of the action head, see `agents/action_heads.py`.
+        gradient_checkpointing: keep the inputs of the encoder's and the language model's blocks only, and compute the
+            rest again in the backward pass: less memory, about a third more time.
+        freeze_vision_encoder, freeze_language_model: switch off the gradients of that part.
+    Raises:
+        UserError: an unknown name or argument, or weights or a tokenizer that are absent, damaged or do not fit.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        modalities: Sequence[str] = READS,
+        proprio_dim: int = 3,
+        vision_encoder: str | dict = "resnet50",
+        vision_weights: str | None = None,
+        vision_tokens: int | None = None,
+        language_model: str | dict = "gpt2",
+        language_weights: str | None = None,
+        tokenizer: str | None = None,
+        language_tokens: int = 32,
+        action_head: str = "gaussian",
+        action_head_hidden_size: int = 512,
+        head: dict | None = None,
+        gradient_checkpointing: bool = False,
+        freeze_vision_encoder: bool = False,
+        freeze_language_model: bool = False,
+    ):
+        super().__init__()
+        unknown = [m for m in modalities if m not in READS]
+        if unknown or not modalities:
+            raise UserError(f"GPTVLAModel: modalities are {', '.join(READS)}, got {list(modalities)!r}")
+        heads = {"gaussian": GaussianHead, "tokens": TokenHead}
+        if action_head not in heads:
+            raise UserError(f"GPTVLAModel: action_head is 'gaussian' or 'tokens', got {action_head!r}")
+        self.reads_rgb, self.reads_proprio, self.reads_language = (m in modalities for m in READS)
+        self.observation_keys = tuple(modalities)
+        self.proprio_dim = proprio_dim
+
+        language_weights = language_weights or _weights_beside(language_model)
+        self.language_model = _language_model(language_model, language_weights)
+        size, vocabulary = self.language_model.config.hidden_size, self.language_model.config.vocab_size
+        if self.reads_rgb:
+            self.vision_encoder = VisionEncoder(vision_encoder, vision_weights, vision_tokens)
+            self.projector = nn.Linear(self.vision_encoder.channels, size)
+        if self.reads_proprio:
+            self.proprio_projector = nn.Linear(proprio_dim, size)
+        if tokenizer is not None:
+            self.tokenizer = InstructionTokenizer(tokenizer, language_tokens, vocabulary)
+        elif self.reads_language and vocabulary < 256:
+            raise UserError(f"GPTVLAModel: bytes need a vocab_size of 256 or more, language_model has {vocabulary}")
+        self.readout = nn.Parameter(0.02 * torch.randn(size))  # as GPT-2's own embeddings start
+        self.action_head = heads[action_head](size, action_dim, width=action_head_hidden_size, **(head or {}))
+        self.value_head = nn.Sequential(
+            nn.Linear(size, action_head_hidden_size), nn.ReLU(), nn.Linear(action_head_hidden_size, 1)
+        )
+
+        if gradient_checkpointing:
+            recompute_in_backward(m for m in self.language_model.modules() if isinstance(m, GradientCheckpointingLayer))
+            if self.reads_rgb:
+                self.vision_encoder.checkpoint_gradients()
+        if freeze_vision_encoder:
+            if not self.reads_rgb:
+                raise UserError("GPTVLAModel: freeze_vision_encoder is set, but modalities lack rgb")
+            self.vision_encoder.requires_grad_(False)
+        if freeze_language_model:
+            self.language_model.requires_grad_(False)
+        self._report_weights(vision_weights, language_weights, tokenizer)
+
+    def _report_weights(self, vision_weights: str | None, language_weights: str | None, tokenizer: str | None) -> None:
+        notes = []
+        if self.reads_rgb and vision_weights is None:
+            notes.append("vision_encoder starts from fresh weights (vision_weights takes local ones)")
+        if language_weights is None:
+            notes.append("language_model starts from fresh weights (language_weights takes local ones)")
+        elif self.reads_language and tokenizer is None:
+            notes.append("language_model has weights of its own but reads bytes (tokenizer takes a local one)")
+        if notes:
+            log.warning("GPTVLAModel: %s; a checkpoint at policy.vla_config.model_path replaces all", "; ".join(notes))
+
+    def stages(self) -> list[TensorDictModule]:
+        """`vision_encoder`, `projector`, the tokenizer if there is one, and everything behind them as one stage.
+
+        The embeddings are no stage of their own: frozen, their output would be kept in the rollout, `[L, D]` floats in
+        the place of `[L]` bytes. The tokenizer is one: it has nothing to train, so it runs at collection only.
+        """
+        stages, sequence = [], []
+        if self.reads_rgb:
+            pixels = [(OBSERVATION, RGB)]
+            stages.append(TensorDictModule(self.vision_encoder, in_keys=pixels, out_keys=["vision_features"]))
+            stages.append(TensorDictModule(self.projector, in_keys=["vision_features"], out_keys=["vision_tokens"]))
+            sequence.append("vision_tokens")
+        if self.reads_proprio:
+            sequence.append((OBSERVATION, PROPRIO))
+        if self.reads_language:
+            text = (OBSERVATION, LANGUAGE)
+            if hasattr(self, "tokenizer"):
+                stages.append(TensorDictModule(self.tokenizer, in_keys=[text], out_keys=["language_ids"]))
+                text = "language_ids"
+            sequence.append(text)
+        return [*stages, TensorDictModule(TokenSequence(self), in_keys=sequence, out_keys=[HIDDEN])]
+
+    def action_distribution(self, hidden: Tensor) -> Distribution:
+        return self.action_head(hidden)
+
+    def value(self, hidden: Tensor) -> Tensor:
+        return self.value_head(hidden).float()
+
+
+class TokenSequence(nn.Module):
+    """Vision tokens `[B, T, D]`, proprio `[B, P]`, token ids or bytes `[B, L]`, those that there are -> `[B, D]`.
+
+    Shares the parts of `model`, and holds all whose training changes `hidden` from here on: the language model, the
+    readout token and the projector of proprioception.
+    """
+
+    def __init__(self, model: GPTVLAModel):
+        super().__init__()
+        self.language_model, self.readout = model.language_model, model.readout
+        self.proprio_projector = model.proprio_projector if model.reads_proprio else None
+        self.reads_rgb, self.reads_language, self.proprio_dim = (
+            model.reads_rgb,
+            model.reads_language,
+            model.proprio_dim,
+        )
+        self.padding = NO_TOKEN if hasattr(model, "tokenizer") else 0
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        remaining, tokens = list(inputs), []
+        if self.reads_rgb:
+            tokens.append(remaining.pop(0))  # [B, T, D]
+        if self.proprio_projector is not None:
+            tokens.append(self._proprio_token(remaining.pop(0)))  # [B, 1, D]
+        before = sum(t.shape[1] for t in tokens)
+        if self.reads_language:
+            words, length = self._words_and_readout(remaining.pop(0))  # [B, L + 1, D], [B]
+            place = before + length
+        else:
+            words = self.readout.expand(inputs[0].shape[0], 1, -1)
+            place = torch.full((len(words),), before, device=words.device)
+        sequence = torch.cat([*tokens, words], dim=1)  # [B, S, D]
+        states = self.language_model(
+            inputs_embeds=sequence, attention_mask=self._causal_mask(sequence), use_cache=False
+        ).last_hidden_state
+        return states[torch.arange(len(states), device=place.device), place]
+
+    def _proprio_token(self, proprio: Tensor) -> Tensor:
+        if proprio.shape[-1] != self.proprio_dim:
+            raise UserError(
+                f"GPTVLAModel: proprio has {proprio.shape[-1]} numbers, but proprio_dim is {self.proprio_dim}; "
+                f"set policy.vla_config.model_config.proprio_dim: {proprio.shape[-1]}"
+            )
+        return self.proprio_projector(proprio).unsqueeze(1)
+
+    def _words_and_readout(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings `[B, L + 1, D]` with the readout token behind the last word, and the number of words `[B]`."""
+        length = (ids != self.padding).sum(dim=1)
+        words = self.language_model.get_input_embeddings()(F.pad(ids, (0, 1)).clamp(min=0))
+        behind = torch.arange(words.shape[1], device=ids.device) == length[:, None]  # [B, L + 1]
+        return torch.where(behind[..., None], self.readout, words), length
+
+    def _causal_mask(self, sequence: Tensor) -> Tensor:
+        """True where a token may look, `[1, 1, S, S]`.
+
+        Given ready-made, so that the language model does not look at the data to find out which mask it needs, which
+        would stop a GPU at every pass.
+        """
+        length, limit = sequence.shape[1], getattr(self.language_model.config, "max_position_embeddings", math.inf)
+        if length > limit:
+            raise UserError(
+                f"GPTVLAModel: a sequence of {length} tokens is longer than the {limit} positions of language_model; "
+                "shorten it with policy.vla_config.model_config.vision_tokens or a tokenizer"
+            )
+        return torch.ones(1, 1, length, length, dtype=torch.bool, device=sequence.device).tril()
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
+
+
+class VisionEncoder(nn.Module):
+    """Images to tokens: rgb uint8 `[B, H, W, 3]` or `[B, 3, H, W]` -> `[B, T, C]`, row by row of the feature map.
+
+    Args:
+        spec: see `vision_encoder` of `GPTVLAModel`.
+        weights: local file or directory, or None.
+        tokens: T, a square number; None for one token per cell of the feature map.
+    """
+
+    def __init__(self, spec: str | dict, weights: str | None, tokens: int | None):
+        super().__init__()
+        self.side = None if tokens is None else math.isqrt(max(0, tokens))
+        if tokens is not None and (tokens < 1 or self.side**2 != tokens):
+            raise UserError(f"GPTVLAModel: vision_tokens should be a square number (1, 4, 9, 16, ...), got {tokens}")
+        if isinstance(spec, str) and spec.startswith("timm:"):
+            self.network = _timm_model(spec, weights)
+            self.channels = self.network.feature_info[-1]["num_chs"]
+            mean, std = self.network.pretrained_cfg["mean"], self.network.pretrained_cfg["std"]
+        else:
+            self.network = _resnet(spec, weights)
+            self.channels = self.network.config.hidden_sizes[-1]
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        mean, std = 255 * torch.tensor(mean).view(3, 1, 1), 255 * torch.tensor(std).view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        pixels = rgb.permute(0, 3, 1, 2) if rgb.shape[-1] == 3 else rgb  # [B, 3, H, W]
+        pixels = (pixels - self.mean) / self.std
+        if isinstance(self.network, ResNetModel):
+            maps = self.network(pixels).last_hidden_state  # [B, C, h, w]
+        else:
+            maps = self.network.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[-1]
+        if self.side is not None:
+            maps = F.adaptive_avg_pool2d(maps, self.side)
+        return maps.flatten(2).transpose(1, 2)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep the inputs of the network's blocks only until the backward pass."""
+        if isinstance(self.network, ResNetModel):
+            recompute_in_backward(_resnet_blocks(self.network))
+        else:
+            self.network.set_grad_checkpointing()
+
+
+class InstructionTokenizer(nn.Module):
+    """Instructions int64 `[B, L]` (UTF-8 bytes) -> token ids `[B, length]`, -1 behind the last; each encoded once.
+
+    Args:
+        directory: holds a `tokenizer.json`.
+        length: most tokens of an instruction.
+        vocabulary: token ids that the language model knows.
+    """
+
+    CAPACITY = 65536  # distinct instructions kept
+
+    def __init__(self, directory: str, length: int, vocabulary: int):
+        super().__init__()
+        path = _existing(directory, "tokenizer") / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(
+                f"GPTVLAModel: tokenizer: {path} does not exist; write it with "
+                "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        try:
+            self.words = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"GPTVLAModel: tokenizer: {path} cannot be read: {_one_line(error)}") from error
+        largest = max(self.words.get_vocab().values(), default=0)
+        if largest == 0:
+            raise UserError(f"GPTVLAModel: tokenizer: {path} has no vocabulary")
+        if largest >= vocabulary:
+            raise UserError(
+                f"GPTVLAModel: tokenizer: {path} has ids up to {largest}, but language_model knows {vocabulary} tokens"
+            )
+        self.words.no_padding()
+        self.words.no_truncation()
+        self.length, self._known = length, {}
+
+    @torch.compiler.disable  # text, not tensors
+    def forward(self, language: Tensor) -> Tensor:
+        rows = []
+        for text in decode_text(language):
+            if text not in self._known:
+                if len(self._known) >= self.CAPACITY:
+                    self._known.clear()
+                self._known[text] = self._encode(text)
+            rows.append(self._known[text])
+        return torch.stack(rows).to(language.device)
+
+    def _encode(self, text: str) -> Tensor:
+        ids = self.words.encode(text, add_special_tokens=False).ids
+        if len(ids) > self.length:
+            raise UserError(
+                f"GPTVLAModel: the instruction {text!r} has {len(ids)} tokens, more than the {self.length} of "
+                "policy.vla_config.model_config.language_tokens"
+            )
+        return torch.tensor(ids + [NO_TOKEN] * (self.length - len(ids)))
+
+
+def recompute_in_backward(blocks: Iterable[nn.Module]) -> None:
+    """Gradient checkpointing of each block, in place: its activations are computed again when they are needed.
+
+    The switch of transformers works in train mode only; a policy stays in eval mode.
+    """
+    for block in blocks:
+        block.forward = partial(_checkpointed, block.forward)
+
+
+def _checkpointed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+# --------------------------------------------------------------------------------------- building and loading them
+
+
+def _resnet(spec: str | dict, weights: str | None) -> ResNetModel:
+    if isinstance(spec, str) and spec not in RESNETS:
+        raise UserError(_unknown("vision_encoder", spec, RESNETS, "timm:<name> or a dict of ResNetConfig arguments"))
+    config = _config(ResNetConfig, RESNETS[spec] if isinstance(spec, str) else spec, "vision_encoder")
+    if weights is not None:
+        return _load(ResNetModel, config, weights, "vision_weights")
+    resnet = ResNetModel(config)
+    # In eval mode a fresh batch-norm normalises nothing, and every block adds to what all images have in common: fresh
+    # features of resnet101 measure 342 (root mean square), 8 % of it different from image to image. Blocks that start
+    # as the identity, as is usual (and timm's default), leave 0.06 and 39 %.
+    for block in _resnet_blocks(resnet):
+        nn.init.zeros_(block.layer[-1].normalization.weight)
+    return resnet
+
+
+def _resnet_blocks(resnet: ResNetModel) -> list[nn.Module]:
+    return [block for stage in resnet.encoder.stages for block in stage.layers]
+
+
+def _timm_model(spec: str, weights: str | None) -> nn.Module:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise UserError(
+            f"GPTVLAModel: vision_encoder {spec!r} needs timm, which cannot be imported ({_one_line(error)}); "
+            "pip install 'vla-rl[timm]', with a torchvision of the same build (CPU or CUDA) as torch"
+        ) from error
+    name = spec.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise UserError(_unknown("vision_encoder", spec, [f"timm:{known}" for known in timm.list_models()], limit=0))
+    model = timm.create_model(name, pretrained=False, num_classes=0)
+    if weights is not None:
+        path = _existing(weights, "vision_weights")
+        try:
+            missing = model.load_state_dict(_read(path), strict=False).missing_keys
+        except Exception as error:  # a damaged file stops with nearly any exception
+            raise UserError(f"GPTVLAModel: vision_weights: {path} cannot be loaded: {_one_line(error)}") from error
+        _refuse_missing(missing, path, name, "vision_weights")
+    return model
+
+
+def _language_model(spec: str | dict, weights: str | None) -> PreTrainedModel:
+    if isinstance(spec, dict) or spec in LANGUAGE_MODELS:
+        arguments = spec if isinstance(spec, dict) else LANGUAGE_MODELS[spec]
+        # GPT-2's own ids of the beginning and the end lie outside a smaller vocabulary, and nothing is generated here.
+        config = _config(GPT2Config, {"bos_token_id": None, "eos_token_id": None, **arguments}, "language_model")
+    elif (path := Path(spec).expanduser() / "config.json").is_file():
+        try:
+            config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever the library's own checks raise
+            raise UserError(f"GPTVLAModel: language_model: {path} cannot be read: {_one_line(error)}") from error
+    else:
+        others = "a local directory with a config.json or a dict of GPT2Config arguments"
+        raise UserError(_unknown("language_model", spec, LANGUAGE_MODELS, others))
+    for name in list(vars(config)):
+        if name.endswith(("pdrop", "dropout")):
+            setattr(config, name, 0.0)
+    options = {"attn_implementation": "sdpa", "dtype": torch.float32}
+    if weights is None:
+        return AutoModel.from_config(config, **options)
+    return _load(MODEL_MAPPING[type(config)], config, weights, "language_weights", **options)
+
+
+def _weights_beside(language_model: str | dict) -> str | None:
+    """The directory given as the language model, if it holds weights too."""
+    if isinstance(language_model, dict) or language_model in LANGUAGE_MODELS:
+        return None
+    directory = Path(language_model).expanduser()
+    holds = directory.is_dir() and any(file.suffix in (".safetensors", ".bin") for file in directory.iterdir())
+    return language_model if holds else None
+
+
+def _config(cls: type[PreTrainedConfig], arguments: dict, setting: str) -> PreTrainedConfig:
+    """`cls(**arguments)`, which by itself would take any name."""
+    known = {*(field.name for field in fields(cls)), *cls.attribute_map}
+    for name in arguments:
+        if name not in known:
+            raise UserError(_unknown(setting, name, known, limit=0))
+    try:
+        return cls(**arguments)
+    except Exception as error:  # whatever the library's own checks raise
+        raise UserError(f"GPTVLAModel: {setting}: {cls.__name__} refuses {arguments}: {_one_line(error)}") from error
+
+
+def _load(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, weights: str, setting: str, **options
+) -> PreTrainedModel:
+    """A model with the weights of a local file or directory, in which all of its weights must be."""
+    path = _existing(weights, setting)
+    try:
+        source, state = (path, None) if path.is_dir() else (None, _read(path))
+        model, report = cls.from_pretrained(
+            source,
+            config=config,
+            state_dict=state,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # a damaged file stops with nearly any exception
+        raise UserError(f"GPTVLAModel: {setting}: {path} cannot be loaded: {_one_line(error)}") from error
+    for name, got, expected in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"GPTVLAModel: {setting}: {path} does not fit {cls.__name__}: {name} should be {list(expected)}, "
+            f"got {list(got)}"
+        )
+    _refuse_missing(sorted(report["missing_keys"]), path, cls.__name__, setting)
+    return model
+
+
+def _refuse_missing(missing: Sequence[str], path: Path, name: str, setting: str) -> None:
+    if missing:
+        some = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+        raise UserError(f"GPTVLAModel: {setting}: {path} lacks {len(missing)} of the weights of {name}: {some}")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _existing(path: str, setting: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(f"GPTVLAModel: {setting}: {path} does not exist (current directory: {Path.cwd()})")
+    return found
+
+
+def _unknown(setting: str, name: str, known: Iterable[str], others: str = "", limit: int | None = None) -> str:
+    """The message for a name that is not known: the nearest one, and the first `limit` of those there are."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    choices = ", ".join([*known[:limit], *[others] * bool(others)])
+    return f"GPTVLAModel: {setting}: {name!r} is not known{hint}" + f"; there are {choices}" * bool(choices)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
