@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
     env = make_env(trainer.env, num_envs, trainer.env_config, device, seed=trainer.seed)
     model, scope = load_model(config, device)
     model.eval()
-    freeze(model, scope)  # as in training, where frozen stages run at other batch shapes
+    freeze(model, scope, lora=config.policy.lora)  # as in training, where frozen stages run at other batch shapes
     policy = VLAPolicy(model, config.policy.feature_reuse)
     check_policy(policy, env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[-1])
     try:

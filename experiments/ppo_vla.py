@@ -24,14 +24,15 @@ from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy, check_policy
 from envs import make_env
 from research.asynchronous import AsynchronousRollouts
-from research.checkpoint import load_checkpoint, restore_rng, save_checkpoint
+from research.audit import FreezeAudit
+from research.checkpoint import load_checkpoint, restore_rng, run_folder_of, save_checkpoint
 from research.config import ExperimentConfig, TrainerConfig, flatten, parse_config, to_dict
 from research.evaluation import Evaluation, evaluate, write_episodes
 from research.freezing import freeze, parameter_groups, split_switches
 from research.interruption import Interruption
 from research.ppo import PPO, make_gae, make_loss, value_head_parameters
 from research.rollout import EpisodeStatistics, Rollouts
-from research.schema import OBSERVATION, NonFiniteError, UserError, check_observation
+from research.schema import OBSERVATION, FrozenWeightsChanged, NonFiniteError, UserError, check_observation
 from research.tracking import Tracker, create_run_folder, plot_learning_curve, resolve_wandb_mode
 from research.video import frame_strip, video_grid, write_video
 
@@ -65,7 +66,8 @@ def train(config: ExperimentConfig) -> int:
             f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_dim} numbers"
         )
     model, scope = load_model(config, device)
-    freeze(model, scope)
+    freeze(model, scope, lora=config.policy.lora)
+    audit = FreezeAudit(model)
     model.eval()  # no dropout and fixed batch statistics: the policy that is trained is the one that acted
     policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast, compile=trainer.compile == "on")
     check_policy(policy, observations[: min(2, trainer.num_envs)], action_dim)
@@ -84,6 +86,7 @@ def train(config: ExperimentConfig) -> int:
     iteration, step, before, best = 0, 0, None, float("-inf")
     if resumed:
         model.load_state_dict(resumed["model_state_dict"])
+        audit.load_state_dict(resumed["audit"])
         optimizer.load_state_dict(resumed["optimizer"])
         statistics.load_state_dict(resumed["statistics"])
         iteration, step = resumed["iteration"], resumed["global_step"]
@@ -117,7 +120,7 @@ def train(config: ExperimentConfig) -> int:
 
     def evaluate_now(film: int) -> Evaluation:
         result = evaluate(eval_env, policy.act, range(trainer.num_eval_episodes), film, trainer.max_eval_steps)
-        tracker.log(result.metrics(), step)
+        tracker.log(result.metrics() | audit.drift(), step)
         write_episodes(folder / "episodes.jsonl", result.episodes, global_step=step, seed=trainer.seed)
         if result.frames:
             success = [bool(e.success) for e in result.episodes[: len(result.frames)]] if result.has_success else None
@@ -127,6 +130,7 @@ def train(config: ExperimentConfig) -> int:
         return result
 
     def save(name: str = "last.pt") -> None:
+        audit.check(f"at env step {step}")
         save_checkpoint(
             folder / "checkpoints" / name,
             model_state_dict=model.state_dict(),
@@ -137,6 +141,7 @@ def train(config: ExperimentConfig) -> int:
             before=before,
             best=best,
             rollouts=rollouts.state_dict(),
+            audit=audit.state_dict(),
             config=to_dict(config),
         )
 
@@ -157,7 +162,7 @@ def train(config: ExperimentConfig) -> int:
                 rollout = rollouts.next()  # [N, T]
                 batch, metrics = rollouts.prepare(rollout)  # [N * T], with advantages
                 collected = time.perf_counter()
-                ppo.set_progress(iteration / trainer.iterations)
+                ppo.set_progress(iteration, trainer.iterations)
                 metrics |= ppo.update(batch, value_only=iteration < cfg.value_warmup_iterations)
                 rollouts.publish()
                 metrics |= statistics.update(rollout)
@@ -172,8 +177,8 @@ def train(config: ExperimentConfig) -> int:
                 last = iteration == trainer.iterations
                 if trainer.enable_eval and not last and crossed(previous, step, trainer.eval_freq):
                     result = evaluate_now(film=0)
-                    if score(result) > best:
-                        best = score(result)
+                    if result.score > best:
+                        best = result.score
                         save("best.pt")
                 if last or crossed(previous, step, trainer.save_freq):
                     save()
@@ -183,13 +188,13 @@ def train(config: ExperimentConfig) -> int:
                 save()
             elif trainer.enable_eval:
                 result = evaluate_now(film=FILMED)
-        except NonFiniteError as error:
+        except (NonFiniteError, FrozenWeightsChanged) as error:
             print(f"error: {error}; stopped at env step {step}, {last_checkpoint(folder)}", file=sys.stderr)
             code = 1
         except KeyboardInterrupt:
             print(f"stopped at once at env step {step}; {last_checkpoint(folder)}", file=sys.stderr)
             code = 130
-        summarise(tracker, folder, step, before, result, code)
+        summarise(tracker, folder, step, before, result, {"exit_code": code, **audit.summary()})
         if code > 128 and tracker.run:
             tracker.run.mark_preempting()
         tracker.finish(code)
@@ -235,11 +240,6 @@ def load_model(config: ExperimentConfig, device: torch.device) -> tuple[torch.nn
     return model, scope
 
 
-def run_folder_of(resume: str) -> Path:
-    path = Path(resume)
-    return path if path.is_dir() else path.parent.parent
-
-
 def make_worker_env(trainer: TrainerConfig, device: torch.device, worker: int) -> EnvBase:
     """One worker's share of the environments (buffer_type vla); its seed comes from the collector."""
     return make_env(trainer.env, trainer.num_envs // trainer.num_collectors, trainer.env_config, device, worker)
@@ -262,13 +262,8 @@ def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, s
     if shown["success"] is not None:
         del shown["return"]
     if result is not None:
-        shown["eval"] = result.metrics().get("eval/success_rate", result.metrics()["eval/return"])
+        shown["eval"] = result.score
     return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
-
-
-def score(result: Evaluation) -> float:
-    metrics = result.metrics()
-    return metrics.get("eval/success_rate", metrics["eval/return"])
 
 
 def crossed(previous: int, step: int, every: int) -> bool:
@@ -280,9 +275,9 @@ def last_checkpoint(folder: Path) -> str:
     return f"the last checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
 
 
-def summarise(tracker: Tracker, folder: Path, step: int, before: dict | None, result: Evaluation | None, code: int):
+def summarise(tracker: Tracker, folder: Path, step: int, before: dict | None, result: Evaluation | None, facts: dict):
     """Print and record what the run achieved and where everything lies."""
-    summary = {"global_step": step, "exit_code": code}
+    summary = {"global_step": step, **facts}
     if before is not None:
         summary |= {f"before/{name.removeprefix('eval/')}": value for name, value in before.items()}
     if result is not None:

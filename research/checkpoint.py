@@ -49,6 +49,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def run_folder_of(path: str | Path) -> Path:
+    """The run folder that a path is, or lies in as a checkpoint."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent.parent
+
+
 def restore_rng(state: dict[str, Any]) -> None:
     """Set Python's, NumPy's and torch's generators to where the checkpoint was taken."""
     GlobalRNGState().load_state_dict(state["rng"])

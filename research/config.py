@@ -31,6 +31,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_sett
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from research.freezing import PRESETS
+from research.lora import LoRAConfig
 from research.schema import UserError
 
 
@@ -129,9 +130,11 @@ class PolicyConfig:
     action_dim: PositiveInt = 3
     """Numbers per action; must equal the environment's."""
     freeze: str | list[str] = "none"
-    """none, vision, language, backbone (all but the heads), or a list of part names, module paths and globs."""
+    """none, vision, language, backbone (all but the heads), lora (backbone, with low-rank adapters in it), or a list of
+    these, part names, module paths and globs."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     learning_rates: dict[str, PositiveFloat] = field(default_factory=dict)
-    """Learning rate per named part; the others use algorithm.cfg.learning_rate."""
+    """Learning rate per named part or module path; the others use algorithm.cfg.learning_rate."""
     critic_gradient: Literal["head", "trunk"] = "head"
     """How far the value loss reaches: only into the value head, or through the trunk too."""
     value_head: str = "value_head"
@@ -156,6 +159,8 @@ class PPOConfig:
     """Learning rate of every part that policy.learning_rates does not name."""
     anneal_lr: bool = False
     """Let all learning rates fall linearly, to 0 at the last iteration."""
+    lr_warmup_iterations: NonNegativeInt = 0
+    """First iterations, over which all learning rates rise linearly."""
     n_epochs: PositiveInt = 4
     """Passes over each rollout."""
     batch_size: PositiveInt = 512

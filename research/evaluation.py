@@ -54,6 +54,12 @@ class Evaluation:
             metrics |= {"eval/success_rate": rate, "eval/success_low": low, "eval/success_high": high}
         return metrics
 
+    @property
+    def score(self) -> float:
+        """What makes one evaluation better than another: success, or else return."""
+        metrics = self.metrics()
+        return metrics.get("eval/success_rate", metrics["eval/return"])
+
     def summary(self) -> str:
         """For a person: "0.563 [0.501, 0.622] success over 256 episodes"."""
         m = self.metrics()

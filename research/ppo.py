@@ -84,11 +84,13 @@ class PPO:
         self.critic_to_head = critic_to_head and value_parameters is not None
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def set_progress(self, done: float) -> None:
-        """Anneal the learning rates, if so configured; `done` is the share of the run that lies behind, 0 to 1."""
+    def set_progress(self, iteration: int, iterations: int) -> None:
+        """Set the learning rates of iteration 0, 1, ...: they rise over the warm-up and fall to 0, if so configured."""
+        factor = min(1.0, (iteration + 1) / max(1, self.cfg.lr_warmup_iterations))
         if self.cfg.anneal_lr:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1.0 - done)
+            factor *= 1.0 - iteration / iterations
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def update(self, batch: TensorDictBase, value_only: bool = False) -> dict[str, float]:
         """`n_epochs` x minibatches of gradient steps.

@@ -46,6 +46,10 @@ class NonFiniteError(RuntimeError):
     """A NaN or an infinity where training needs numbers; the message names the tensor."""
 
 
+class FrozenWeightsChanged(RuntimeError):
+    """A tensor that policy.freeze froze is not what it was at the start; the message names the first such tensors."""
+
+
 def encode_text(text: str | Sequence[str], length: int) -> Tensor:
     """Text to zero-padded UTF-8 bytes.
 

@@ -48,7 +48,7 @@ def test_dotted_paths_freeze_below_a_part():
             ["visoin_encoder"],
             "matches nothing.*did you mean 'vision_encoder'.*has the parts vision_encoder, language_enc",
         ),
-        ("lora", "'lora' matches nothing"),
+        (["lroa"], "'lroa' matches nothing.*did you mean 'lora'"),
         (["*"], "nothing is left to train"),
     ],
 )
@@ -76,15 +76,115 @@ def test_groups_are_parts_with_their_own_rate_and_without_the_frozen():
         parameter_groups(model, 1e-4, {"vision_encoder": 1e-3})
 
 
-def test_frozen_weights_do_not_move():
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda groups: torch.optim.AdamW(groups, weight_decay=0.1),
+        lambda groups: torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1),
+    ],
+)
+def test_frozen_weights_get_no_gradient_no_state_and_do_not_move(make_optimizer):
     model = SmallVLA(3, modalities=["proprio"])
     freeze(model, ["fusion"])
     before = {n: p.clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, {}), weight_decay=0.1)
-    model.action_head(model.fusion(torch.randn(4, 3))).log_prob(torch.zeros(4, 3)).sum().backward()
-    optimizer.step()
+    optimizer = make_optimizer(parameter_groups(model, 0.1, {}))
+    for _ in range(2):
+        hidden = model.fusion(torch.randn(4, 3))
+        (model.action_head(hidden).log_prob(torch.zeros(4, 3)).sum() + model.value_head(hidden).sum()).backward()
+        optimizer.step()
+    with_state = {id(p) for p in optimizer.state}
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == (name.startswith(("fusion", "value_head"))), name
+        frozen = name.startswith("fusion")
+        assert torch.equal(p, before[name]) == frozen, name
+        assert (p.grad is None) == frozen and (id(p) in with_state) != frozen, name
+
+
+class BatchNormed(nn.Module):
+    """Batch norm in a part that is frozen, with and without weights of its own, and in one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.vision_encoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
+        self.fusion = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+        self.action_head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.action_head(self.fusion(self.vision_encoder(x)))
+
+
+@pytest.mark.parametrize("scope", ["vision", ["vision", "lora"], "lora"])
+def test_batch_statistics_of_a_frozen_part_stay(scope):
+    model = BatchNormed().train()
+    freeze(model, scope)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model(torch.randn(8, 2))
+    for name, buffer in model.named_buffers():
+        frozen = "lora" in scope or name.startswith("vision_encoder")
+        assert torch.equal(buffer, before[name]) == frozen, name
+
+
+class BlackBox(nn.Module):
+    """A model of the user's with its own names, wrapped whole; its value head is also an attribute of the wrapper."""
+
+    def __init__(self):
+        super().__init__()
+        self.vla = nn.ModuleDict(
+            {
+                "vision_tower": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
+                "language_model": nn.ModuleDict({"embed": nn.Embedding(3, 2), "out": nn.Linear(2, 3, bias=False)}),
+                "projector": nn.Linear(2, 2),
+                "value_head": nn.Linear(2, 1),
+            }
+        )
+        self.vla["language_model"]["out"].weight = self.vla["language_model"]["embed"].weight
+        self.value_head = self.vla["value_head"]
+
+
+@pytest.mark.parametrize(
+    ("scope", "modules"),
+    [
+        ("vision", {"vla.vision_tower.0", "vla.vision_tower.1"}),
+        ("language", {"vla.language_model.embed"}),
+        (["vla.language_model.out"], {"vla.language_model.embed"}),  # tied: one weight under two names
+        (["vla.projector"], {"vla.projector"}),
+        (["vla.v*"], {"vla.vision_tower.0", "vla.vision_tower.1", "vla.value_head"}),
+        (["value_head"], {"vla.value_head"}),
+        ("backbone", {"vla.vision_tower.0", "vla.vision_tower.1", "vla.language_model.embed", "vla.projector"}),
+    ],
+)
+def test_scopes_of_a_black_box(scope, modules):
+    model = BlackBox()
+    frozen = freeze(model, scope)
+    assert {name.rpartition(".")[0] for name in frozen} == modules
+    assert set(frozen) == {n for n, p in model.named_parameters() if not p.requires_grad}
+
+
+def test_learning_rates_of_a_black_box_go_by_path():
+    model = BlackBox()
+    rates = {"vla.vision_tower": 1.0, "vla.vision_tower.1": 2.0, "value_head": 3.0}
+    groups = {g["name"]: g for g in parameter_groups(model, 0.5, rates)}
+    assert {n: g["lr"] for n, g in groups.items()} == {**rates, "vla": 0.5}
+    assert [p.shape for p in groups["vla.vision_tower.1"]["params"]] == [(2,), (2,)]
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+    freeze(model, ["vla.vision_tower.1"])
+    with pytest.raises(UserError, match=r"'vla\.vision_tower\.1' is frozen"):
+        parameter_groups(model, 0.5, rates)
+    with pytest.raises(UserError, match=r"no part 'vla\.vision'"):
+        parameter_groups(model, 0.5, {"vla.vision": 1.0})
+
+
+def test_backbone_of_a_model_without_heads_says_so():
+    with pytest.raises(
+        UserError, match="nothing is left to train.*heads are action_head, critic.*parts vision_encoder"
+    ):
+        freeze(nn.ModuleDict({"vision_encoder": nn.Linear(2, 2)}), "backbone", heads=("action_head", "critic"))
+
+
+def test_what_the_model_froze_itself_does_not_count_as_trainable():
+    model = SmallVLA(3, modalities=["proprio"])
+    model.action_head.requires_grad_(False)
+    with pytest.raises(UserError, match="nothing is left to train"):
+        freeze(model, ["fusion", "value_head"])
 
 
 def test_parts_of_a_model_with_parameters_of_its_own():
@@ -110,6 +210,7 @@ class Switched(nn.Module):
         ({"freeze_language_model": True}, ["fusion"], ["fusion", "language"]),
         ({"freeze_vision_encoder": False}, "none", "none"),
         ({"freeze_vision_encoder": True}, "backbone", "backbone"),
+        ({"freeze_vision_encoder": True}, "lora", ["lora", "vision"]),
     ],
 )
 def test_switches_in_the_model_config_mean_the_presets(config, scope, expected):

@@ -161,16 +161,22 @@ def test_target_kl_stops_the_update():
     assert 1 < metrics["train/gradient_steps"] < 40
 
 
-def test_learning_rates_fall_linearly():
+@pytest.mark.parametrize(
+    ("cfg", "rates"),
+    [
+        ({}, [1e-3, 1e-3, 1e-3, 1e-3]),
+        ({"anneal_lr": True}, [1e-3, 7.5e-4, 5e-4, 2.5e-4]),
+        ({"lr_warmup_iterations": 2}, [5e-4, 1e-3, 1e-3, 1e-3]),
+        ({"lr_warmup_iterations": 4, "anneal_lr": True}, [2.5e-4, 3.75e-4, 3.75e-4, 2.5e-4]),
+    ],
+)
+def test_learning_rates_rise_and_fall_linearly(cfg, rates):
     model = make_model()
-    ppo, policy = make_ppo(model, lr=1e-3, anneal_lr=True)
+    ppo, policy = make_ppo(model, lr=1e-3, **cfg)
     batch = make_batch(policy)
-    for done, rate in ((0.0, 1e-3), (0.25, 7.5e-4), (0.5, 5e-4)):
-        ppo.set_progress(done)
+    for iteration, rate in enumerate(rates):
+        ppo.set_progress(iteration, 4)
         assert ppo.update(batch)["train/learning_rate/fusion"] == pytest.approx(rate)
-    ppo, _ = make_ppo(model, lr=1e-3)
-    ppo.set_progress(0.5)
-    assert ppo.update(batch)["train/learning_rate/fusion"] == 1e-3
 
 
 def test_metrics_name_every_part():

@@ -18,6 +18,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from agents.action_heads import GaussianHead
+from agents.small_vla import SmallVLA
 from agents.vla import StagedVLA
 from research.tracking import read_metrics
 
@@ -272,3 +273,48 @@ def test_interruption_leaves_a_checkpoint_and_a_summary(tmp_path, number, code):
     last = read_metrics(run)[-1]["global_step"]
     assert saved["global_step"] == last > 0
     assert str(run) in out and json.loads((run / "summary.json").read_text())["exit_code"] == code
+
+
+class Leaking(SmallVLA):
+    """A frozen part that changes all the same: its forward pass writes to one of its weights."""
+
+    def action_distribution(self, hidden):
+        with torch.no_grad():
+            self.language_encoder.near.bias[3] += 1e-7
+        return super().action_distribution(hidden)
+
+
+def test_a_frozen_weight_that_changes_stops_the_run(tmp_path, capsys):
+    keys = ["rgb", "proprio", "language"]
+    config = write_config(
+        tmp_path,
+        trainer__env_config={"task": "reach", "modalities": keys},
+        policy__freeze="language",
+        policy__vla_config={
+            "model_class": "test_training.Leaking",
+            "model_config": {"action_dim": 3, "modalities": keys, "hidden_size": 16},
+        },
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 1
+    assert "language_encoder.near.bias" in capsys.readouterr().err
+    summary = json.loads((run_folder(tmp_path) / "summary.json").read_text())
+    assert summary["audit/frozen_ok"] is False and summary["exit_code"] == 1
+
+
+@pytest.mark.parametrize("scope", ["none", "vision", "backbone", "lora"])
+def test_the_audit_is_in_the_summary_and_drift_in_the_metrics(tmp_path, scope):
+    config = write_config(tmp_path, policy__freeze=scope, trainer__iterations=2)
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    run = run_folder(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["audit/frozen_ok"] is True
+    assert (summary["audit/frozen_tensors"] > 0) == (scope != "none")
+    drift = {k: v for k, v in read_metrics(run)[-1].items() if k.startswith("audit/drift/")}
+    assert (drift["audit/drift/vision_encoder"] > 0) == (scope in ("none", "lora"))
+    assert (drift["audit/drift/fusion"] > 0) == (scope != "backbone")
+    assert drift["audit/drift/action_head"] > 0
+    argv = [f"--checkpoint={run}", f"--output={tmp_path / 'evaluation'}", "--trainer.num_eval_episodes=4"]
+    assert evaluate_vla.main(argv) == 0
+    argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=3"]
+    assert ppo_vla.main(argv) == 0
+    assert json.loads((run / "summary.json").read_text())["audit/hash"] == summary["audit/hash"]
