@@ -66,7 +66,7 @@ def train(config: ExperimentConfig) -> int:
             f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_dim} numbers"
         )
     model, scope = load_model(config, device)
-    freeze(model, scope, lora=config.policy.lora)
+    freeze(model, scope, heads=("action_head", config.policy.value_head), lora=config.policy.lora)
     audit = FreezeAudit(model)
     model.eval()  # no dropout and fixed batch statistics: the policy that is trained is the one that acted
     policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast, compile=trainer.compile == "on")
@@ -149,6 +149,7 @@ def train(config: ExperimentConfig) -> int:
     with tracker, Interruption() as interruption:
         print(describe(policy, observations, folder, device), flush=True)
         try:
+            audit.check("at the start" if not resumed else "where the run was resumed")
             if trainer.enable_eval and not resumed:
                 result = evaluate_now(film=FILMED)
                 before = result.metrics()
@@ -188,6 +189,7 @@ def train(config: ExperimentConfig) -> int:
                 save()
             elif trainer.enable_eval:
                 result = evaluate_now(film=FILMED)
+            audit.check("at the end")
         except (NonFiniteError, FrozenWeightsChanged) as error:
             print(f"error: {error}; stopped at env step {step}, {last_checkpoint(folder)}", file=sys.stderr)
             code = 1

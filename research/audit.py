@@ -25,7 +25,7 @@ class FreezeAudit:
     them; not the buffers of trainable modules, nor those that a checkpoint leaves out (caches). Tied tensors count
     once.
 
-    Costs one pass over the frozen bytes per check (100 M float32 parameters: 0.4 s on one core, less on several), and
+    Costs one pass over the frozen bytes per check (100 M float32 parameters: 0.3 s of one core), and
     host memory for a second copy of the trainable weights in their own dtype, which the checkpoint holds too.
 
     Args:
@@ -91,7 +91,7 @@ class FreezeAudit:
         return {
             "audit/frozen_tensors": len(self._hashes),
             "audit/frozen_ok": self._intact,
-            "audit/hash": hashlib.blake2b(lines.encode(), digest_size=16).hexdigest(),
+            "audit/hash": hashlib.sha256(lines.encode()).hexdigest(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _hash(tensor: Tensor) -> str:
-    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -85,8 +85,12 @@ class PPO:
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
 
     def set_progress(self, iteration: int, iterations: int) -> None:
-        """Set the learning rates of iteration 0, 1, ...: they rise over the warm-up and fall to 0, if so configured."""
-        factor = min(1.0, (iteration + 1) / max(1, self.cfg.lr_warmup_iterations))
+        """Set the learning rates of iteration 0, 1, ...: they rise, and fall to 0, if so configured.
+
+        They rise once the value warm-up is over, when the policy begins to move.
+        """
+        moving = iteration - self.cfg.value_warmup_iterations
+        factor = 1.0 if moving < 0 else min(1.0, (moving + 1) / max(1, self.cfg.lr_warmup_iterations))
         if self.cfg.anneal_lr:
             factor *= 1.0 - iteration / iterations
         for group in self.optimizer.param_groups:

@@ -227,6 +227,21 @@ def test_kinds_of_layers():
     torch.testing.assert_close(merge_lora(model)(x), after, rtol=0, atol=1e-5)
 
 
+def test_adapters_in_an_encoder_that_gets_padding():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.ModuleDict({"fusion": nn.TransformerEncoder(layer, 2), "action_head": nn.Linear(8, 1)}).eval()
+    freeze(model, "lora")
+    train_adapters(model)
+    padding = torch.arange(5) >= torch.tensor([[2], [5], [3]])
+    tokens = torch.randn(3, 5, 8)
+    # Left alone, torch would make nested tensors of frozen encoders' inputs, and then cannot take gradients.
+    encoded = model["fusion"](tokens, src_key_padding_mask=padding)
+    encoded[~padding].sum().backward()
+    with torch.no_grad():
+        again = model["fusion"](tokens, src_key_padding_mask=padding)
+    torch.testing.assert_close(again[~padding], encoded[~padding])
+
+
 def test_adapters_of_a_bfloat16_model_are_float32():
     model, x = Zoo().to(torch.bfloat16).eval(), torch.randn(4, 8, dtype=torch.bfloat16)
     before = model(x)

@@ -168,6 +168,7 @@ def test_target_kl_stops_the_update():
         ({"anneal_lr": True}, [1e-3, 7.5e-4, 5e-4, 2.5e-4]),
         ({"lr_warmup_iterations": 2}, [5e-4, 1e-3, 1e-3, 1e-3]),
         ({"lr_warmup_iterations": 4, "anneal_lr": True}, [2.5e-4, 3.75e-4, 3.75e-4, 2.5e-4]),
+        ({"lr_warmup_iterations": 2, "value_warmup_iterations": 1}, [1e-3, 5e-4, 1e-3, 1e-3]),
     ],
 )
 def test_learning_rates_rise_and_fall_linearly(cfg, rates):
