@@ -74,8 +74,8 @@ def train(config: ExperimentConfig) -> int:
     groups = parameter_groups(model, cfg.learning_rate, config.policy.learning_rates)
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     to_head = config.policy.critic_gradient == "head"
-    needs_head = to_head or cfg.value_warmup_iterations
-    value_head = value_head_parameters(model, config.policy.value_head) if needs_head else None
+    alone = to_head or cfg.value_warmup_iterations  # then the value head must be known from the rest
+    value_head = value_head_parameters(model, config.policy.value_head) if alone else None
     ppo = PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_head, critic_to_head=to_head)
     statistics = EpisodeStatistics(trainer.num_envs, device)
     mode, reason = resolve_wandb_mode(trainer.use_wandb)
@@ -123,9 +123,8 @@ def train(config: ExperimentConfig) -> int:
         tracker.log(result.metrics() | audit.drift(), step)
         write_episodes(folder / "episodes.jsonl", result.episodes, global_step=step, seed=trainer.seed)
         if result.frames:
-            success = [bool(e.success) for e in result.episodes[: len(result.frames)]] if result.has_success else None
             path = folder / "videos" / f"eval_{step:09d}.mp4"
-            write_video(video_grid(result.frames, columns=4, success=success), path, fps=10)
+            write_video(video_grid(result.frames, columns=4, success=result.filmed_success), path, fps=10)
             tracker.log_video("eval/video", path, step)
         return result
 

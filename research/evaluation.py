@@ -55,6 +55,11 @@ class Evaluation:
         return metrics
 
     @property
+    def filmed_success(self) -> list[bool] | None:
+        """Success of the episodes that were filmed; None where the env has no such notion."""
+        return [bool(e.success) for e in self.episodes[: len(self.frames)]] if self.has_success else None
+
+    @property
     def score(self) -> float:
         """What makes one evaluation better than another: success, or else return."""
         metrics = self.metrics()

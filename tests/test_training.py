@@ -318,3 +318,28 @@ def test_the_audit_is_in_the_summary_and_drift_in_the_metrics(tmp_path, scope):
     argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=3"]
     assert ppo_vla.main(argv) == 0
     assert json.loads((run / "summary.json").read_text())["audit/hash"] == summary["audit/hash"]
+
+
+def test_a_gpt_style_model_trains_with_its_language_model_frozen(tmp_path, capsys):
+    """Gradients flow through the frozen language model to the projector, so it runs in the update; the encoder not."""
+    keys = ["rgb", "proprio", "language"]
+    config = write_config(
+        tmp_path,
+        trainer__env_config={"task": "reach", "modalities": keys, "image_size": 32},
+        trainer__iterations=2,
+        policy__freeze=["vision", "language", "readout", "proprio_projector"],
+        policy__vla_config={
+            "model_class": "agents.gpt_vla.GPTVLAModel",
+            "model_config": {
+                "action_dim": 3, "action_head_hidden_size": 16, "gradient_checkpointing": True,
+                "vision_encoder": {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8},
+                "language_model": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 256, "n_positions": 160},
+            },
+        },
+    )  # fmt: skip
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "feature reuse: vision_encoder run once" in out
+    assert "feature reuse: not of hidden: it reads vision_tokens, which changes" in out
+    row = [row for row in read_metrics(run_folder(tmp_path)) if "train/approx_kl" in row][-1]
+    assert row["train/grad_norm/projector"] > 0 and "train/grad_norm/language_model" not in row
