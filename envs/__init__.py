@@ -43,3 +43,12 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
 
         return make_gym_env(name.removeprefix("gym:"), num_envs, device, seed, **env_config)
     raise UserError(f"trainer.env: unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}")
+
+
+def splits_of(name: str) -> tuple[str, ...]:
+    """The values of an environment's option `split`, by which generalisation is evaluated; none without the option."""
+    if name == "tabletop":
+        from envs.tabletop import SPLITS
+
+        return SPLITS
+    return ()

@@ -17,6 +17,21 @@ on a block, 0 closed on nothing); `language` int64 `[N, L]`, the instruction's b
 
 Every initial state has an id, and state `i` of a configuration is the same on every machine: all that is random is a
 hash of the id, computed in integers. Ids below `HELD_OUT_STATES` are kept for evaluation and never drawn in training.
+
+Generalisation splits, after RL4VLA (Liu et al., 2025). Each changes one thing about the state that an id has in
+`train`, and nothing else, so that success can be compared state by state:
+
+| split       | what training has never shown                                                                         |
+|-------------|-------------------------------------------------------------------------------------------------------|
+| `vision`    | striped and chequered table tops, light that falls from one side, pixel noise, new at every step      |
+| `semantics` | other phrasings, one of which names the plate first; two more blocks (up to 6) and one more plate (up |
+|             | to 4); distractors that share the named block's colour or its shape                                   |
+| `execution` | the named block on another plate (or against the only one), the gripper at the rim and, in            |
+|             | `pick_place`, perhaps shut; the block is moved after 3 to 6 steps, unless the gripper has it          |
+
+Training shows every colour with every shape, but blocks of one table never share a colour: the shape word can be
+ignored. In `semantics` it cannot, and a pair is unseen in that sense. A colour that training never names would only ask
+what a model that reads bytes cannot know.
 """
 
 from __future__ import annotations
@@ -47,6 +62,7 @@ from research.schema import (
 
 TASKS = ("reach", "push", "pick_place")
 REWARDS = ("sparse", "milestones")
+SPLITS = ("train", "vision", "semantics", "execution")
 COLOURS = {
     "red": (214, 39, 40),
     "green": (44, 150, 60),
@@ -71,12 +87,36 @@ PHRASINGS = {
         "move the {block} over to the {plate}",
     ),
 }
+UNSEEN_PHRASINGS = {
+    "reach": (
+        "approach the {block}",
+        "hover above the {block}",
+        "bring the gripper to the {block}",
+        "find the {block} and stop there",
+    ),
+    "push": (
+        "nudge the {block} until it is on the {plate}",
+        "sweep the {block} across to the {plate}",
+        "the {plate} is where the {block} should slide",
+        "get the {block} to the {plate} without lifting",
+    ),
+    "pick_place": (
+        "set the {block} down on the {plate}",
+        "lift the {block} and drop it on the {plate}",
+        "the {plate} is where the {block} belongs",
+        "carry the {block} to the {plate} and let go",
+    ),
+}
 MAX_STEPS = {"reach": 25, "push": 80, "pick_place": 40}
 HELD_OUT_STATES = 10_000
+MAX_PLATES = 4
+TRIES = 16  # places considered for an object, so that it fits between the others
 
 # Metres. The camera sees the square [-TABLE, TABLE]^2; the gripper stays within [-REACH, REACH]^2.
 TABLE, REACH = 0.25, 0.235
 STEP = 0.04
+GRIPPER_START = 0.9  # of REACH, in both directions
+CLEARANCE = 0.01
 GRASP_RADIUS = 0.025
 REACH_RADIUS = 0.02
 PLACE_RADIUS = 0.04
@@ -108,17 +148,22 @@ def hashed_uniform(ids: Tensor, draws: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _instructions(task: str, length: int) -> Tensor:
+def _instructions(task: str, unseen: bool, length: int) -> Tensor:
     """Every instruction of a task: int64 `[phrasing, block shape, block colour, plate colour, L]`."""
+    phrasings = (UNSEEN_PHRASINGS if unseen else PHRASINGS)[task]
     texts = [
         phrasing.format(block=f"{block} {shape}", plate=f"{plate} plate")
-        for phrasing in PHRASINGS[task]
+        for phrasing in phrasings
         for shape in SHAPES
         for block in COLOURS
         for plate in COLOURS
     ]
     table = encode_text(texts, length)
-    return table.view(len(PHRASINGS[task]), len(SHAPES), len(COLOURS), len(COLOURS), length)
+    return table.view(len(phrasings), len(SHAPES), len(COLOURS), len(COLOURS), length)
+
+
+# Everything about M tables, each entry with M rows. A plain dict: a TensorDict's checks cost a third of a step.
+State = dict[str, Tensor]
 
 
 class TabletopEnv(EnvBase):
@@ -135,6 +180,7 @@ class TabletopEnv(EnvBase):
         num_plates: plates per table, of different colours; the first is the one that is named.
         max_steps: truncation limit; by default 25 / 80 / 40 for reach / push / pick_place.
         instruction_length: L, bytes reserved for the instruction.
+        split: "train", or what to generalise to: "vision", "semantics" or "execution".
         seed: which stream of initial states training episodes are drawn from.
         device: where state, rendering and observations live.
 
@@ -155,10 +201,11 @@ class TabletopEnv(EnvBase):
         num_plates: int = 2,
         max_steps: int | None = None,
         instruction_length: int = 64,
+        split: str = "train",
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
-        for name, value, known in (("task", task, TASKS), ("reward", reward, REWARDS)):
+        for name, value, known in (("task", task, TASKS), ("reward", reward, REWARDS), ("split", split, SPLITS)):
             if value not in known:
                 raise UserError(f"trainer.env_config.{name}: {value!r} is not one of {', '.join(known)}")
         unknown = sorted(set(modalities) - set(MODALITIES))
@@ -170,21 +217,23 @@ class TabletopEnv(EnvBase):
             *((name, value, 1, None) for name, value in sizes.items()),
             ("image_size", image_size, 16, 1024),
             ("num_blocks", num_blocks, 1, len(COLOURS)),
-            ("num_plates", num_plates, 1, 4),
+            ("num_plates", num_plates, 1, MAX_PLATES),
         ):
             if not isinstance(value, int) or value < low or (high is not None and value > high):
                 bound = f"from {low} to {high}" if high else f"of at least {low}"
                 raise UserError(f"trainer.env_config.{name}: expected an integer {bound}, got {value!r}")
         super().__init__(device=device, batch_size=[num_envs])
         self.task, self.reward_kind, self.image_size, self.max_steps = task, reward, image_size, max_steps
-        self.modalities = tuple(modalities)
+        self.modalities, self.split = tuple(modalities), split
         self.num_blocks, self.num_plates = num_blocks, num_plates
-        self._instruction_table = _instructions(task, instruction_length).to(self.device)
-        self._painter = _Painter(image_size, RGB in modalities, DEPTH in modalities, self.device)
+        self._extra_blocks = min(2, len(COLOURS) - num_blocks) if split == "semantics" else 0
+        self._extra_plates = min(1, MAX_PLATES - num_plates) if split == "semantics" else 0
+        self._instruction_table = _instructions(task, split == "semantics", instruction_length).to(self.device)
+        self._painter = _Painter(image_size, RGB in modalities, DEPTH in modalities, split == "vision", self.device)
         self._make_specs(num_envs, image_size, instruction_length)
         self._rows = torch.arange(num_envs, device=self.device)
-        self._block_numbers = torch.arange(num_blocks, device=self.device)
-        self._state: TensorDictBase | None = None
+        self._block_numbers = torch.arange(num_blocks + self._extra_blocks, device=self.device)
+        self._state: State | None = None
         self._film_painter: _Painter | None = None
         self._set_seed(seed)
 
@@ -216,58 +265,68 @@ class TabletopEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         """Choose the stream of training states: it starts at a hash of the seed and wraps past the held-out ids."""
         self._next_id = int(_mix(torch.tensor((int(seed or 0) + 1) & 0xFFFFFFFF)))
-        self._upcoming: TensorDictBase | None = None
+        self._upcoming: State | None = None
 
-    def _draw_training_states(self, count: int) -> TensorDictBase:
+    def _draw_training_states(self, count: int) -> State:
         """The next `count` states of the stream, made a few hundred at a time: a state costs little in bulk."""
-        if self._upcoming is None or len(self._upcoming) < count:
+        left = 0 if self._upcoming is None else len(self._upcoming["id"])
+        if left < count:
             fresh = max(256, 2 * self.batch_size[0], count)
             ids = self._next_id + torch.arange(fresh, device=self.device)
             ids = HELD_OUT_STATES + ids % (2**32 - HELD_OUT_STATES)
-            left = 0 if self._upcoming is None else len(self._upcoming)
             self._next_id += fresh
             made = self._make_states(ids)
-            self._upcoming = made if not left else torch.cat([self._upcoming, made])
-        drawn, self._upcoming = self._upcoming[:count], self._upcoming[count:]
+            if left:
+                made = {key: torch.cat([self._upcoming[key], value]) for key, value in made.items()}
+            self._upcoming = made
+        drawn = {key: value[:count] for key, value in self._upcoming.items()}
+        self._upcoming = {key: value[count:] for key, value in self._upcoming.items()}
         return drawn
 
-    def _make_states(self, ids: Tensor) -> TensorDictBase:
-        """Initial states for ids int64 `[M]`: a TensorDict `[M]`, every entry a function of the id alone."""
+    def _make_states(self, ids: Tensor) -> State:
+        """Initial states for ids int64 `[M]`, every entry a function of the id alone."""
         m, k, p = len(ids), self.num_blocks, self.num_plates
-        colours, shapes, tries = len(COLOURS), len(SHAPES), 16
-        objects = p + k
-        widths = [tries * objects * 2, colours, colours, k, k, 1, 2, 4]
-        layout, block_order, plate_order, shape, yaw, phrase, gripper, looks = hashed_uniform(ids, sum(widths)).split(
-            widths, dim=1
-        )
-        centres = self._place(layout.view(m, tries, objects, 2))
-        block_colour = block_order.argsort(dim=1, stable=True)[:, :k]
-        plate_colour = plate_order.argsort(dim=1, stable=True)[:, :p]
+        colours, shapes = len(COLOURS), len(SHAPES)
+        widths = [TRIES * (p + k) * 2, colours, colours, k, k, 1, 2, 4]
+        # A draw depends on the id and on its column: those of a split come last and leave the others as they are.
+        widths += {
+            "semantics": [
+                TRIES * (self._extra_plates + self._extra_blocks) * 2,
+                self._extra_blocks,
+                self._extra_blocks,
+            ],
+            "execution": [TRIES * 2, TRIES * 2, 1, 5],
+        }.get(self.split, [])
+        draws = hashed_uniform(ids, sum(widths)).split(widths, dim=1)
+        layout, block_order, plate_order, shape, yaw, phrase, gripper, looks, *of_split = draws
+        centres = self._scatter(layout.view(m, TRIES, p + k, 2), [True] * p + [False] * k)
+        block_colour = block_order.argsort(dim=1, stable=True)[:, : k + self._extra_blocks]
+        plate_colour = plate_order.argsort(dim=1, stable=True)[:, : p + self._extra_plates]
         block_shape = (shape * shapes).long()
-        phrasing = (phrase[:, 0] * len(PHRASINGS[self.task])).long()
-        language = self._instruction_table[phrasing, block_shape[:, 0], block_colour[:, 0], plate_colour[:, 0]]
+        phrasing = (phrase[:, 0] * len(self._instruction_table)).long()
         zeros = torch.zeros(m, dtype=torch.int64, device=self.device)
-        state = TensorDict(
-            {
-                "id": ids,
-                "gripper": (gripper * 2 - 1) * REACH * 0.9,
-                "shut": torch.full((m,), self.task == "push", device=self.device),
-                "held": zeros - 1,
-                "held_steps": zeros,
-                "steps": zeros,
-                "offset": torch.zeros(m, 2, device=self.device),
-                "potential": torch.zeros(m, device=self.device),
-                "blocks": centres[:, p:],
-                "plates": centres[:, :p],
-                "block_colour": block_colour,
-                "block_shape": block_shape,
-                "plate_colour": plate_colour,
-                "block_yaw": (yaw * _Painter.YAWS).long(),
-                "looks": looks,
-                "language": language,
-            },
-            batch_size=[m],
-        )
+        state = {
+            "id": ids,
+            "gripper": (gripper * 2 - 1) * REACH * GRIPPER_START,
+            "shut": torch.full((m,), self.task == "push", device=self.device),
+            "held": zeros - 1,
+            "held_steps": zeros,
+            "steps": zeros.clone(),
+            "offset": torch.zeros(m, 2, device=self.device),
+            "potential": torch.zeros(m, device=self.device),
+            "blocks": centres[:, p:],
+            "plates": centres[:, :p],
+            "block_colour": block_colour,
+            "block_shape": block_shape,
+            "plate_colour": plate_colour,
+            "block_yaw": (yaw * _Painter.YAWS).long(),
+            "looks": looks,
+            "language": self._instruction_table[phrasing, block_shape[:, 0], block_colour[:, 0], plate_colour[:, 0]],
+        }
+        if self.split == "semantics":
+            self._add_confusing_objects(state, *of_split)
+        elif self.split == "execution":
+            self._displace(state, *of_split)
         # Reaching starts at a distance; otherwise some states would be solved before the first action.
         if self.task == "reach":
             away = (state["gripper"] - state["blocks"][:, 0]).norm(dim=-1, keepdim=True) < 2 * REACH_RADIUS
@@ -277,31 +336,93 @@ class TabletopEnv(EnvBase):
         state["gap"] = (state["blocks"][:, 0] - state["plates"][:, 0]).norm(dim=-1)
         return state
 
-    def _place(self, uniform: Tensor) -> Tensor:
-        """Centres that keep objects apart: the first of several tries that fits, else the roomiest one, per object.
+    def _scatter(self, uniform: Tensor, is_plate: list[bool], standing: Tensor | None = None) -> Tensor:
+        """Centres of objects put on the table one by one, each apart from all before it.
 
         Args:
-            uniform: `[M, tries, objects, 2]` in [0, 1); plates come first.
+            uniform: `[M, tries, objects, 2]` in [0, 1).
+            is_plate: for each object whether it is a plate or a block.
+            standing: `[M, T, 2]`, the plates and then the blocks that are on the table already.
         Returns:
-            float32 `[M, objects, 2]`, metres.
+            float32 `[M, T + objects, 2]`, metres.
         """
-        m, tries, objects, _ = uniform.shape
-        radii = [PLATE_RADIUS] * self.num_plates + [BLOCK_RADIUS] * self.num_blocks
-        rows = torch.arange(m, device=uniform.device)
-        rank = torch.arange(tries, 0, -1, device=uniform.device)
-        centres = torch.empty(m, objects, 2, device=uniform.device)
-        for j, radius in enumerate(radii):
-            # A block to be pushed needs room for the gripper on every side.
-            pushed = self.task == "push" and j == self.num_plates
-            span = REACH - (0.085 if pushed else radius)
-            candidates = (uniform[:, :, j] * 2 - 1) * span  # [M, tries, 2]
-            pick = torch.zeros(m, dtype=torch.int64, device=uniform.device)
-            if j:
-                need = torch.tensor([radius + r + 0.01 for r in radii[:j]], device=uniform.device)
-                room = ((candidates[:, :, None] - centres[:, None, :j]).norm(dim=-1) - need).amin(dim=-1)
-                pick = torch.where(room >= 0, rank, room.clamp(max=0) - 1).argmax(dim=1)
-            centres[:, j] = candidates[rows, pick]
-        return centres
+        radii = [] if standing is None else [PLATE_RADIUS] * self.num_plates + [BLOCK_RADIUS] * self.num_blocks
+        centres = [] if standing is None else list(standing.unbind(dim=1))
+        for j, plate in enumerate(is_plate):
+            radius = PLATE_RADIUS if plate else BLOCK_RADIUS
+            named = standing is None and j == self.num_plates
+            candidates = (uniform[:, :, j] * 2 - 1) * (self._target_span if named else REACH - radius)
+            if radii:
+                need = torch.tensor([radius + r + CLEARANCE for r in radii], device=uniform.device)
+                centres.append(self._first_with_room(candidates, torch.stack(centres, dim=1), need))
+            else:
+                centres.append(candidates[:, 0])
+            radii.append(radius)
+        return torch.stack(centres, dim=1)
+
+    @property
+    def _target_span(self) -> float:
+        """How far from the table's centre the named block starts: one to be pushed needs room on every side."""
+        return REACH - (0.085 if self.task == "push" else BLOCK_RADIUS)
+
+    @staticmethod
+    def _first_with_room(candidates: Tensor, standing: Tensor, need: Tensor) -> Tensor:
+        """The first of several tries that fits, else the roomiest one.
+
+        Args:
+            candidates: `[M, tries, 2]`, centres to choose from.
+            standing: `[M, T, 2]`, centres of what is on the table.
+            need: `[T]`, the distance to keep from each of them.
+        Returns:
+            float32 `[M, 2]`.
+        """
+        m, tries, _ = candidates.shape
+        rank = torch.arange(tries, 0, -1, device=candidates.device)
+        room = ((candidates[:, :, None] - standing[:, None]).norm(dim=-1) - need).amin(dim=-1)
+        pick = torch.where(room >= 0, rank, room.clamp(max=0) - 1).argmax(dim=1)
+        return candidates[torch.arange(m, device=candidates.device), pick]
+
+    def _add_confusing_objects(self, state: State, layout: Tensor, shape: Tensor, yaw: Tensor) -> None:
+        """The `semantics` split: more objects, and blocks that are like the named one in colour or in shape."""
+        m, p, k = len(layout), self.num_plates, self.num_blocks
+        kinds = [True] * self._extra_plates + [False] * self._extra_blocks
+        standing = torch.cat([state["plates"], state["blocks"]], dim=1)
+        added = self._scatter(layout.view(m, TRIES, len(kinds), 2), kinds, standing)[:, p + k :]
+        state["plates"] = torch.cat([state["plates"], added[:, : self._extra_plates]], dim=1)
+        state["blocks"] = torch.cat([state["blocks"], added[:, self._extra_plates :]], dim=1)
+        state["block_yaw"] = torch.cat([state["block_yaw"], (yaw * _Painter.YAWS).long()], dim=1)
+        shapes = torch.cat([state["block_shape"], (shape * len(SHAPES)).long()], dim=1)
+        target, twins = shapes[:, :1], shapes[:, 1::2]
+        shapes[:, 1::2] = torch.where(twins == target, (twins + 1) % len(SHAPES), twins)
+        shapes[:, 2::2] = target
+        state["block_colour"][:, 1::2] = state["block_colour"][:, :1]
+        state["block_shape"] = shapes
+
+    def _displace(self, state: State, near: Tensor, moved: Tensor, when: Tensor, start: Tensor) -> None:
+        """The `execution` split: an unusual place for the named block, another one soon, and for the gripper too."""
+        m, span, last = len(near), self._target_span, self.num_plates - 1
+        others = torch.cat([state["plates"], state["blocks"][:, 1:]], dim=1)
+        radii = [PLATE_RADIUS] * self.num_plates + [BLOCK_RADIUS] * (self.num_blocks - 1)
+        need = torch.tensor([BLOCK_RADIUS + r + CLEARANCE for r in radii], device=self.device)
+        moved = (moved.view(m, TRIES, 2) * 2 - 1) * span
+        state["moved_to"] = self._first_with_room(moved, others, need)
+        state["moves_at"] = 3 + (when[:, 0] * 4).long()
+        # The last plate is the goal where it is the only one; a block may lie against it, but not have arrived.
+        nearest = 0.0 if last else 1.25 * PLACE_RADIUS
+        need[last] = nearest
+        turn, distance = near.view(m, TRIES, 2).unbind(dim=-1)
+        turn, distance = 2 * math.pi * turn, nearest + (0.08 - nearest) * distance
+        around = distance[..., None] * torch.stack([turn.cos(), turn.sin()], dim=-1)
+        around = (state["plates"][:, last, None] + around).clamp(-span, span)
+        place = self._first_with_room(around, others, need)
+        state["blocks"] = torch.cat([place[:, None], state["blocks"][:, 1:]], dim=1)
+        # The gripper at the rim, further out than training starts in one direction and anywhere in the other.
+        sign, out, along, axis, shut = start.unbind(dim=1)
+        rim = torch.where(sign < 0.5, -1.0, 1.0) * (GRIPPER_START + (1 - GRIPPER_START) * out)
+        pose = torch.stack([rim, along * 2 - 1], dim=1) * REACH
+        state["gripper"] = torch.where((axis < 0.5)[:, None], pose, pose.flip(1))
+        if self.task == "pick_place":
+            state["shut"] = shut < 0.5
 
     # ---------------------------------------------------------------- reset and step
 
@@ -311,42 +432,53 @@ class TabletopEnv(EnvBase):
         rows = self._rows if mask is None or self._state is None else mask.view(n).nonzero()[:, 0]
         ids = None if tensordict is None else tensordict.get(INITIAL_STATE, None)
         fresh = self._draw_training_states(len(rows)) if ids is None else self._make_states(ids.view(n)[rows])
+        images = self._painter.frames(fresh)
         if len(rows) == n:
-            self._state = fresh.clone()
-            images = self._painter.frames(self._state)
+            self._state = fresh
         else:
-            self._state[rows] = fresh
-            images = {key: image.clone() for key, image in self._images.items()}
-            for key, image in self._painter.frames(fresh).items():
-                images[key][rows] = image
+            for key, value in fresh.items():
+                self._state[key].index_copy_(0, rows, value)
+            images = {key: self._images[key].index_copy(0, rows, image) for key, image in images.items()}
         self._images = images
         none = torch.zeros(n, 1, dtype=torch.bool, device=self.device)
-        out = self._observe(images)
-        return out.update({SUCCESS: none, "done": none, "terminated": none.clone(), "truncated": none.clone()})
+        return self._report(
+            images, {SUCCESS: none, "done": none, "terminated": none.clone(), "truncated": none.clone()}
+        )
+
+    def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Reset the environments that are done. As TorchRL's own, but faster: `_reset` reports all environments, so no
+        choice between old and new is made row by row, over whole pictures and over all that the policy left behind.
+        """
+        if self.any_done(tensordict):
+            tensordict.update(self._reset(tensordict.select("_reset")))
+            del tensordict["_reset"]
+        return tensordict
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         state = self._state
         action = tensordict.get(ACTION).clamp(-1.0, 1.0)
         success = self._move(state, action)
-        steps = state["steps"] + 1
-        state.set("steps", steps)
-        potential = self._milestones(state, success)
-        reward = success.float() if self.reward_kind == "sparse" else potential - state["potential"]
-        state.set("potential", potential)
+        state["steps"] = state["steps"] + 1
+        reward = success.float()
+        if self.reward_kind == "milestones":
+            potential = self._milestones(state, reward)
+            reward = potential - state["potential"]
+            state["potential"] = potential
         terminated = success[:, None]
-        truncated = (steps >= self.max_steps)[:, None] & ~terminated
+        truncated = (state["steps"] >= self.max_steps)[:, None] & ~terminated
         self._images = self._painter.frames(state)
-        return self._observe(self._images).update(
+        return self._report(
+            self._images,
             {
                 "reward": reward[:, None],
                 "done": terminated | truncated,
                 "terminated": terminated,
                 "truncated": truncated,
                 SUCCESS: terminated.clone(),
-            }
+            },
         )
 
-    def _move(self, state: TensorDictBase, action: Tensor) -> Tensor:
+    def _move(self, state: State, action: Tensor) -> Tensor:
         """Advance gripper and blocks by one control step, in place; returns success, bool `[N]`."""
         gripper = (state["gripper"] + action[:, :2] * STEP).clamp(-REACH, REACH)
         held, resting = state["held"], state["blocks"]
@@ -365,8 +497,13 @@ class TabletopEnv(EnvBase):
             offset = torch.where(grasps[:, None], blocks[self._rows, which] - gripper, state["offset"])
             disturbed = held != state["held"]
             held_steps = torch.where(held == 0, state["held_steps"] + 1, 0)
-            state.update({"shut": shut, "held": held, "offset": offset, "held_steps": held_steps})
-        state.update({"gripper": gripper, "blocks": blocks})
+            state.update(shut=shut, held=held, offset=offset, held_steps=held_steps)
+        if self.split == "execution":
+            moved = (state["steps"] == state["moves_at"]) & (held != 0)
+            target = torch.where(moved[:, None], state["moved_to"], blocks[:, 0])
+            blocks = torch.cat([target[:, None], blocks[:, 1:]], dim=1)
+            disturbed = moved if disturbed is None else disturbed | moved
+        state.update(gripper=gripper, blocks=blocks)
         if disturbed is not None:
             self._repaint_scenes(state, disturbed)
         target, plate = blocks[:, 0], state["plates"][:, 0]
@@ -375,11 +512,11 @@ class TabletopEnv(EnvBase):
         on_plate = (target - plate).norm(dim=-1) <= PLACE_RADIUS
         return on_plate if self.task == "push" else on_plate & (held != 0)
 
-    def _repaint_scenes(self, state: TensorDictBase, disturbed: Tensor) -> None:
+    def _repaint_scenes(self, state: State, disturbed: Tensor) -> None:
         """Scenes are painted again only where a block was moved, lifted or put down."""
         rows = disturbed.nonzero()[:, 0]
         if len(rows):
-            for key, scene in self._painter.scenes(state[rows]).items():
+            for key, scene in self._painter.scenes(state, rows).items():
                 state[key].index_copy_(0, rows, scene)
 
     @staticmethod
@@ -393,8 +530,8 @@ class TabletopEnv(EnvBase):
             blocks = torch.where(distance < reach, pusher + away / distance * reach, blocks)
         return blocks.clamp(-REACH, REACH)
 
-    def _milestones(self, state: TensorDictBase, success: Tensor) -> Tensor:
-        """0.1 grasp + 0.1 hold + 1.0 success, float32 `[N]`; rewards are its differences."""
+    def _milestones(self, state: State, success: Tensor) -> Tensor:
+        """0.1 grasp + 0.1 hold + 1.0 success (float32 `[N]`, as is the result); rewards are its differences."""
         gap = (state["gripper"] - state["blocks"][:, 0]).norm(dim=-1)
         if self.task == "reach":
             first, second = gap < 0.10, gap < 0.05
@@ -403,21 +540,19 @@ class TabletopEnv(EnvBase):
             first, second = gap < PUSHER_RADIUS + BLOCK_RADIUS + 0.005, left < 0.5 * state["gap"]
         else:
             first, second = state["held"] == 0, state["held_steps"] >= HOLD_STEPS
-        return 0.1 * first.float() + 0.1 * second.float() + success.float()
+        return 0.1 * first.float() + 0.1 * second.float() + success
 
-    def _observe(self, images: dict[str, Tensor]) -> TensorDictBase:
+    def _report(self, images: dict[str, Tensor], outcome: dict[str, Tensor]) -> TensorDictBase:
+        """What TorchRL is handed: the observation, which state the episode began from, and `outcome`."""
         state, observation = self._state, dict(images)
         if PROPRIO in self.modalities:
             opening = torch.where(state["shut"], torch.where(state["held"] >= 0, HOLDING, SHUT), OPEN)
             observation[PROPRIO] = torch.cat([state["gripper"], opening[:, None]], dim=1)
         if LANGUAGE in self.modalities:
-            observation[LANGUAGE] = state["language"]
+            observation[LANGUAGE] = state["language"].clone()  # partial resets write into the state
         observation = {key: observation[key] for key in self.modalities}
         return TensorDict(
-            {
-                OBSERVATION: TensorDict(observation, self.batch_size, device=self.device),
-                INITIAL_STATE: state["id"][:, None],
-            },
+            {OBSERVATION: observation, INITIAL_STATE: state["id"][:, None].clone(), **outcome},
             self.batch_size,
             device=self.device,
         )
@@ -462,9 +597,8 @@ class TabletopEnv(EnvBase):
     def render_frames(self, size: int = 256) -> Tensor:
         """The tables as a person would want to see them: uint8 `[N, size, size, 3]`."""
         if self._film_painter is None or self._film_painter.size != size:
-            self._film_painter = _Painter(size, True, False, self.device)
-        painter = self._film_painter
-        state = self._state.copy()
+            self._film_painter = _Painter(size, True, False, self.split == "vision", self.device)
+        painter, state = self._film_painter, dict(self._state)
         state.update(painter.tables(state))
         state.update(painter.scenes(state))
         return painter.frames(state)[RGB]
@@ -473,7 +607,7 @@ class TabletopEnv(EnvBase):
         """All that decides the future of these environments; see `load_state_dict`."""
         upcoming = None if self._upcoming is None else self._upcoming["id"].clone()
         return {
-            "state": None if self._state is None else self._state.clone().to_dict(),
+            "state": None if self._state is None else {key: value.clone() for key, value in self._state.items()},
             "next_id": self._next_id,
             "upcoming": upcoming,
         }
@@ -484,7 +618,7 @@ class TabletopEnv(EnvBase):
         upcoming = state_dict["upcoming"]
         self._upcoming = None if upcoming is None else self._make_states(upcoming.to(self.device))
         if state_dict["state"] is not None:
-            self._state = TensorDict.from_dict(state_dict["state"], batch_size=self.batch_size).to(self.device)
+            self._state = {key: value.to(self.device, copy=True) for key, value in state_dict["state"].items()}
             self._images = self._painter.frames(self._state)
 
 
@@ -499,19 +633,22 @@ class _Painter:
         size: S, pixels per side.
         colour: paint `rgb`.
         depth: paint `depth`.
+        unseen: with the `vision` split's table tops, light and noise.
     """
 
     YAWS = 24  # orientations per full turn of a block's sprite
 
-    def __init__(self, size: int, colour: bool, depth: bool, device: torch.device):
-        self.size, self.colour, self.depth, self.device = size, colour, depth, device
+    GRAIN = 64  # noisy pixels per side, in pictures of any size
+
+    def __init__(self, size: int, colour: bool, depth: bool, unseen: bool, device: torch.device):
+        self.size, self.colour, self.depth, self.unseen, self.device = size, colour, depth, unseen, device
         self.metre = size / (2 * TABLE)  # pixels per metre
         self.phases = max(1, min(8, 512 // size))  # sub-pixel positions per axis
         self.palette = torch.tensor([*COLOURS.values(), (255, 255, 255)], dtype=torch.float32, device=device)
-        self.blocks = self._atlas(
-            1.25 * BLOCK_RADIUS, [self._block(c, y) for c in SHAPES.values() for y in self._turns()]
-        )
+        blocks = [self._block(corners, yaw) for corners in SHAPES.values() for yaw in self._turns()]
+        self.blocks = self._atlas(1.25 * BLOCK_RADIUS, [*blocks, self._nothing])
         self.grippers = self._atlas(0.062, [self._gripper(opening) for opening in (OPEN, HOLDING, SHUT)])
+        self.plates = self._atlas(1.05 * PLATE_RADIUS, [self._plate(tinted) for tinted in (False, True)])
 
     # ---------------------------------------------------------------- sprites
 
@@ -547,77 +684,6 @@ class _Painter:
 
         return shape
 
-    def _atlas(self, radius: float, shapes: list) -> dict[str, Tensor]:
-        """Rasterise `shapes` (functions of x and y in metres) at every sub-pixel position.
-
-        Returns:
-            `keep` and `tone` float32 `[shapes * phases * phases, P]`: a pixel becomes `keep * below + tone * colour`;
-            `window` int64 `[P]`: flat offsets of the patch's pixels from its corner; `half`: pixels from corner to
-            centre.
-        """
-        half = min(math.ceil(radius * self.metre), (self.size - 1) // 2)
-        steps = torch.arange(2 * half + 1, device=self.device)
-        phase = (torch.arange(self.phases, device=self.device) + 0.5) / self.phases
-        along = (steps + 0.5 - half - phase[:, None]) / self.metre  # [phases, side]
-        y, x = torch.broadcast_tensors(-along[:, None, :, None], along[None, :, None, :])
-        keep, tone = [], []
-        for shape in shapes:
-            distance, brightness = shape(x, y)
-            cover = (0.5 - distance * self.metre).clamp(0.0, 1.0).reshape(self.phases**2, -1)
-            keep.append(1 - cover)
-            tone.append(cover * brightness.reshape(self.phases**2, -1))
-        window = (steps[:, None] * self.size + steps).reshape(-1)
-        return {"keep": torch.cat(keep), "tone": torch.cat(tone), "window": window, "half": half}
-
-    def _lay(
-        self, canvas: dict[str, Tensor], atlas: dict, rows: Tensor, at: Tensor, sprite: Tensor, colour, depth
-    ) -> None:
-        """Paint one object into each of some images, in place.
-
-        Args:
-            canvas: `rgb` uint8 `[M * S * S, 3]` and / or `depth` float32 `[M * S * S]`, M images one after the other.
-            rows: int64 `[R]`, the images to paint into.
-            at: float32 `[R, 2]`, the object's centre (x right, y up) in metres.
-            sprite: int64 `[R]`, which shape of the atlas.
-            colour: int64 `[R]`, which entry of the palette.
-            depth: metres from the camera to the object's top, a number or float32 `[R, 1]`.
-        """
-        size, half = self.size, atlas["half"]
-        place = torch.stack([TABLE - at[:, 1], at[:, 0] + TABLE], dim=-1) * self.metre  # row, column in pixels
-        pixel = place.floor()
-        phase = ((place - pixel) * self.phases).long()
-        sprite = (sprite * self.phases + phase[:, 0]) * self.phases + phase[:, 1]
-        corner = (pixel.long() - half).clamp_(0, size - 2 * half - 1)
-        first = (rows * size + corner[:, 0]) * size + corner[:, 1]
-        index = (first[:, None] + atlas["window"]).view(-1)
-        keep = atlas["keep"].index_select(0, sprite)  # [R, P]
-        if self.colour:
-            tone = atlas["tone"].index_select(0, sprite)
-            below = canvas[RGB].index_select(0, index).view(*keep.shape, 3)
-            painted = torch.addcmul(below * keep[..., None], tone[..., None], self.palette[colour][:, None])
-            canvas[RGB].index_copy_(0, index, painted.add_(0.5).to(torch.uint8).view(-1, 3))
-        if self.depth:
-            below = canvas[DEPTH].index_select(0, index).view(keep.shape)
-            canvas[DEPTH].index_copy_(0, index, torch.where(keep < 0.5, depth, below).view(-1))
-
-    # ---------------------------------------------------------------- frames
-
-    def tables(self, state: TensorDictBase) -> dict[str, Tensor]:
-        """Bare tables with their plates, which stay as they are for an episode: `table_*` `[M, S, S, …]`."""
-        m, size, canvas = len(state), self.size, {}
-        if self.colour:
-            canvas[RGB] = self._wood(state["looks"]).view(m * size * size, 3)
-        if self.depth:
-            canvas[DEPTH] = torch.full((m * size * size,), CAMERA, device=self.device)
-        if canvas:
-            plates = self._atlas(1.05 * PLATE_RADIUS, [self._plate(False), self._plate(True)])
-            rows = torch.arange(m, device=self.device)
-            for j in range(state["plates"].shape[1]):
-                at, colour = state["plates"][:, j], state["plate_colour"][:, j]
-                for layer, tint in ((rows * 0, torch.full_like(colour, len(COLOURS))), (rows * 0 + 1, colour)):
-                    self._lay(canvas, plates, rows, at, layer, tint, CAMERA - PLATE_TOP)
-        return {f"table_{key}": value.view(m, size, size, *value.shape[1:]) for key, value in canvas.items()}
-
     @staticmethod
     def _plate(tinted: bool):
         """A plate is a white disc with its colour laid thinly over it, thinner on the rim."""
@@ -628,6 +694,100 @@ class _Painter:
 
         return shape
 
+    @staticmethod
+    def _nothing(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """In the place of a block that is not there."""
+        return torch.ones_like(x + y), torch.ones_like(x + y)
+
+    def _atlas(self, radius: float, shapes: list) -> dict[str, Tensor]:
+        """Rasterise `shapes` (functions of x and y in metres) at every sub-pixel position.
+
+        Returns:
+            `keep` and `tone` float32 `[shapes * phases * phases, P]`: a pixel becomes `keep * below + tone * colour`;
+            `window` int64, alike: flat offsets of these pixels from the patch's corner, P being the number of pixels
+            that the largest sprite covers; `half`: pixels from corner to centre.
+        """
+        half = min(math.ceil(radius * self.metre), (self.size - 1) // 2)
+        steps = torch.arange(2 * half + 1, device=self.device)
+        phase = (torch.arange(self.phases, device=self.device) + 0.5) / self.phases
+        along = (steps + 0.5 - half - phase[:, None]) / self.metre  # [phases, side]
+        y, x = torch.broadcast_tensors(-along[:, None, :, None], along[None, :, None, :])
+        covers, tones = [], []
+        for shape in shapes:
+            distance, brightness = shape(x, y)
+            cover = (0.5 - distance * self.metre).clamp(0.0, 1.0).reshape(self.phases**2, -1)
+            covers.append(cover)
+            tones.append(cover * brightness.reshape(self.phases**2, -1))
+        cover, tone = torch.cat(covers), torch.cat(tones)
+        # Most of a patch is not covered: covered pixels first, and no more of the others than it takes to fill a row.
+        covered = int((cover > 0).sum(dim=1).max())
+        pixels = (cover == 0).sort(dim=1, stable=True).indices[:, :covered]
+        window = (steps[:, None] * self.size + steps).reshape(-1)[pixels]
+        return {"keep": 1 - cover.gather(1, pixels), "tone": tone.gather(1, pixels), "window": window, "half": half}
+
+    def _lay(
+        self,
+        canvas: dict[str, Tensor],
+        atlas: dict,
+        rows: Tensor,
+        at: Tensor,
+        sprite: Tensor,
+        colour: Tensor,
+        depth: float,
+    ) -> None:
+        """Paint into each of some images, in place, the first layer first.
+
+        Args:
+            canvas: `rgb` uint8 `[M * S * S, 3]` and / or `depth` float32 `[M * S * S]`, M images one after the other.
+            atlas: the sprites to choose from.
+            rows: int64 `[R]`, the images to paint into.
+            at: float32 `[layers, R, 2]`, the objects' centres (x right, y up) in metres.
+            sprite: int64 `[layers, R]`, which shapes of the atlas.
+            colour: int64 `[layers, R]`, which entries of the palette.
+            depth: metres from the camera to the objects' tops.
+        """
+        size, half = self.size, atlas["half"]
+        place = torch.stack([TABLE - at[..., 1], at[..., 0] + TABLE], dim=-1) * self.metre  # row, column in pixels
+        pixel = place.floor()
+        phase = ((place - pixel) * self.phases).long()
+        sprite = (sprite * self.phases + phase[..., 0]) * self.phases + phase[..., 1]
+        corner = (pixel.long() - half).clamp_(0, size - 2 * half - 1)
+        first = (rows * size + corner[..., 0]) * size + corner[..., 1]
+        shape = (*sprite.shape, atlas["window"].shape[1])  # layers, R, P
+        keep, tone, window = (
+            atlas[key].index_select(0, sprite.reshape(-1)).view(shape) for key in ("keep", "tone", "window")
+        )
+        indices = (first[..., None] + window).flatten(1)
+        if self.colour:
+            layers = zip(indices, keep[..., None], tone[..., None], self.palette[colour][:, :, None], strict=True)
+            for index, kept, toned, tint in layers:
+                below = canvas[RGB].index_select(0, index).view(*kept.shape[:2], 3)
+                painted = torch.addcmul(below * kept, toned, tint)
+                canvas[RGB].index_copy_(0, index, painted.add_(0.5).to(torch.uint8).view(-1, 3))
+        if self.depth:
+            for index, solid in zip(indices, (keep < 0.5).flatten(1), strict=True):
+                below = canvas[DEPTH].index_select(0, index)
+                canvas[DEPTH].index_copy_(0, index, below.masked_fill_(solid, depth))
+
+    # ---------------------------------------------------------------- frames
+
+    def tables(self, state: State) -> dict[str, Tensor]:
+        """Bare tables with their plates, which stay as they are for an episode: `table_*` `[M, S, S, …]`."""
+        m, size, canvas = len(state["id"]), self.size, {}
+        if self.colour:
+            top = self._cloth if self.unseen else self._wood
+            canvas[RGB] = top(state["looks"]).view(m * size * size, 3)
+        if self.depth:
+            canvas[DEPTH] = torch.full((m * size * size,), CAMERA, device=self.device)
+        if canvas:
+            rows = torch.arange(m, device=self.device)
+            white = torch.full_like(state["plate_colour"], len(COLOURS))
+            tint = torch.stack([white, state["plate_colour"]], dim=-1).flatten(1).T  # a layer of white, then of colour
+            layer = (torch.arange(len(tint), device=self.device) % 2)[:, None].expand(-1, m)
+            at = state["plates"].repeat_interleave(2, dim=1).transpose(0, 1)
+            self._lay(canvas, self.plates, rows, at, layer, tint, CAMERA - PLATE_TOP)
+        return {f"table_{key}": value for key, value in self._shape(canvas, m).items()}
+
     def _wood(self, looks: Tensor) -> Tensor:
         """A wooden table top, its tone and grain varied by `looks` [M, 4] in [0, 1): uint8 `[M, S, S, 3]`."""
         line = torch.linspace(-1, 1, self.size, device=self.device)
@@ -637,42 +797,74 @@ class _Painter:
         light = 1.0 + 0.025 * grain + (looks[:, 2] - 0.5)[:, None, None] * 0.16
         warm = torch.tensor([203.0, 178.0, 148.0], device=self.device)
         tint = (looks[:, 3:] - 0.5) * torch.tensor([10.0, 0.0, -14.0], device=self.device)
-        return ((warm + tint)[:, None, None] * light[..., None]).clamp_(0, 255).to(torch.uint8)
+        channels = [light * channel[:, None, None] for channel in (warm + tint).unbind(dim=1)]
+        return torch.stack([channel.clamp_(0, 255).to(torch.uint8) for channel in channels], dim=-1)
 
-    def scenes(self, state: TensorDictBase) -> dict[str, Tensor]:
-        """Tables with their resting blocks: `scene_*` `[M, S, S, …]`."""
-        canvas = self._copy(state, "table_")
-        for j in range(state["blocks"].shape[1] if canvas else 0):
-            rows = (state["held"] != j).nonzero()[:, 0]
-            self._lay_block(canvas, state, rows, rows * 0 + j, CAMERA - BLOCK_TOP)
-        return {f"scene_{key}": value for key, value in self._shape(canvas, len(state)).items()}
+    def _cloth(self, looks: Tensor) -> Tensor:
+        """A table cloth with stripes either way or checks; grey, white or mauve: uint8 `[M, S, S, 3]`."""
+        line = torch.linspace(-1, 1, self.size, device=self.device)
+        cloths = torch.tensor([[140.0, 150.0, 160.0], [222.0, 219.0, 210.0], [170.0, 150.0, 175.0]], device=self.device)
+        cloth = cloths[(looks[:, 0] * len(cloths)).long()]
+        pattern = (looks[:, 1] * 3).long()  # 0 and 2 have stripes across, 1 and 2 along
+        wave = torch.cos((10 + 15 * looks[:, 3:]) * line)  # [M, S]
+        across = torch.where((pattern == 1)[:, None], 1.0, wave)[:, :, None]
+        along = torch.where((pattern == 0)[:, None], 1.0, wave)[:, None, :]
+        light = torch.where(across * along > 0, 1.08, 0.86)
+        return (cloth[:, None, None] * light[..., None]).clamp_(0, 255).to(torch.uint8)
 
-    def frames(self, state: TensorDictBase) -> dict[str, Tensor]:
+    def _bad_light(self, rgb: Tensor, state: State) -> Tensor:
+        """The picture uint8 `[M, S, S, 3]` as a noisy camera sees it when a lamp stands on one side of the table."""
+        line = torch.linspace(-1, 1, self.size, device=self.device)
+        angle = (state["looks"][:, 2] * 6.28)[:, None, None]
+        light = 0.9 + 0.2 * (angle.cos() * line[None, None, :] + angle.sin() * line[None, :, None])
+        noise = hashed_uniform(_mix(state["id"]) + state["steps"], self.GRAIN**2).view(-1, self.GRAIN, self.GRAIN)
+        grain = torch.arange(self.size, device=self.device) * self.GRAIN // self.size
+        noise = 40 * (noise[:, grain[:, None], grain] - 0.5)
+        return (rgb * light[..., None] + noise[..., None]).clamp_(0, 255).to(torch.uint8)
+
+    def scenes(self, state: State, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Tables with their resting blocks, all or those of some rows int64 `[M]`: `scene_*` `[M, S, S, …]`."""
+        if rows is None:
+            rows = torch.arange(len(state["id"]), device=self.device)
+        canvas = self._copy(state, "table_", rows)
+        if canvas:
+            shape, yaw, colour, held = (
+                state[key][rows] for key in ("block_shape", "block_yaw", "block_colour", "held")
+            )
+            resting = torch.arange(shape.shape[1], device=self.device) != held[:, None]
+            sprite = torch.where(resting, shape * self.YAWS + yaw, len(SHAPES) * self.YAWS)
+            at = state["blocks"][rows].transpose(0, 1)
+            images = torch.arange(len(rows), device=self.device)
+            self._lay(canvas, self.blocks, images, at, sprite.T, colour.T, CAMERA - BLOCK_TOP)
+        return {f"scene_{key}": value for key, value in self._shape(canvas, len(rows)).items()}
+
+    def frames(self, state: State) -> dict[str, Tensor]:
         """Scenes with held blocks and grippers: `rgb` uint8 `[M, S, S, 3]` and / or `depth` float32 `[M, S, S]`."""
+        m, held = len(state["id"]), state["held"]
         canvas = self._copy(state, "scene_")
         if canvas:
-            rows = (state["held"] >= 0).nonzero()[:, 0]
+            holding = held >= 0
+            rows = holding.nonzero()[:, 0]
             if len(rows):
-                self._lay_block(canvas, state, rows, state["held"][rows], CAMERA - BLOCK_TOP - LIFT)
-            everywhere = torch.arange(len(state), device=self.device)
-            opening = torch.where(state["shut"], torch.where(state["held"] >= 0, 1, 2), 0)
-            white = torch.full_like(everywhere, len(COLOURS))
-            self._lay(canvas, self.grippers, everywhere, state["gripper"], opening, white, CAMERA - GRIPPER_TOP)
-        return self._shape(canvas, len(state))
+                which = held[rows]
+                sprite = state["block_shape"][rows, which] * self.YAWS + state["block_yaw"][rows, which]
+                at, colour = state["blocks"][rows, which], state["block_colour"][rows, which]
+                self._lay(canvas, self.blocks, rows, at[None], sprite[None], colour[None], CAMERA - BLOCK_TOP - LIFT)
+            opening = torch.where(state["shut"], torch.where(holding, 1, 2), 0)
+            white = torch.full_like(opening, len(COLOURS))
+            rows = torch.arange(m, device=self.device)
+            gripper = state["gripper"]
+            self._lay(canvas, self.grippers, rows, gripper[None], opening[None], white[None], CAMERA - GRIPPER_TOP)
+        images = self._shape(canvas, m)
+        if self.unseen and self.colour:
+            images[RGB] = self._bad_light(images[RGB], state)
+        return images
 
-    def _lay_block(self, canvas: dict[str, Tensor], state: TensorDictBase, rows: Tensor, which: Tensor, depth: float):
-        sprite = state["block_shape"][rows, which] * self.YAWS + state["block_yaw"][rows, which]
-        self._lay(
-            canvas, self.blocks, rows, state["blocks"][rows, which], sprite, state["block_colour"][rows, which], depth
-        )
-
-    def _copy(self, state: TensorDictBase, layer: str) -> dict[str, Tensor]:
-        canvas = {}
-        if self.colour:
-            canvas[RGB] = state[f"{layer}rgb"].clone(memory_format=torch.contiguous_format).view(-1, 3)
-        if self.depth:
-            canvas[DEPTH] = state[f"{layer}depth"].clone(memory_format=torch.contiguous_format).view(-1)
-        return canvas
+    def _copy(self, state: State, layer: str, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """A layer of all tables, or of some, to paint on."""
+        layers = {key: state[f"{layer}{key}"] for key, wanted in ((RGB, self.colour), (DEPTH, self.depth)) if wanted}
+        copies = {key: image.clone() if rows is None else image.index_select(0, rows) for key, image in layers.items()}
+        return {key: copy.view(-1, *copy.shape[3:]) for key, copy in copies.items()}
 
     def _shape(self, canvas: dict[str, Tensor], m: int) -> dict[str, Tensor]:
         return {key: value.view(m, self.size, self.size, *value.shape[1:]) for key, value in canvas.items()}

@@ -1,11 +1,13 @@
 """Evaluate a checkpoint from fixed, held-out initial states.
 
     python experiments/evaluate_vla.py                                            # the shipped checkpoint
+    python experiments/evaluate_vla.py --split all                                # how it generalises
     python experiments/evaluate_vla.py --checkpoint=runs/<run folder>             # where a training run ended
     python experiments/evaluate_vla.py --checkpoint=weights.safetensors --config=my.json --trainer.num_eval_episodes=64
 
 A run folder, or a checkpoint in it, brings its own configuration; bare weights take it from --config, by default
-experiments/configs/pick_place.json. Flags win over both. Writes episodes.jsonl, summary.json and a video grid.
+experiments/configs/pick_place.json. Flags win over both. Writes episodes.jsonl, summary.json (the metrics of the first
+split, and of every split under "splits") and a video grid per split. An initial state has the same id in every split.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from ppo_vla import choose_device, load_model, with_default_config
 from tqdm import tqdm
 
 from agents.policy import VLAPolicy, check_policy
-from envs import make_env
-from research.config import ExperimentConfig, parse_config
-from research.evaluation import evaluate, write_episodes
+from envs import make_env, splits_of
+from research.checkpoint import load_checkpoint, run_folder_of
+from research.config import ExperimentConfig, TrainerConfig, parse_config
+from research.evaluation import Evaluation, evaluate, write_episodes
 from research.freezing import freeze
 from research.schema import OBSERVATION, UserError
 from research.video import video_grid, write_video
@@ -35,7 +38,9 @@ class EvaluationConfig(ExperimentConfig):
     checkpoint: str | None = None
     """Run folder, training checkpoint or weights; none = policy.vla_config.model_path of the configuration."""
     output: str = "evaluation"
-    """Folder for episodes.jsonl, summary.json and evaluation.mp4."""
+    """Folder for episodes.jsonl, summary.json and evaluation.mp4 (with all splits, evaluation_<split>.mp4)."""
+    split: str | None = None
+    """train, vision, semantics or execution (what changes: envs/tabletop.py), or all; none = trainer.env_config's."""
     first_state: int = 0
     """Id of the first initial state; below 10000 no training run has seen it."""
     film: int = 16
@@ -52,53 +57,91 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
-    vla = config.policy.vla_config
-    if config.checkpoint and (own := run_folder_of(Path(config.checkpoint))):
-        config = parse_config(EvaluationConfig, [f"--config={own / 'config.json'}", *argv], __doc__)
-        path = Path(config.checkpoint)
-        vla = config.policy.vla_config
-        vla.model_path = str(path / "checkpoints" / "last.pt" if path.is_dir() else path)
-        vla.strip_prefix = vla.add_prefix = None  # they were for the weights that the run started from
+    trained = None
+    if config.checkpoint and is_of_a_run(Path(config.checkpoint)):
+        own = run_folder_of(config.checkpoint) / "config.json"
+        config = parse_config(EvaluationConfig, [f"--config={own}", *argv], __doc__)
+        trained = load_checkpoint(Path(config.checkpoint))["model_state_dict"]
+        config.policy.vla_config.model_path = None  # what the run started from
     elif config.checkpoint:
-        vla.model_path = config.checkpoint
+        config.policy.vla_config.model_path = config.checkpoint
     if config.film < 0 or config.first_state < 0:
         raise UserError("film and first_state are at least 0")
     trainer, output = config.trainer, Path(config.output)
 
     device = choose_device(trainer.device)
     num_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
-    env = make_env(trainer.env, num_envs, trainer.env_config, device, seed=trainer.seed)
+    envs = {
+        split: make_env(trainer.env, num_envs, options, device, seed=trainer.seed)
+        for split, options in options_of_splits(trainer, config.split).items()
+    }
     model, scope = load_model(config, device)
+    # As in training, where frozen stages run at other batch shapes and layers may have adapters.
+    freeze(model, scope, heads=("action_head", config.policy.value_head), lora=config.policy.lora)
+    if trained is not None:
+        load_trained(model, trained, config.checkpoint)
     model.eval()
-    freeze(model, scope, lora=config.policy.lora)  # as in training, where frozen stages run at other batch shapes
-    policy = VLAPolicy(model, config.policy.feature_reuse)
-    check_policy(policy, env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[-1])
+    policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast)
+    first = next(iter(envs.values()))
+    check_policy(policy, first.observation_spec[OBSERVATION].zero(), first.action_spec.shape[-1])
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: cannot write to {output}: {error.strerror}") from error
 
     states = range(config.first_state, config.first_state + trainer.num_eval_episodes)
-    with tqdm(total=len(states), unit="episode", disable=not trainer.progress_bar) as bar:
-        progress = lambda done: bar.update(done - bar.n)  # noqa: E731
-        result = evaluate(env, policy.act, states, config.film, trainer.max_eval_steps, progress)
     (output / "episodes.jsonl").unlink(missing_ok=True)
-    write_episodes(output / "episodes.jsonl", result.episodes)
-    facts = {"checkpoint": vla.model_path, **result.metrics()}
+    metrics = {}
+    for split, env in envs.items():
+        with tqdm(total=len(states), unit="episode", desc=split, disable=not trainer.progress_bar) as bar:
+            progress = lambda done: bar.update(done - bar.n)  # noqa: E731
+            result = evaluate(env, policy.act, states, config.film, trainer.max_eval_steps, progress)
+        env.close()
+        print(f"{split:<10}{result.summary()}" if split else result.summary())
+        metrics[split] = result.metrics()
+        write_episodes(output / "episodes.jsonl", result.episodes, **({"split": split} if split else {}))
+        write_film(result, output / ("evaluation.mp4" if len(envs) == 1 else f"evaluation_{split}.mp4"))
+    facts = {"checkpoint": config.checkpoint or config.policy.vla_config.model_path, **next(iter(metrics.values()))}
+    if None not in metrics:
+        facts["splits"] = metrics
     (output / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(result.summary())
-    if result.frames:
-        success = [bool(e.success) for e in result.episodes[: len(result.frames)]] if result.has_success else None
-        write_video(video_grid(result.frames, columns=4, success=success), output / "evaluation.mp4", fps=10)
     print(f"episodes, summary{' and video' if result.frames else ''} in {output}/")
-    env.close()
     return 0
 
 
-def run_folder_of(path: Path) -> Path | None:
-    """The run folder that a path is, or lies in as a checkpoint; None for bare weights."""
-    folder = path if path.is_dir() else path.parent.parent
-    return folder if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir() else None
+def options_of_splits(trainer: TrainerConfig, wanted: str | None) -> dict[str | None, dict]:
+    """The environment's options for each split to evaluate; {None: options} for an environment without splits."""
+    known = splits_of(trainer.env)
+    if wanted is None:
+        return {trainer.env_config.get("split", "train") if known else None: trainer.env_config}
+    if not known:
+        raise UserError(f"split: the environment {trainer.env} has no splits; leave out --split")
+    if wanted not in ("all", *known):
+        raise UserError(f"split: {wanted!r} is not one of all, {', '.join(known)}")
+    return {split: trainer.env_config | {"split": split} for split in (known if wanted == "all" else (wanted,))}
+
+
+def write_film(result: Evaluation, path: Path) -> None:
+    """Write the filmed episodes as a grid, framed in green or red; nothing if none were filmed."""
+    if result.frames:
+        write_video(video_grid(result.frames, columns=4, success=result.filmed_success), path, fps=10)
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Whether a path is a run folder or a checkpoint in it, and not bare weights."""
+    folder = run_folder_of(path)
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+
+
+def load_trained(model: torch.nn.Module, weights: dict, source: str) -> None:
+    """Give the model the weights that a run ended with."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source} does not fit the model that its config.json (and your flags) describe: {reason}"
+        ) from None
 
 
 if __name__ == "__main__":

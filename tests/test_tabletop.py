@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,10 +12,16 @@ from torchrl.envs.utils import check_env_specs
 from envs import make_env
 from envs.tabletop import (
     CAMERA,
+    COLOURS,
+    GRIPPER_START,
     HELD_OUT_STATES,
+    PHRASINGS,
     PLACE_RADIUS,
     PLATE_TOP,
+    REACH,
     REACH_RADIUS,
+    SHAPES,
+    SPLITS,
     STEP,
     TASKS,
     TabletopEnv,
@@ -44,8 +52,9 @@ def run_expert(env: TabletopEnv, step: TensorDict):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_specs_and_schema_hold(task):
-    env = TabletopEnv(3, task=task)
+@pytest.mark.parametrize("split", SPLITS)
+def test_specs_and_schema_hold(task, split):
+    env = TabletopEnv(3, task=task, split=split)
     check_env_specs(env)
     observation = env.reset()["observation"]
     check_observation(observation, "tabletop")
@@ -53,8 +62,9 @@ def test_specs_and_schema_hold(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_expert_always_succeeds(task):
-    env = TabletopEnv(256, task=task, modalities=["proprio"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_expert_always_succeeds(task, split):
+    env = TabletopEnv(256, task=task, split=split, modalities=["proprio"])
     step = reset_to(env, range(256))
     if task == "reach":  # nothing is solved before it starts
         assert ((env._state["gripper"] - env._state["blocks"][:, 0]).norm(dim=-1) > REACH_RADIUS).all()
@@ -88,14 +98,39 @@ def test_milestones_of_pick_place_grasp_hold_drop():
     assert not dropped["success"] and dropped["reward"].item() == pytest.approx(-0.2)  # and both are taken back
 
 
-def test_a_state_depends_on_its_id_alone():
-    small, large = TabletopEnv(4, seed=1), TabletopEnv(64, seed=2)
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_state_depends_on_its_id_alone(split):
+    small, large = TabletopEnv(4, seed=1, split=split), TabletopEnv(64, seed=2, split=split)
     a, b = reset_to(small, [7, 300, 12, 9_999]), reset_to(large, [*range(62), 300, 9_999])
     assert torch.equal(a["initial_state"][:, 0], torch.tensor([7, 300, 12, 9_999]))
     for key in STATES:
         assert torch.equal(small._state[key][[0, 2]], large._state[key][[7, 12]]), key
         assert torch.equal(small._state[key][[1, 3]], large._state[key][[62, 63]]), key
     assert torch.equal(a["observation", "rgb"][0], b["observation", "rgb"][7])
+
+
+PICTURES = {
+    "reach": (12484.55, 32332.89),
+    "push": (14311.21, 32288.71),
+    "pick_place": (13139.85, 32278.36),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pictures_stay_as_they_are(task):
+    """Pinned sums of pixels times random weights: a sprite moved by one pixel changes them by hundreds.
+
+    The wood's sines may round differently from machine to machine, by one grey level in a few pixels.
+    """
+    env = TabletopEnv(2, task=task)
+    step = reset_to(env, [3, 4])
+    for _ in range(6):
+        step["action"] = env.expert_action()
+        step = env.step(step)["next"]
+    weight = hashed_uniform(torch.arange(2 * 64 * 64 * 3), 1)[:, 0].double() - 0.5
+    rgb = step["observation", "rgb"].flatten().double() @ weight
+    depth = 1000 * step["observation", "depth"].flatten().double() @ weight[: 2 * 64 * 64]
+    assert [rgb.item(), depth.item()] == pytest.approx(PICTURES[task], abs=15)
 
 
 def test_hash_is_the_same_everywhere():
@@ -155,7 +190,7 @@ def test_partial_reset_leaves_the_others_alone():
     step = env.reset()
     step["action"] = env.expert_action()
     step = env.step(step)["next"]
-    state, images = env._state.clone(), step["observation", "rgb"].clone()
+    state, images = {key: value.clone() for key, value in env._state.items()}, step["observation", "rgb"].clone()
     mask = torch.tensor([[True], [False], [False], [True]])
     after = env.reset(step.copy().set("_reset", mask))
     for key in STATES:
@@ -163,7 +198,22 @@ def test_partial_reset_leaves_the_others_alone():
     assert torch.equal(after["observation", "rgb"][1:3], images[1:3])
     assert not torch.equal(after["observation", "rgb"][0], images[0])
     assert env._state["steps"].tolist() == [0, 1, 1, 0]
+    env.reset(step.copy().set("_reset", torch.zeros_like(mask)))
+    assert env._state["steps"].tolist() == [0, 1, 1, 0]
     assert torch.equal(step["observation", "rgb"], images)  # what was handed out is never painted over
+
+
+def test_what_was_handed_out_never_changes():
+    """Collectors keep references: a rollout must not show the instruction of the episode that came after."""
+    env = TabletopEnv(8, image_size=16, task="reach", max_steps=3)
+    step, kept = env.reset(), []
+    env._state["steps"] = torch.arange(8) % 3  # so that some are reset at every step
+    for _ in range(8):
+        both, step = env.step_and_maybe_reset(step.set("action", torch.zeros(8, 3)))
+        kept.append((both, both.clone()))
+    for both, copy in kept:
+        for key in copy.keys(include_nested=True, leaves_only=True):
+            assert torch.equal(both[key], copy[key]), key
 
 
 def test_scene_is_what_painting_from_scratch_gives():
@@ -197,8 +247,6 @@ def test_depth_shows_table_plate_and_held_block():
 def test_instruction_names_the_target():
     env = TabletopEnv(16, num_blocks=3)
     texts = decode_text(reset_to(env, range(16))["observation", "language"])
-    from envs.tabletop import COLOURS, SHAPES
-
     colours, shapes = list(COLOURS), list(SHAPES)
     for i, text in enumerate(texts):
         block = f"{colours[env._state['block_colour'][i, 0]]} {shapes[env._state['block_shape'][i, 0]]}"
@@ -217,8 +265,106 @@ def test_objects_keep_apart():
     assert ((state["blocks"][:, 0] - state["plates"][:, 0]).norm(dim=-1) > PLACE_RADIUS).all()
 
 
-def test_state_dict_continues_exactly():
-    env = TabletopEnv(8, seed=3)
+def differing(a: TabletopEnv, b: TabletopEnv) -> set[str]:
+    """Names of what differs between the states of two environments, but for their colour pictures."""
+    return {key for key, value in a._state.items() if not torch.equal(value, b._state[key])} - {
+        "table_rgb",
+        "scene_rgb",
+    }
+
+
+def pair(split: str, **options) -> tuple[TabletopEnv, TabletopEnv, TensorDict, TensorDict]:
+    """The same 64 states in `train` and in another split: two environments, and what they show."""
+    envs = TabletopEnv(64, **options), TabletopEnv(64, split=split, **options)
+    return *envs, *(reset_to(env, range(64))["observation"] for env in envs)
+
+
+def test_vision_changes_the_picture_alone():
+    train, vision, seen, unseen = pair("vision")
+    assert not differing(train, vision)
+    for key in ("depth", "proprio", "language"):
+        assert torch.equal(seen[key], unseen[key])
+    off = (seen["rgb"].float() - unseen["rgb"].float()).abs().mean(dim=(1, 2, 3))
+    assert off.min() > 10
+    assert unseen["rgb"].float().mean(dim=(1, 2, 3)).min() > 60  # the dark gripper can be told from every table
+    still = TensorDict({"action": torch.tensor([[0.0, 0.0, -1.0]]).expand(64, 3)}, [64])
+    again = vision.step(still)["next", "observation", "rgb"]
+    assert (again != unseen["rgb"]).float().mean() > 0.8  # noise is new at every step
+    film = vision.render_frames(64)
+    assert torch.equal(film, again)
+
+
+def test_semantics_changes_words_and_distractors_alone():
+    train, semantics, *_ = pair("semantics")
+    assert differing(train, semantics) == {
+        "blocks", "plates", "block_colour", "block_shape", "plate_colour", "block_yaw", "language",
+        "table_depth", "scene_depth",
+    }  # fmt: skip
+    a, b = train._state, semantics._state
+    assert b["blocks"].shape[1] == 5 and b["plates"].shape[1] == 3
+    for key, count in (("blocks", 3), ("plates", 2), ("plate_colour", 2), ("block_yaw", 3)):
+        assert torch.equal(a[key], b[key][:, :count]), key
+    colour, shape = b["block_colour"], b["block_shape"]
+    assert torch.equal(a["block_colour"][:, 0], colour[:, 0]) and torch.equal(a["block_shape"][:, 0], shape[:, 0])
+    same_colour, same_shape = colour[:, 1:] == colour[:, :1], shape[:, 1:] == shape[:, :1]
+    assert same_colour.any(1).all() and same_shape.any(1).all()  # neither word alone will do
+    assert not (same_colour & same_shape).any()
+    assert all(len(set(row)) == 3 for row in b["plate_colour"].tolist())
+    centres = torch.cat([b["plates"], b["blocks"]], dim=1)
+    gap = (centres[:, :, None] - centres[:, None]).norm(dim=-1) + 10 * torch.eye(8)
+    assert (gap.amin(dim=(1, 2)) > 0.055).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_semantics_says_it_in_words_that_training_does_not_use(task):
+    _, semantics, seen, unseen = pair("semantics", task=task, modalities=["language"])
+    state, colours = semantics._state, list(COLOURS)
+    known = set()
+    for i, (old, new) in enumerate(zip(decode_text(seen["language"]), decode_text(unseen["language"]), strict=True)):
+        block = f"{colours[state['block_colour'][i, 0]]} {list(SHAPES)[state['block_shape'][i, 0]]}"
+        plate = f"{colours[state['plate_colour'][i, 0]]} plate"
+        assert block in old and block in new and (task == "reach" or (plate in old and plate in new))
+        known.add(new.replace(block, "{block}").replace(plate, "{plate}"))
+    assert len(known) == 4 and not known & set(PHRASINGS[task])
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("num_plates", [1, 2])
+def test_execution_changes_poses_alone(task, num_plates):
+    train, execution, seen, unseen = pair("execution", task=task, num_plates=num_plates, modalities=["language"])
+    assert differing(train, execution) - {"shut"} == {"gripper", "blocks", "gap"}
+    assert ("shut" in differing(train, execution)) == (task == "pick_place")
+    a, b = train._state, execution._state
+    assert torch.equal(a["blocks"][:, 1:], b["blocks"][:, 1:]) and torch.equal(seen["language"], unseen["language"])
+    far = b["gripper"].abs().amax(dim=1) / REACH
+    assert (far > GRIPPER_START).float().mean() > 0.95 and far.max() <= 1  # `reach` starts some nearer to its block
+    gap = (b["blocks"][:, 0] - b["plates"][:, -1]).norm(dim=-1)
+    assert (gap < 0.081).float().mean() > 0.9  # training keeps 9 cm
+    assert ((b["blocks"][:, 0] - b["plates"][:, 0]).norm(dim=-1) > PLACE_RADIUS).all()
+
+
+def test_execution_moves_the_block_once_unless_it_is_held():
+    _, env, _, _ = pair("execution")
+    env._state["held"][:32], env._state["shut"][:32] = 0, True
+    env._state["shut"][32:] = False
+    places = [env._state["blocks"][:, 0]]
+    moves_at = env._state["moves_at"]
+    assert moves_at.unique().tolist() == [3, 4, 5, 6]
+    still = torch.tensor([0.0, 0.0, 1.0]).repeat(64, 1)
+    still[32:, 2] = -1
+    for _ in range(9):
+        env.step(TensorDict({"action": still}, [64]))
+        places.append(env._state["blocks"][:, 0])
+    jumps = torch.stack([(b - a).norm(dim=-1) > 0.01 for a, b in pairwise(places)])
+    assert not jumps[1:, :32].any()
+    assert torch.equal(jumps[:, 32:].sum(0), torch.ones(32, dtype=torch.int64))
+    assert torch.equal(jumps[:, 32:].int().argmax(0), moves_at[32:])
+    assert torch.equal(env._state["scene_rgb"][32:], env._painter.scenes(env._state)["scene_rgb"][32:])
+
+
+@pytest.mark.parametrize("split", ["train", "execution"])
+def test_state_dict_continues_exactly(split):
+    env = TabletopEnv(8, seed=3, split=split)
     env.rollout(30, break_when_any_done=False)
     saved = env.state_dict()
     torch.manual_seed(1)
@@ -232,7 +378,7 @@ def test_state_dict_continues_exactly():
         return torch.stack(seen)
 
     first = play(env)
-    other = TabletopEnv(8, seed=99)
+    other = TabletopEnv(8, seed=99, split=split)
     other.reset()
     other.load_state_dict(saved)
     second = play(other)
@@ -256,6 +402,7 @@ def test_any_size_and_modality():
         ({"num_blocks": 7}, "num_blocks"),
         ({"image_size": 0}, "image_size"),
         ({"max_steps": -1}, "max_steps"),
+        ({"split": "dark"}, "dark"),
         ({"colour": "red"}, "colour"),
     ],
 )

@@ -1,0 +1,59 @@
+"""Evaluating generalisation: every split in one call, from the same initial states."""
+
+from __future__ import annotations
+
+import json
+
+import evaluate_vla
+import pytest
+
+FEW = ["--trainer.num_eval_episodes=6", "--trainer.num_eval_envs=4", "--trainer.progress_bar=False", "--film=1"]
+
+
+def read(folder) -> tuple[list[dict], dict]:
+    rows = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "summary.json").read_text())
+
+
+def test_all_splits_from_the_same_states(tmp_path, capsys):
+    assert evaluate_vla.main([*FEW, "--split", "all", f"--output={tmp_path / 'all'}"]) == 0
+    rows, summary = read(tmp_path / "all")
+    splits = ["train", "vision", "semantics", "execution"]
+    assert [(row["split"], row["initial_state"]) for row in rows] == [(s, i) for s in splits for i in range(6)]
+    assert list(summary["splits"]) == splits
+    lines = capsys.readouterr().out.splitlines()
+    for line, split in zip(lines, splits, strict=False):
+        m = summary["splits"][split]
+        assert m["eval/success_rate"] == sum(row["success"] for row in rows if row["split"] == split) / 6
+        interval = f"{m['eval/success_rate']:.3f} [{m['eval/success_low']:.3f}, {m['eval/success_high']:.3f}]"
+        assert line.split(maxsplit=1) == [split, f"{interval} success over 6 episodes"]
+        assert (tmp_path / "all" / f"evaluation_{split}.mp4").stat().st_size > 1000
+    told = {split: [row["instruction"] for row in rows if row["split"] == split] for split in splits}
+    assert told["train"] == told["vision"] == told["execution"] and told["train"] != told["semantics"]
+
+    assert evaluate_vla.main([*FEW, "--split=semantics", f"--output={tmp_path / 'one'}"]) == 0
+    one, summary_of_one = read(tmp_path / "one")
+    assert one == [row for row in rows if row["split"] == "semantics"]
+    assert summary_of_one["splits"] == {"semantics": summary["splits"]["semantics"]}
+
+
+def test_the_configurations_own_split_is_the_default(tmp_path):
+    options = '--trainer.env_config={"modalities": ["rgb", "proprio", "language"], "split": "vision"}'
+    assert evaluate_vla.main([*FEW, options, f"--output={tmp_path}"]) == 0
+    rows, summary = read(tmp_path)
+    assert {row["split"] for row in rows} == {"vision"}
+    assert summary["eval/success_rate"] == summary["splits"]["vision"]["eval/success_rate"]
+    assert (tmp_path / "evaluation.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--split=dark"], "split: 'dark' is not one of all, train, vision, semantics, execution"),
+        (["--split=all", "--trainer.env=gym:Pendulum-v1"], "the environment gym:Pendulum-v1 has no splits"),
+    ],
+)
+def test_unknown_splits_are_one_clear_line(argv, message, tmp_path, capsys):
+    assert evaluate_vla.main([*argv, f"--output={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
