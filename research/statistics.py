@@ -1,0 +1,322 @@
+"""What a handful of seeds can and cannot tell: intervals, paired differences, rankings, seeds still needed.
+
+Runs of one setting are `success`, `[..., n, K]`: n seeds, each evaluated on the same K initial states, 1 = success.
+Leading dimensions are independent repetitions (the coverage tests use them). Where only a score per run is known,
+K = 1. Everything is about a *new* seed and a *new* initial state of the same task: both are random, both add variance,
+and states are shared by all runs, so that more seeds do not average a lucky set of states away.
+
+Measured coverage of the 95 % intervals at n = 5 seeds; success rates of 0.66 to 0.95 that differ between seeds by a
+standard deviation of 0.015 to 0.07, states of equal or of very different difficulty, K = 128 and 256, 1000 to 4000
+repetitions each. `tests/test_statistics.py` repeats the main ones.
+
+| interval                                    | coverage                                                          |
+|---------------------------------------------|-------------------------------------------------------------------|
+| percentile bootstrap over seeds             | 0.67 to 0.84, for the interquartile mean 0.77 to 0.90: not used   |
+| t over seeds alone                          | 0.87 to 0.95, lowest where states differ in difficulty: not used  |
+| `mean_interval`                             | 0.94 to 0.95                                                      |
+| `iqm_interval`                              | 0.95 to 0.965                                                     |
+| `difference_interval`                       | 0.95 to 0.965                                                     |
+| `probability_of_improvement`                | 0.96 to 0.97                                                      |
+
+Not so where nearly all seeds reach 1 and a few fail (mean 0.94, standard deviation 0.048 between seeds): there
+`mean_interval` covers 0.92, as five seeds do not show such a tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import expit, logit
+
+from research.schema import UserError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval; `low`, `high` and `p_value` are NaN where the seeds allow none."""
+
+    value: float | Array
+    low: float | Array = np.nan
+    high: float | Array = np.nan
+    p_value: float | Array = np.nan
+    """Two-sided, of the value being 0; differences only."""
+
+    @property
+    def has_interval(self) -> bool:
+        return bool(np.all(np.isfinite(self.low)))
+
+
+class Spread(NamedTuple):
+    """Where the variance of a setting's success rate comes from; each `[...]`."""
+
+    seed: Array  # variance of one seed's rate, K episodes' noise included
+    state: Array  # variance of an initial state's own rate
+    residual: Array  # variance of one episode, given its seed and its state
+
+
+def iqm(scores: ArrayLike) -> Array:
+    """Interquartile mean over the last dimension: the mean of the middle half.
+
+    Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (arXiv:2108.13264).
+    Like theirs, it cuts off whole scores: one at each end of 5, none of 3.
+    """
+    return stats.trim_mean(np.asarray(scores, dtype=float), 0.25, axis=-1)
+
+
+def mean_interval(success: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Mean success rate of a setting, with an interval for new seeds and new initial states.
+
+    Seeds and states are crossed random effects: their variances come from a two-way analysis of variance, the degrees
+    of freedom from Satterthwaite (1946, doi:10.2307/3002019). The t interval is taken on the logit scale, which keeps
+    it within 0 and 1 and makes it longer towards 0.5, where few seeds have not been seen.
+
+    Args:
+        success: `[..., n, K]`, within 0..1.
+        confidence: of the interval.
+    Returns:
+        no interval for one seed, or where K = 1 and all scores are equal.
+    """
+    success = _checked(success)
+    n, states = success.shape[-2:]
+    value = success.mean((-2, -1))
+    if n < 2:
+        return Estimate(_plain(value))
+    spread = _spread(success)
+    variance, freedom = _satterthwaite((spread.seed / n, n - 1), (spread.state / states, max(states - 1, 1)))
+    return _logit_interval(value, variance, freedom, n * states if states > 1 else np.inf, confidence)
+
+
+def iqm_interval(
+    strata: Sequence[ArrayLike], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Interquartile mean over the runs of all strata, with an interval.
+
+    Stratified bootstrap (Agarwal et al. 2021): every resample draws, within each stratum, as many runs as it has. From
+    it comes the standard error, not the interval, since percentiles of so few runs are far too narrow; a t interval
+    on the logit scale does the rest. The variance of the initial states is added as in `mean_interval`.
+
+    Args:
+        strata: one `[..., n_k, K_k]` per stratum, for example per task; runs of one setting alone are one stratum.
+        confidence: of the interval.
+        resamples: bootstrap resamples.
+        seed: of the resampling; equal input gives equal output.
+    Returns:
+        no interval where a stratum has one seed, or where all scores are equal and K = 1.
+    """
+    arrays = [_checked(success) for success in strata]
+    rates = [success.mean(-1) for success in arrays]
+    value = iqm(np.concatenate(rates, axis=-1))
+    counts = np.array([rate.shape[-1] for rate in rates])
+    if counts.min() < 2:
+        return Estimate(_plain(value))
+
+    def statistic(*samples: Array, axis: int) -> Array:
+        return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+
+    with np.errstate(all="ignore"):  # equal scores: scipy divides by their spread for an interval that is not used
+        drawn = stats.bootstrap(
+            rates, statistic, n_resamples=resamples, axis=-1, method="percentile", rng=np.random.default_rng(seed)
+        )
+    total = counts.sum()
+    freedom = total - len(counts)
+    # A resample of n scores varies by (n - 1) / n too little. Where enough are drawn for some to be cut off, repeated
+    # scores make up for that: measured, the interval is too wide with the correction, right without.
+    correction = total / freedom if counts.min() < 4 else 1.0
+    seed_part = drawn.standard_error**2 * correction
+    spreads = [_spread(success) for success in arrays]
+    floor = sum((n / total) ** 2 * s.seed / n for n, s in zip(counts, spreads, strict=True))
+    seed_part = np.where(seed_part > 0, seed_part, floor)
+    state_part = sum(
+        (n / total) ** 2 * s.state / success.shape[-1] for n, s, success in zip(counts, spreads, arrays, strict=True)
+    )
+    states = min(success.shape[-1] for success in arrays)
+    variance, freedom = _satterthwaite((seed_part, freedom), (state_part, max(states - 1, 1)))
+    return _logit_interval(value, variance, freedom, total * states if states > 1 else np.inf, confidence)
+
+
+def difference_interval(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Difference of two settings' mean success rates, first - second, paired by initial state.
+
+    A state that is easy for both cancels out; what remains is how much the *difference* varies between states, and the
+    seeds of both (Welch and Satterthwaite). Seeds are not paired: equal seed numbers make two settings no more alike.
+
+    Args:
+        first: `[..., n, K]`.
+        second: `[..., m, K]`, the same states in the same order.
+        confidence: of the interval.
+    Returns:
+        with a two-sided p-value; no interval where either has one seed.
+    Raises:
+        UserError: the two have different numbers of states.
+    """
+    first, second = _checked(first), _checked(second)
+    if first.shape[-1] != second.shape[-1]:
+        raise UserError(f"paired differences need the same initial states, got {first.shape[-1]}, {second.shape[-1]}")
+    value = first.mean((-2, -1)) - second.mean((-2, -1))
+    n, m, states = first.shape[-2], second.shape[-2], first.shape[-1]
+    if min(n, m) < 2:
+        return Estimate(_plain(value))
+    parts = _difference_parts(first, second)
+    variance, freedom = _satterthwaite((parts[0] / n, n - 1), (parts[1] / m, m - 1), (parts[2], max(states - 1, 1)))
+    error = np.sqrt(variance)
+    error = np.where(error > 0, error, np.nan)
+    half = stats.t.ppf((1 + confidence) / 2, freedom) * error
+    p_value = 2 * stats.t.sf(np.abs(value) / error, freedom)
+    low, high = np.clip(value - half, -1, 1), np.clip(value + half, -1, 1)
+    return Estimate(_plain(value), _plain(low), _plain(high), _plain(p_value))
+
+
+def probability_of_improvement(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """How often a run of the first setting scores above a run of the second, ties counting half.
+
+    The Mann-Whitney statistic, as in Agarwal et al. 2021, with the score interval of Newcombe (2006, method 5,
+    doi:10.1002/sim.2324), which has the right coverage for a few runs and also where all of one lie above the other.
+
+    Args:
+        first: `[n]`, one score per run.
+        second: `[m]`.
+        confidence: of the interval.
+    Returns:
+        no interval where either has one run.
+    """
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    n, m = len(first), len(second)
+    value = float((np.sign(first[:, None] - second).mean() + 1) / 2)
+    if min(n, m) < 2:
+        return Estimate(value)
+    z = stats.norm.ppf((1 + confidence) / 2)
+    others = (n + m) / 2 - 1
+
+    def excess(theta: float) -> float:
+        """Squared distance of a true value from the estimate, beyond z standard errors."""
+        share = 1 + others * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return (theta - value) ** 2 - z**2 * theta * (1 - theta) / (n * m) * share
+
+    inside = min(max(value, 1e-9), 1 - 1e-9)
+    low = brentq(excess, 0, inside) if value > 0 else 0.0
+    high = brentq(excess, inside, 1) if value < 1 else 1.0
+    return Estimate(value, low, high)
+
+
+def holm(p_values: ArrayLike) -> Array:
+    """P-values corrected for the number of comparisons (Holm 1979); NaN, where nothing was tested, stays NaN."""
+    p_values = np.asarray(p_values, dtype=float)
+    corrected = np.full(p_values.shape, np.nan)
+    tested = np.flatnonzero(np.isfinite(p_values))
+    order = tested[np.argsort(p_values[tested], kind="stable")]
+    steps = p_values[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected
+
+
+def rank_ranges(better: ArrayLike) -> list[tuple[int, int]]:
+    """The ranks each setting can have, 1 = best.
+
+    Args:
+        better: bool `[G, G]`, true at [i, j] where i is separably better than j.
+    Returns:
+        (best, worst) rank per setting; (1, G) for one that is separable from none.
+    """
+    better = np.asarray(better, dtype=bool)
+    return [(1 + int(up), len(better) - int(down)) for up, down in zip(better.sum(0), better.sum(1), strict=True)]
+
+
+def seeds_needed(first: ArrayLike, second: ArrayLike, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Seeds per setting with which a difference as large as the observed one would be found.
+
+    Args:
+        first: `[n, K]`, n > 1.
+        second: `[m, K]`, m > 1, the same states.
+        alpha: largest p-value that counts as separable.
+        power: how probable it should be to get there.
+    Returns:
+        seeds in all, for each of the two; infinite where the difference is 0, or so small that the initial states
+        alone hide it. It is only as good as the observed difference and variances, which a few seeds know roughly.
+    """
+    first, second = _checked(first), _checked(second)
+    difference = float(first.mean() - second.mean())
+    seed_first, seed_second, state = (float(part) for part in _difference_parts(first, second))
+    return seeds_for_power(difference, seed_first + seed_second, state, alpha, power)
+
+
+def seeds_for_power(
+    difference: float, seed_variance: float, state_variance: float = 0.0, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """Normal approximation of the sample size, with Guenther's correction for few seeds (1981, doi:10.2307/2683297).
+
+    Args:
+        difference: of the two settings' success rates.
+        seed_variance: sum of the two variances between seeds.
+        state_variance: what the choice of initial states adds to the difference's variance, however many the seeds.
+    Returns:
+        seeds per setting, whole, at least 2, or infinite.
+    """
+    z_alpha, z_power = stats.norm.ppf(1 - alpha / 2), stats.norm.ppf(power)
+    room = (difference / (z_alpha + z_power)) ** 2 - state_variance
+    if room <= 0:
+        return np.inf
+    return max(2.0, float(np.ceil(seed_variance / room + z_alpha**2 / 4)))
+
+
+def _checked(success: ArrayLike) -> Array:
+    success = np.asarray(success, dtype=float)
+    if success.ndim < 2 or 0 in success.shape[-2:]:
+        raise UserError(f"success should be [..., seeds, states], neither of them 0, got shape {list(success.shape)}")
+    return success
+
+
+def _spread(success: Array) -> Spread:
+    """Two-way analysis of variance of `[..., n, K]`, n > 1."""
+    n, states = success.shape[-2:]
+    of_seed, of_state = success.mean(-1), success.mean(-2)
+    seed = of_seed.var(-1, ddof=1)
+    if states == 1:
+        return Spread(seed, np.zeros_like(seed), np.zeros_like(seed))
+    mean = of_seed.mean(-1)
+    rest = success - of_seed[..., None] - of_state[..., None, :] + mean[..., None, None]
+    residual = (rest**2).sum((-2, -1)) / ((n - 1) * (states - 1))
+    state = np.maximum(of_state.var(-1, ddof=1) - residual / n, 0)
+    # Seeds that agree to the last episode still are a sample: what their episodes alone would scatter.
+    rate = (mean * n * states + 1) / (n * states + 2)
+    return Spread(np.where(seed > 1e-12, seed, rate * (1 - rate) / states), state, residual)
+
+
+def _difference_parts(first: Array, second: Array) -> tuple[Array, Array, Array]:
+    """Variance of one seed's rate in the first and in the second setting, and the states' part of the difference's."""
+    spreads = _spread(first), _spread(second)
+    states = first.shape[-1]
+    if states == 1:
+        return spreads[0].seed, spreads[1].seed, np.zeros_like(spreads[0].seed)
+    by_state = (first.mean(-2) - second.mean(-2)).var(-1, ddof=1)  # [...]
+    noise = spreads[0].residual / first.shape[-2] + spreads[1].residual / second.shape[-2]
+    return spreads[0].seed, spreads[1].seed, np.maximum(by_state - noise, 0) / states
+
+
+def _satterthwaite(*parts: tuple[Array, float]) -> tuple[Array, Array]:
+    """Sum of (variance, degrees of freedom) parts, and its degrees of freedom."""
+    total = sum(variance for variance, _ in parts)
+    below = sum(variance**2 / freedom for variance, freedom in parts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return total, np.where(below > 0, total**2 / below, 1.0)
+
+
+def _logit_interval(value: Array, variance: Array, freedom: Array, episodes: float, confidence: float) -> Estimate:
+    """A t interval on the logit scale; NaN where the variance is 0."""
+    margin = max(1 / (episodes + 2), 1e-9)  # the logit of 0 and of 1 is infinite
+    center = np.clip(value, margin, 1 - margin)
+    half = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance) / (center * (1 - center))
+    low, high = np.minimum(expit(logit(center) - half), value), np.maximum(expit(logit(center) + half), value)
+    known = variance > 0
+    return Estimate(_plain(value), _plain(np.where(known, low, np.nan)), _plain(np.where(known, high, np.nan)))
+
+
+def _plain(value: Array) -> float | Array:
+    return float(value) if np.ndim(value) == 0 else value

@@ -1,0 +1,389 @@
+"""Comparing runs: what is read, refused and left out; the rate's choice; and numbers that a CSV recomputes."""
+
+import base64
+import csv
+import itertools
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import compare_runs
+import numpy as np
+import pytest
+import wandb
+
+from research import run_table
+from research.comparison import compare
+from research.run_table import read_folders, read_table, read_wandb, write_table
+from research.schema import UserError
+from research.statistics import difference_interval, mean_interval
+from research.video import write_video
+
+STATES = 40
+
+
+def config_of(scope="none", rate=1e-4, seed=1, **changes):
+    config = {
+        "trainer": {"env": "tabletop", "env_config": {"task": "pick_place"}, "seed": seed, "num_eval_episodes": STATES},
+        "policy": {"freeze": scope, "vla_config": {"model_path": None, "model_config": {}}},
+        "algorithm": {"cfg": {"learning_rate": rate, "n_epochs": 4}},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = config
+        for name in parents:
+            node = node[name]
+        node[last] = value
+    return config
+
+
+def make_run(
+    folder, scope="none", rate=1e-4, seed=1, final=0.8, sampled=None, steps=(0, 1000, 2000), pace=0.1, **changes
+):
+    """A run folder as ppo_vla.py leaves it: success rises evenly from 0.5 to `final`, `pace` seconds per env step.
+
+    `final` is a rate, whose episodes are then drawn, or the outcomes of the final episodes themselves.
+    """
+    config = config_of(scope, rate, seed, **changes)
+    if isinstance(final, float):
+        rng = np.random.default_rng([seed, int(rate * 1e7), len(str(scope))])
+        final = rng.random(config["trainer"]["num_eval_episodes"]) < final
+    final = np.asarray(final, dtype=bool)
+    curve = np.linspace(0.5, final.mean(), len(steps))
+    rows, episodes = [], []
+    for step, rate_now in zip(steps, curve, strict=True):
+        rows.append({"global_step": step, "time/elapsed_s": pace * step, "eval/success_rate": float(rate_now)})
+        marks = final if step == steps[-1] else np.zeros_like(final)
+        episodes += [
+            {"global_step": step, "seed": seed, "initial_state": i, "instruction": "", "success": bool(mark)}
+            for i, mark in enumerate(marks)
+        ]
+        trained = {"rollout/success_rate": final.mean() if sampled is None else sampled, "rollout/episodes": 10.0}
+        rows.append({"global_step": step + 1, "time/elapsed_s": pace * step, **trained})
+    folder.mkdir(parents=True)
+    (folder / "videos").mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in episodes))
+    (folder / "summary.json").write_text(json.dumps({"global_step": steps[-1], "exit_code": 0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Two scopes, two rates each, three seeds: vision is best at 3e-4, none at 1e-4 and clearly worse."""
+    folder = tmp_path_factory.mktemp("study") / "runs"
+    rates = {("vision", 3e-4): 0.95, ("vision", 1e-4): 0.7, ("none", 1e-4): 0.6, ("none", 1e-5): 0.5}
+    for ((scope, rate), success), seed in itertools.product(rates.items(), (1, 2, 3)):
+        make_run(folder / f"{scope}-{rate:g}-{seed}", scope, rate, seed, success)
+    write_video(np.zeros((4, 16, 16, 3), dtype=np.uint8), folder / "vision-0.0003-1/videos/eval_000000000.mp4", 10)
+    for seed in (1, 2, 3):
+        path = folder / f"vision-0.0003-{seed}/videos/eval_000002000.mp4"
+        write_video(np.full((4, 16, 16, 3), 40 * seed, dtype=np.uint8), path, 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(study, tmp_path_factory):
+    """What the script writes for `study`."""
+    output = tmp_path_factory.mktemp("report")
+    crashed = make_run(study.parent / "more/crashed", "none", 1e-4, 4, 1.0)
+    (crashed / "summary.json").unlink()
+    assert compare_runs.main([str(study), str(study.parent / "mo*/crash*"), f"--output={output}"]) == 0
+    return output
+
+
+def final_rates(folder, pattern):
+    paths = sorted(folder.glob(f"{pattern}/metrics.jsonl"))
+    return [json.loads(path.read_text().splitlines()[-2])["eval/success_rate"] for path in paths]
+
+
+# ---- the report
+
+
+def test_the_report_has_the_numbers_of_the_run_folders(study, report):
+    text = (report / "report.md").read_text()
+    episodes = [[float(c) for c in run.final_episodes] for run in read_folders([f"{study}/vision-0.0003-*"])]
+    np.testing.assert_allclose(np.mean(episodes, axis=1), final_rates(study, "vision-0.0003-*"))
+    estimate = mean_interval(episodes)
+    interval = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    assert f"| vision | 0.0003 | 3 | 0.500 | {interval} |" in text
+    assert f"1. vision: {interval}, rank 1 of 2\n2. none: " in text
+    assert re.search(r"\| vision \| none \| \+0\.\d+ \[\+.* \| separable \|", text)
+    for name in ("success.png", "curves.png", "heatmap.png"):
+        assert (report / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
+
+
+def test_a_crashed_run_is_kept_marked_and_excluded(report):
+    text = (report / "report.md").read_text()
+    assert "`crashed` is excluded from all means: no summary.json: killed, or still running." in text
+    assert "13 runs, 12 of them complete" in text
+    assert "| none | 0.0001 | 3 |" in text
+    with (report / "runs.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file) if row["status"] != "complete"] == ["crashed"]
+
+
+def test_the_table_alone_recomputes_every_number(report, tmp_path):
+    assert compare_runs.main([f"--table={report}/runs.csv", f"--output={tmp_path}"]) == 0
+    assert (tmp_path / "runs.csv").read_bytes() == (report / "runs.csv").read_bytes()
+    again, first = ((folder / "report.md").read_text().split("Made by")[0] for folder in (tmp_path, report))
+    assert again == first
+
+
+def test_the_page_is_one_file_with_the_best_runs_last_video(study, report):
+    page = (report / "report.html").read_text()
+    best = max(read_folders([f"{study}/vision-0.0003-*"]), key=lambda run: run.eval_success[-1])
+    embedded = re.findall(r'<video[^>]*src="data:video/mp4;base64,([^"]*)"', page)
+    assert [base64.b64decode(data) for data in embedded] == [
+        (best.folder / "videos" / "eval_000002000.mp4").read_bytes()
+    ]
+    assert not re.search(r"<(script|img|link|iframe)[^>]+(src|href)=", page)
+    assert page.count("plotly.js v") == 1  # the library's banner
+    assert page.count('class="plotly-graph-div"') == 3
+    assert "<td>not separable</td>" in page or "<td>separable</td>" in page
+
+
+def test_text_from_runs_is_escaped_in_the_page():
+    table = compare_runs.html_table((["a"], [["<script>"]]))
+    assert "<td>&lt;script&gt;</td>" in table
+    assert compare_runs.code("`x<y` & z") == "<code>x&lt;y</code> &amp; z"
+
+
+# ---- what is compared
+
+
+def test_the_best_rate_is_chosen_on_training_success_not_on_what_is_reported(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, final=0.9, sampled=0.6)
+        make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, final=0.5, sampled=0.7)
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert comparison.scopes[0].learning_rate == 3e-4
+    assert any("highest one tried" in note for note in comparison.notes)
+    assert "success in the last tenth of training" in comparison.notes[0]
+
+
+def test_choosing_on_states_reports_on_the_other_states(tmp_path):
+    even = np.arange(STATES) % 2 == 0
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, final=even)  # succeeds on the choosing states only
+        make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, final=~even)
+    (result,) = compare(read_folders([str(tmp_path)]), choose_on="states").scopes
+    assert result.learning_rate == 1e-4
+    assert result.mean.value == 0
+    assert result.success.shape == (2, STATES // 2)
+
+
+def test_choosing_seeds_are_left_out_of_the_report(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, sampled=0.9 if seed == 1 else 0.1)
+        make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, sampled=0.5)
+    comparison = compare(read_folders([str(tmp_path)]), choosing_seeds=[1])
+    assert comparison.scopes[0].learning_rate == 1e-4
+    assert [run.seed for run in comparison.scopes[0].runs] == [2, 3]
+    with pytest.raises(UserError, match="no run with one of the seeds \\[9\\]"):
+        compare(read_folders([str(tmp_path)]), choosing_seeds=[9])
+    with pytest.raises(UserError, match="no seeds besides those that chose"):
+        compare(read_folders([str(tmp_path)]), choosing_seeds=[1, 2, 3])
+
+
+def test_a_rate_with_few_seeds_does_not_win_by_luck(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, sampled=0.6)
+    make_run(tmp_path / "b1", rate=3e-4, seed=1, sampled=0.7)
+    assert compare(read_folders([str(tmp_path)])).scopes[0].learning_rate == 1e-4
+
+
+def test_success_is_compared_at_equal_steps_and_at_equal_wall_time(tmp_path):
+    half = np.arange(STATES) % 2 == 0
+    for seed in (1, 2):
+        make_run(tmp_path / f"fast{seed}", "vision", seed=seed, final=half, steps=(0, 1000), pace=0.1)
+        # From 0.5 to 1 in 2000 steps: 0.75 at 1000 steps, and 0.55 at 100 s = 200 of its steps.
+        make_run(tmp_path / f"slow{seed}", "none", seed=seed, final=np.ones(STATES), steps=(0, 2000), pace=0.5)
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert (comparison.env_steps, comparison.seconds) == (1000, 100)
+    none, vision = comparison.scopes
+    assert (none.mean.value, vision.mean.value) == pytest.approx((0.75, 0.5))
+    assert (none.at_equal_time.value, vision.at_equal_time.value) == pytest.approx((0.55, 0.5))
+    assert not comparison.paired
+    assert any("ended at 1,000 env steps, others at up to 2,000" in note for note in comparison.notes)
+    with pytest.raises(UserError, match="choose on training success"):
+        compare(comparison.runs, choose_on="states")
+
+
+def test_pairs_are_paired_by_initial_state_and_corrected_for_their_number(tmp_path):
+    rng = np.random.default_rng(0)
+    easy = rng.random(STATES) < 0.5  # states that every run solves
+    chance = {"none": 0.5, "vision": 0.55, "language": 0.95}
+    for scope, seed in itertools.product(chance, (1, 2, 3)):
+        make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=easy | (rng.random(STATES) < chance[scope]))
+    comparison = compare(read_folders([str(tmp_path)]))
+    arrays = {result.scope: result.success for result in comparison.scopes}
+    for pair in comparison.pairs:
+        expected = difference_interval(arrays[pair.first], arrays[pair.second])
+        assert (pair.difference.low, pair.difference.high) == pytest.approx((expected.low, expected.high))
+        assert pair.p_value >= pair.difference.p_value
+    smallest = min(comparison.pairs, key=lambda pair: pair.difference.p_value)
+    assert smallest.p_value == pytest.approx(3 * smallest.difference.p_value)
+
+    last = next(pair for pair in comparison.pairs if {pair.first, pair.second} == {"none", "vision"})
+    assert not last.separable
+    assert last.more_seeds > 0
+    lines = compare_runs.ranking(comparison)
+    assert lines[0].startswith("language: ") and lines[0].endswith("rank 1 of 3")
+    assert all("rank 2 to 3 of 3; not separable from" in line for line in lines[1:])
+
+
+def test_one_seed_only_has_no_interval_and_says_so(tmp_path):
+    make_run(tmp_path / "a", "none", final=0.5)
+    make_run(tmp_path / "b", "vision", final=0.9)
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert any("One seed only, so no interval and no ranking: vision, none" in note for note in comparison.notes)
+    assert all("(no interval), rank 1 to 2 of 2; not separable" in line for line in compare_runs.ranking(comparison))
+    _, ((*_, verdict, _, more),) = compare_runs.pair_table(comparison)
+    assert (verdict, more) == ("one seed: cannot say", "-")
+
+
+# ---- reading
+
+
+def test_a_resumed_run_counts_its_last_final_evaluation_once(tmp_path):
+    folder = make_run(tmp_path / "a", final=np.zeros(STATES))
+    with (folder / "episodes.jsonl").open("a") as file:
+        file.write('{"global_step": 20')  # torn by a kill
+        for i in range(STATES):
+            file.write("\n" + json.dumps({"global_step": 2000, "initial_state": i, "success": i == 0}))
+        file.write("\n" + json.dumps({"global_step": 1000, "initial_state": 1, "success": True}) + "\n")
+    (run,) = read_folders([str(folder)])
+    assert run.final_episodes == "1" + "0" * (STATES - 1)
+    assert run.states == "0-39"
+
+
+def test_frozen_by_a_list_or_by_a_switch_of_the_model(tmp_path):
+    make_run(tmp_path / "a", ["vision_encoder", "fusion"])
+    make_run(tmp_path / "b", policy__vla_config__model_config={"freeze_vision_encoder": True})
+    make_run(tmp_path / "c", ["fusion"], policy__vla_config__model_config={"freeze_vision_encoder": True})
+    assert [run.scope for run in read_folders([str(tmp_path)])] == ["vision_encoder+fusion", "vision", "fusion+vision"]
+
+
+def test_wandb_gives_the_rows_of_the_run_folders(study, monkeypatch):
+    def history(folder):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows.append(rows[-2])  # a resumed run logs twice
+        return lambda keys: [{key: row[key] for key in keys} for row in rows if set(keys) <= set(row)]
+
+    def remote(folder, state="finished"):
+        config = dict(run_table._flatten(json.loads((folder / "config.json").read_text())))
+        return SimpleNamespace(name=folder.name, state=state, config=config, scan_history=history(folder))
+
+    class Api:
+        def sweep(self, path):
+            assert path == "me/vla-rl/abc123"
+            return SimpleNamespace(runs=[remote(folder) for folder in sorted(study.iterdir())])
+
+        def runs(self, path):
+            return [remote(folder, "crashed") for folder in sorted(study.iterdir())] if path == "me/vla-rl" else []
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    runs = read_wandb("me/vla-rl/abc123")
+    local = read_folders([str(study)])
+    for run in local:
+        run.folder, run.final_episodes = None, ""
+    assert runs == local
+    comparison = compare(runs)
+    assert any("single episodes are missing" in note for note in comparison.notes)
+    assert {run.status for run in read_wandb("me/vla-rl")} == {"W&B state crashed"}
+    with pytest.raises(UserError, match="no runs in me/empty"):
+        read_wandb("me/empty")
+
+
+def test_what_wandb_refuses_is_one_line(monkeypatch):
+    def fail():
+        raise wandb.errors.CommError("no such\n sweep")
+
+    monkeypatch.setattr(wandb, "Api", fail)
+    with pytest.raises(UserError, match="cannot read me/vla-rl/abc: no such sweep$"):
+        read_wandb("me/vla-rl/abc")
+
+
+def test_a_table_keeps_all_that_a_run_is(tmp_path):
+    make_run(tmp_path / "a", ["fusion"], 1.5e-5, seed=3, algorithm__cfg__n_epochs=8, steps=(0, 1500))
+    make_run(tmp_path / "b", final=0.3)
+    runs = read_folders([str(tmp_path)])
+    assert runs[0].settings == {"algorithm.cfg.n_epochs": 8}
+    write_table(tmp_path / "runs.csv", runs)
+    for run in runs:
+        run.folder = None
+    assert read_table(tmp_path / "runs.csv") == runs
+
+
+# ---- refusals
+
+
+def refused(tmp_path, *changes, **common):
+    for i, change in enumerate(changes):
+        make_run(tmp_path / f"run{i}", **{"seed": i, **common, **change})
+    with pytest.raises(UserError) as error:
+        compare(read_folders([str(tmp_path)]))
+    return str(error.value)
+
+
+def test_runs_of_different_environments_are_refused(tmp_path):
+    message = refused(tmp_path, {}, {}, {"trainer__env": "gym:Reacher-v5"})
+    assert message == (
+        'these runs cannot be compared, trainer.env differs: "tabletop" in run0 and 1 more; "gym:Reacher-v5" in run2'
+    )
+
+
+def test_runs_of_different_env_configs_are_refused(tmp_path):
+    message = refused(tmp_path, {}, {"trainer__env_config": {"task": "pick_place", "reward": "sparse"}})
+    assert message.endswith('trainer.env_config.reward differs: null in run0; "sparse" in run1')
+
+
+def test_runs_with_different_evaluation_states_are_refused(tmp_path):
+    message = refused(tmp_path, {}, {"trainer__num_eval_episodes": 20})
+    assert message.endswith('the initial states of the evaluation differs: "0-39" in run0; "0-19" in run1')
+
+
+def test_seeds_that_are_no_repetitions_are_refused(tmp_path):
+    assert "run0 and run1 are the same seed 7 of scope none, learning rate 0.0001" in refused(
+        tmp_path / "twice", {"seed": 7}, {"seed": 7}
+    )
+    assert (
+        "run0 and run1, both scope none, learning rate 0.0001, are no repetitions: algorithm.cfg.n_epochs is 4 and 8"
+        in (refused(tmp_path / "unlike", {}, {"algorithm__cfg__n_epochs": 8}))
+    )
+
+
+def test_scopes_may_differ_in_settings_and_the_report_says_in_which(tmp_path):
+    make_run(tmp_path / "a", "none")
+    make_run(tmp_path / "b", "vision", algorithm__cfg__n_epochs=8)
+    notes = compare(read_folders([str(tmp_path)])).notes
+    assert "Besides scope, rate and seed, the runs differ in `algorithm.cfg.n_epochs`." in notes
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("run,status\n")
+    unfinished = shutil.copytree(folder, tmp_path / "unfinished")
+    (unfinished / "summary.json").write_text('{"exit_code": 143}')
+    foreign = shutil.copytree(folder, tmp_path / "foreign")
+    (foreign / "config.json").write_text('{"trainer": {"seed": 1}}')
+    for arguments, message in {
+        (): "exactly one of the three",
+        (str(folder), "--table=x.csv"): "exactly one of the three",
+        (str(tmp_path / "empty"),): "no runs found in",
+        (str(tmp_path / "nothing*"),): "no runs found in",
+        (str(tmp_path / "missing"),): "no such folder",
+        (f"--table={tmp_path}/missing.csv",): "cannot be read: No such file",
+        (f"--table={tmp_path}/bad.csv",): "has no column scope, learning_rate",
+        (str(unfinished),): "none of the 1 runs is complete; the first, unfinished: exit code 143",
+        (str(foreign),): "foreign is not a run of ppo_vla.py: its config has no policy.freeze",
+        (str(folder), f"--output={folder}/config.json"): "cannot write to",
+    }.items():
+        assert compare_runs.main(list(arguments)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
