@@ -135,6 +135,11 @@ class PolicyConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     learning_rates: dict[str, PositiveFloat] = field(default_factory=dict)
     """Learning rate per named part or module path; the others use algorithm.cfg.learning_rate."""
+    learning_rate_by_scope: dict[str, PositiveFloat] = field(default_factory=dict)
+    """Sweeps: reference learning rate per freeze scope. The scope's, times learning_rate_factor, is what
+    algorithm.cfg.learning_rate becomes."""
+    learning_rate_factor: PositiveFloat = 1.0
+    """Sweeps: what multiplies the scope's reference learning rate."""
     critic_gradient: Literal["head", "trunk"] = "head"
     """How far the value loss reaches: only into the value head, or through the trunk too."""
     value_head: str = "value_head"
@@ -205,7 +210,17 @@ class ExperimentConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
 
     def __post_init__(self) -> None:
-        batch_size, buffer_size = self.algorithm.cfg.batch_size, self.trainer.buffer_size
+        policy, batch_size, buffer_size = self.policy, self.algorithm.cfg.batch_size, self.trainer.buffer_size
+        if policy.learning_rate_by_scope:
+            if policy.freeze not in list(policy.learning_rate_by_scope):
+                known = ", ".join(policy.learning_rate_by_scope)
+                raise UserError(
+                    f"policy.learning_rate_by_scope: has no rate for the scope {policy.freeze!r}, only {known}"
+                )
+            reference = policy.learning_rate_by_scope[policy.freeze]
+            self.algorithm.cfg.learning_rate = reference * policy.learning_rate_factor
+        elif policy.learning_rate_factor != 1:
+            raise UserError("policy.learning_rate_factor: multiplies policy.learning_rate_by_scope, which is not set")
         if batch_size > buffer_size:
             raise UserError(
                 f"algorithm.cfg.batch_size: {batch_size} is larger than trainer.buffer_size = {buffer_size}"

@@ -399,3 +399,17 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         assert f"--{key} " in text or key.startswith("trainer.env_config."), key
     undocumented = [line for line in lines if line.partition("(type:")[0].endswith("  ")]
     assert not undocumented
+
+
+def test_a_sweeps_rate_is_the_scopes_reference_times_the_factor(tmp_path: Path) -> None:
+    flags = [
+        "--policy.freeze=vision", "--policy.learning_rate_by_scope.vision=4e-4",
+        "--policy.learning_rate_by_scope.none=1e-4", "--policy.learning_rate_factor=0.25",
+    ]  # fmt: skip
+    config = parse_config(ExperimentConfig, flags)
+    assert config.algorithm.cfg.learning_rate == pytest.approx(1e-4)
+    assert flatten(config)["algorithm.cfg.learning_rate"] == config.algorithm.cfg.learning_rate
+    again = parse_config(ExperimentConfig, ["--config", write(tmp_path, to_dict(config))])
+    assert again == config  # as a resumed run reads it
+    assert "no rate for the scope 'backbone', only vision, none" in refusal(*flags, "--policy.freeze=backbone")
+    assert "learning_rate_by_scope, which is not set" in refusal("--policy.learning_rate_factor=2")
