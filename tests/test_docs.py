@@ -8,7 +8,10 @@ from pathlib import Path
 
 import evaluate_vla
 import ppo_vla
+import pytest
 import torch
+
+from research.config import ExperimentConfig, parse_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +24,8 @@ def test_integration_example_trains_as_printed(tmp_path, monkeypatch, capsys):
     """A model that is not in the repository, with its own checkpoint, rgb and language only, through JSON alone."""
     guide = ROOT / "docs" / "vla_integration.md"
     (tmp_path / "my_vla.py").write_text(blocks(guide, "python")[0])
-    (tmp_path / "my.json").write_text(blocks(guide, "json")[0])
+    (config,) = (block for block in blocks(guide, "json") if "my_vla.MyVLA" in block)
+    (tmp_path / "my.json").write_text(config)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     import my_vla
@@ -40,6 +44,15 @@ def test_integration_example_trains_as_printed(tmp_path, monkeypatch, capsys):
     assert evaluate_vla.main([f"--checkpoint={run}", "--output=out", "--trainer.progress_bar=False"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads(Path("out/summary.json").read_text())["eval/return"] == summary["eval/return"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/vla_integration.md"])
+def test_configurations_shown_are_accepted(page, tmp_path):
+    shown = blocks(ROOT / page, "json")
+    assert shown
+    for block in shown:
+        (tmp_path / "shown.json").write_text(block)
+        parse_config(ExperimentConfig, ["--config", str(tmp_path / "shown.json")])
 
 
 def test_files_that_the_documents_name_exist():
