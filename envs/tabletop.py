@@ -23,15 +23,17 @@ Generalisation splits, after RL4VLA (Liu et al., 2025). Each changes one thing a
 
 | split       | what training has never shown                                                                         |
 |-------------|-------------------------------------------------------------------------------------------------------|
-| `vision`    | striped and chequered table tops, light that falls from one side, pixel noise, new at every step      |
-| `semantics` | other phrasings, one of which names the plate first; two more blocks (up to 6) and one more plate (up |
-|             | to 4); distractors that share the named block's colour or its shape                                   |
+| `vision`    | striped and chequered table tops, light that falls from one side, both from hardly to plainly         |
+|             | different; pixel noise, new at every step                                                             |
+| `semantics` | other phrasings, two with known words and two with new ones, of which one names the plate first; two  |
+|             | more blocks (up to 6) and one more plate (up to 4); distractors that share the named block's shape    |
+|             | and, in half of the states, its colour                                                                |
 | `execution` | the named block on another plate (or against the only one), the gripper at the rim and, in            |
 |             | `pick_place`, perhaps shut; the block is moved after 3 to 6 steps, unless the gripper has it          |
 
-Training shows every colour with every shape, but blocks of one table never share a colour: the shape word can be
-ignored. In `semantics` it cannot, and a pair is unseen in that sense. A colour that training never names would only ask
-what a model that reads bytes cannot know.
+Training shows every colour with every shape, but blocks of one table never share a colour, so that the shape word can
+be ignored; where `semantics` has two blocks of the named colour it cannot, and it is in this sense that their colours
+and shapes are paired anew. A colour that training never names would ask what a model that reads bytes cannot know.
 """
 
 from __future__ import annotations
@@ -89,22 +91,22 @@ PHRASINGS = {
 }
 UNSEEN_PHRASINGS = {
     "reach": (
-        "approach the {block}",
-        "hover above the {block}",
+        "go and touch the {block}",
+        "reach over to the {block}",
         "bring the gripper to the {block}",
-        "find the {block} and stop there",
+        "the {block} is where the gripper belongs",
     ),
     "push": (
+        "shove the {block} onto the {plate}",
+        "push the {block} over to the {plate}",
         "nudge the {block} until it is on the {plate}",
-        "sweep the {block} across to the {plate}",
-        "the {plate} is where the {block} should slide",
-        "get the {block} to the {plate} without lifting",
+        "the {plate} is where the {block} should end up",
     ),
     "pick_place": (
+        "put the {block} onto the {plate}",
+        "pick up the {block} and place it on the {plate}",
         "set the {block} down on the {plate}",
-        "lift the {block} and drop it on the {plate}",
         "the {plate} is where the {block} belongs",
-        "carry the {block} to the {plate} and let go",
     ),
 }
 MAX_STEPS = {"reach": 25, "push": 80, "pick_place": 40}
@@ -294,7 +296,9 @@ class TabletopEnv(EnvBase):
                 TRIES * (self._extra_plates + self._extra_blocks) * 2,
                 self._extra_blocks,
                 self._extra_blocks,
+                1,
             ],
+            "vision": [2],
             "execution": [TRIES * 2, TRIES * 2, 1, 5],
         }.get(self.split, [])
         draws = hashed_uniform(ids, sum(widths)).split(widths, dim=1)
@@ -327,6 +331,8 @@ class TabletopEnv(EnvBase):
             self._add_confusing_objects(state, *of_split)
         elif self.split == "execution":
             self._displace(state, *of_split)
+        elif self.split == "vision":
+            (state["strangeness"],) = of_split
         # Reaching starts at a distance; otherwise some states would be solved before the first action.
         if self.task == "reach":
             away = (state["gripper"] - state["blocks"][:, 0]).norm(dim=-1, keepdim=True) < 2 * REACH_RADIUS
@@ -382,7 +388,7 @@ class TabletopEnv(EnvBase):
         pick = torch.where(room >= 0, rank, room.clamp(max=0) - 1).argmax(dim=1)
         return candidates[torch.arange(m, device=candidates.device), pick]
 
-    def _add_confusing_objects(self, state: State, layout: Tensor, shape: Tensor, yaw: Tensor) -> None:
+    def _add_confusing_objects(self, state: State, layout: Tensor, shape: Tensor, yaw: Tensor, twin: Tensor) -> None:
         """The `semantics` split: more objects, and blocks that are like the named one in colour or in shape."""
         m, p, k = len(layout), self.num_plates, self.num_blocks
         kinds = [True] * self._extra_plates + [False] * self._extra_blocks
@@ -392,10 +398,11 @@ class TabletopEnv(EnvBase):
         state["blocks"] = torch.cat([state["blocks"], added[:, self._extra_plates :]], dim=1)
         state["block_yaw"] = torch.cat([state["block_yaw"], (yaw * _Painter.YAWS).long()], dim=1)
         shapes = torch.cat([state["block_shape"], (shape * len(SHAPES)).long()], dim=1)
-        target, twins = shapes[:, :1], shapes[:, 1::2]
-        shapes[:, 1::2] = torch.where(twins == target, (twins + 1) % len(SHAPES), twins)
-        shapes[:, 2::2] = target
-        state["block_colour"][:, 1::2] = state["block_colour"][:, :1]
+        # The first distractor may have the named colour and then has another shape; every second one has the shape.
+        colours, target, first = state["block_colour"], shapes[:, 0], shapes[:, 1]
+        colours[:, 1] = torch.where(twin[:, 0] < 0.5, colours[:, 0], colours[:, 1])
+        shapes[:, 1] = torch.where(first == target, (first + 1) % len(SHAPES), first)
+        shapes[:, 2::2] = target[:, None]
         state["block_shape"] = shapes
 
     def _displace(self, state: State, near: Tensor, moved: Tensor, when: Tensor, start: Tensor) -> None:
@@ -638,6 +645,7 @@ class _Painter:
 
     YAWS = 24  # orientations per full turn of a block's sprite
 
+    WOOD = (203.0, 178.0, 148.0)
     GRAIN = 64  # noisy pixels per side, in pictures of any size
 
     def __init__(self, size: int, colour: bool, depth: bool, unseen: bool, device: torch.device):
@@ -776,7 +784,7 @@ class _Painter:
         m, size, canvas = len(state["id"]), self.size, {}
         if self.colour:
             top = self._cloth if self.unseen else self._wood
-            canvas[RGB] = top(state["looks"]).view(m * size * size, 3)
+            canvas[RGB] = top(state).view(m * size * size, 3)
         if self.depth:
             canvas[DEPTH] = torch.full((m * size * size,), CAMERA, device=self.device)
         if canvas:
@@ -788,35 +796,39 @@ class _Painter:
             self._lay(canvas, self.plates, rows, at, layer, tint, CAMERA - PLATE_TOP)
         return {f"table_{key}": value for key, value in self._shape(canvas, m).items()}
 
-    def _wood(self, looks: Tensor) -> Tensor:
+    def _wood(self, state: State) -> Tensor:
         """A wooden table top, its tone and grain varied by `looks` [M, 4] in [0, 1): uint8 `[M, S, S, 3]`."""
+        looks = state["looks"]
         line = torch.linspace(-1, 1, self.size, device=self.device)
         phase = (looks[:, 0] * 6.28)[:, None, None]
         bend = 0.15 * torch.sin(2.5 * line[None, None, :] + phase)
         grain = torch.sin((14 + 6 * looks[:, 1])[:, None, None] * (line[None, :, None] + bend) + phase)
         light = 1.0 + 0.025 * grain + (looks[:, 2] - 0.5)[:, None, None] * 0.16
-        warm = torch.tensor([203.0, 178.0, 148.0], device=self.device)
+        warm = torch.tensor(self.WOOD, device=self.device)
         tint = (looks[:, 3:] - 0.5) * torch.tensor([10.0, 0.0, -14.0], device=self.device)
         channels = [light * channel[:, None, None] for channel in (warm + tint).unbind(dim=1)]
         return torch.stack([channel.clamp_(0, 255).to(torch.uint8) for channel in channels], dim=-1)
 
-    def _cloth(self, looks: Tensor) -> Tensor:
-        """A table cloth with stripes either way or checks; grey, white or mauve: uint8 `[M, S, S, 3]`."""
+    def _cloth(self, state: State) -> Tensor:
+        """A table cloth with stripes either way or checks; from wood's colour to grey, white or mauve."""
+        looks, strange = state["looks"], state["strangeness"][:, :1]
         line = torch.linspace(-1, 1, self.size, device=self.device)
-        cloths = torch.tensor([[140.0, 150.0, 160.0], [222.0, 219.0, 210.0], [170.0, 150.0, 175.0]], device=self.device)
-        cloth = cloths[(looks[:, 0] * len(cloths)).long()]
-        pattern = (looks[:, 1] * 3).long()  # 0 and 2 have stripes across, 1 and 2 along
+        dyes = torch.tensor([[140.0, 150.0, 160.0], [222.0, 219.0, 210.0], [170.0, 150.0, 175.0]], device=self.device)
+        wood = torch.tensor(self.WOOD, device=self.device)
+        cloth = wood + strange * (dyes[(looks[:, 0] * len(dyes)).long()] - wood)  # [M, 3]
+        pattern = (looks[:, 1] * 3).long()  # stripes across, along, or both: checks
         wave = torch.cos((10 + 15 * looks[:, 3:]) * line)  # [M, S]
         across = torch.where((pattern == 1)[:, None], 1.0, wave)[:, :, None]
         along = torch.where((pattern == 0)[:, None], 1.0, wave)[:, None, :]
-        light = torch.where(across * along > 0, 1.08, 0.86)
+        light = 1 + torch.where(across * along > 0, 0.08, -0.14) * strange[:, :, None]
         return (cloth[:, None, None] * light[..., None]).clamp_(0, 255).to(torch.uint8)
 
     def _bad_light(self, rgb: Tensor, state: State) -> Tensor:
         """The picture uint8 `[M, S, S, 3]` as a noisy camera sees it when a lamp stands on one side of the table."""
         line = torch.linspace(-1, 1, self.size, device=self.device)
         angle = (state["looks"][:, 2] * 6.28)[:, None, None]
-        light = 0.9 + 0.2 * (angle.cos() * line[None, None, :] + angle.sin() * line[None, :, None])
+        slope = angle.cos() * line[None, None, :] + angle.sin() * line[None, :, None]
+        light = 1 + state["strangeness"][:, 1, None, None] * (0.2 * slope - 0.1)
         noise = hashed_uniform(_mix(state["id"]) + state["steps"], self.GRAIN**2).view(-1, self.GRAIN, self.GRAIN)
         grain = torch.arange(self.size, device=self.device) * self.GRAIN // self.size
         noise = 40 * (noise[:, grain[:, None], grain] - 0.5)

@@ -285,7 +285,7 @@ def test_vision_changes_the_picture_alone():
     for key in ("depth", "proprio", "language"):
         assert torch.equal(seen[key], unseen[key])
     off = (seen["rgb"].float() - unseen["rgb"].float()).abs().mean(dim=(1, 2, 3))
-    assert off.min() > 10
+    assert off.min() > 9 and off.median() > 15
     assert unseen["rgb"].float().mean(dim=(1, 2, 3)).min() > 60  # the dark gripper can be told from every table
     still = TensorDict({"action": torch.tensor([[0.0, 0.0, -1.0]]).expand(64, 3)}, [64])
     again = vision.step(still)["next", "observation", "rgb"]
@@ -307,7 +307,7 @@ def test_semantics_changes_words_and_distractors_alone():
     colour, shape = b["block_colour"], b["block_shape"]
     assert torch.equal(a["block_colour"][:, 0], colour[:, 0]) and torch.equal(a["block_shape"][:, 0], shape[:, 0])
     same_colour, same_shape = colour[:, 1:] == colour[:, :1], shape[:, 1:] == shape[:, :1]
-    assert same_colour.any(1).all() and same_shape.any(1).all()  # neither word alone will do
+    assert same_shape.any(1).all() and 0.3 < same_colour.any(1).float().mean() < 0.7
     assert not (same_colour & same_shape).any()
     assert all(len(set(row)) == 3 for row in b["plate_colour"].tolist())
     centres = torch.cat([b["plates"], b["blocks"]], dim=1)
