@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
@@ -31,10 +30,11 @@ from research.evaluation import Evaluation, evaluate, write_episodes
 from research.freezing import freeze, parameter_groups, split_switches
 from research.interruption import Interruption
 from research.ppo import PPO, make_gae, make_loss, value_head_parameters
+from research.reporting import describe, last_checkpoint, postfix, summarise
 from research.rollout import EpisodeStatistics, Rollouts
 from research.schema import OBSERVATION, FrozenWeightsChanged, NonFiniteError, UserError, check_observation
-from research.tracking import Tracker, create_run_folder, plot_learning_curve, resolve_wandb_mode
-from research.video import frame_strip, video_grid, write_video
+from research.tracking import Tracker, create_run_folder, resolve_wandb_mode
+from research.video import video_grid, write_video
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CONFIG = HERE / "configs" / "pick_place.json"
@@ -80,6 +80,11 @@ def train(config: ExperimentConfig) -> int:
     statistics = EpisodeStatistics(trainer.num_envs, device)
     mode, reason = resolve_wandb_mode(trainer.use_wandb)
     folder = run_folder_of(trainer.resume) if resumed else create_run_folder(trainer.run_dir, trainer.exp_name)
+    restarted = not resumed and (folder / "metrics.jsonl").exists()  # by the agent of a sweep, after an interruption
+    if restarted and (folder / "checkpoints" / "last.pt").exists():
+        resumed, restarted = load_checkpoint(folder), False
+    elif restarted:
+        (folder / "episodes.jsonl").unlink(missing_ok=True)
     num_eval_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
     eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
 
@@ -108,14 +113,14 @@ def train(config: ExperimentConfig) -> int:
     tracker = Tracker(
         folder,
         to_dict(config),
-        flatten(config),
+        flatten(config) | {"scope": scope_name, "learning_rate": cfg.learning_rate},  # W&B's panels take no dotted keys
         project=trainer.wandb_project_name,
         group=trainer.wandb_group or f"{trainer.env}-{config.algorithm.name}-{scope_name}",
         mode=mode,
         reason=reason,
         tags=[f"freeze:{scope_name}"[:64], *trainer.wandb_tags],
         resume_id=folder.name.rsplit("-", 1)[-1] if resumed else None,
-        resume_step=step if resumed else None,
+        resume_step=step if resumed else -1 if restarted else None,
     )
 
     def evaluate_now(film: int) -> Evaluation:
@@ -196,8 +201,10 @@ def train(config: ExperimentConfig) -> int:
             print(f"stopped at once at env step {step}; {last_checkpoint(folder)}", file=sys.stderr)
             code = 130
         summarise(tracker, folder, step, before, result, {"exit_code": code, **audit.summary()})
-        if code > 128 and tracker.run:
-            tracker.run.mark_preempting()
+        if tracker.stopped:
+            code = 0  # what its sweep asked for is no failure; an agent gives up after a few of those
+        elif code == 143 and tracker.run:
+            tracker.run.mark_preempting()  # the sweep queues this run again
         tracker.finish(code)
     rollouts.shutdown()
     eval_env.close()
@@ -246,54 +253,8 @@ def make_worker_env(trainer: TrainerConfig, device: torch.device, worker: int) -
     return make_env(trainer.env, trainer.num_envs // trainer.num_collectors, trainer.env_config, device, worker)
 
 
-def describe(policy: VLAPolicy, observations: TensorDictBase, folder: Path, device: torch.device) -> str:
-    parameters = list(policy.model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    lines = [
-        f"{type(policy.model).__name__} ({policy.interface} interface): {trained:,} of "
-        f"{sum(p.numel() for p in parameters):,} parameters train, on {device}",
-        *policy.reuse_report(observations[:1]).lines(),
-        f"run folder: {folder}",
-    ]
-    return "\n".join(lines)
-
-
-def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, str]:
-    shown = {"success": metrics.get("rollout/success_rate"), "return": metrics.get("rollout/return")}
-    if shown["success"] is not None:
-        del shown["return"]
-    if result is not None:
-        shown["eval"] = result.score
-    return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
-
-
 def crossed(previous: int, step: int, every: int) -> bool:
     return every > 0 and previous // every != step // every
-
-
-def last_checkpoint(folder: Path) -> str:
-    path = folder / "checkpoints" / "last.pt"
-    return f"the last checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-
-
-def summarise(tracker: Tracker, folder: Path, step: int, before: dict | None, result: Evaluation | None, facts: dict):
-    """Print and record what the run achieved and where everything lies."""
-    summary = {"global_step": step, **facts}
-    if before is not None:
-        summary |= {f"before/{name.removeprefix('eval/')}": value for name, value in before.items()}
-    if result is not None:
-        summary |= result.metrics()
-        print(f"after {step:,} env steps: {result.summary()}")
-    if curve := plot_learning_curve(folder):
-        tracker.log_image("learning_curve", curve, step)
-    if result is not None and result.frames:
-        import imageio.v3 as iio
-
-        iio.imwrite(folder / "videos" / "strip.png", frame_strip(result.frames[0], count=6))
-    tracker.summary(summary)
-    print(f"curve, video, checkpoints, metrics: {folder}/")
-    if tracker.sync_command:
-        print(f"upload to W&B with: {tracker.sync_command}")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import string
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,6 +175,7 @@ class Tracker:
     Attributes:
         mode: the mode the run is in, after any fallback.
         run: the W&B run; None when disabled or finished.
+        stopped: W&B asked the run to stop: early termination of its sweep, or the stop button of the UI.
         sync_command: what uploads data that is only on this machine; None where there is none.
     Raises:
         UserError: the folder cannot be written, it has metrics already and no `resume_step` is given, or W&B refuses
@@ -199,6 +202,7 @@ class Tracker:
         self.mode = mode
         self.run: wandb.Run | None = None
         self.sync_command: str | None = None
+        self.stopped = False
         path = self.folder / METRICS_FILE
         try:
             elapsed = _keep_rows_until(path, resume_step)
@@ -237,6 +241,7 @@ class Tracker:
                 root_dir=str(self.folder.resolve()),
                 reinit="finish_previous",  # by default W&B hands back a run that is still open, and mixes the two
                 finish_timeout_raises=True,
+                stop_fn=lambda: self._stop(),  # W&B copies its settings deeply, but not functions
             )
         except (wandb.Error, ValueError) as error:
             raise UserError(f"W&B refuses a name of this run: {_one_line(error)}") from error
@@ -255,6 +260,11 @@ class Tracker:
         if self.mode == "offline":
             self.sync_command = self._sync("offline-run-*")
         return reason
+
+    def _stop(self) -> None:
+        """What W&B calls, in a thread of its own, to stop the run: a Ctrl-C that can be told from the user's."""
+        self.stopped = True
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def _sync(self, pattern: str) -> str:
         # A pattern: a resumed run has one directory per start, and `wandb sync` joins them by the run's id.
