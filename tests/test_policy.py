@@ -127,6 +127,16 @@ def test_bf16_keeps_the_ratio_at_one_and_the_mathematics_in_float32(interface, s
     torch.testing.assert_close(*values, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_on_a_cpu_without_it_is_warned_of(monkeypatch, caplog, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    VLAPolicy(small_model(), autocast="bf16")
+    assert ("bf16 will be slower" in caplog.text) == warned
+    caplog.clear()
+    VLAPolicy(small_model())
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("interface", ["staged", "methods"])
 def test_compiled_policies_give_equal_losses_and_gradients(interface):
     gradients = []
