@@ -13,6 +13,7 @@ split, and of every split under "splits") and a video grid per split. An initial
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def run(argv: list[str]) -> int:
         config = parse_config(EvaluationConfig, [f"--config={own}", *argv], __doc__)
         trained = load_checkpoint(Path(config.checkpoint))["model_state_dict"]
         config.policy.vla_config.model_path = None  # what the run started from
+        logging.getLogger("agents.loading").setLevel(logging.ERROR)  # "fresh weights", which are replaced below
     elif config.checkpoint:
         config.policy.vla_config.model_path = config.checkpoint
     if config.film < 0 or config.first_state < 0:
