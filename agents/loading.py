@@ -54,6 +54,7 @@ def load_vla_model(
     strip_prefix: str | None = None,
     add_prefix: str | None = None,
     trust_checkpoint: bool = False,
+    expect_fresh: bool = False,
 ) -> nn.Module:
     """Construct `model_class(**model_config)` and copy a checkpoint into it.
 
@@ -71,6 +72,7 @@ def load_vla_model(
         add_prefix: dotted prefix put before every name, after stripping.
         trust_checkpoint: unpickle anything in the file, WHICH RUNS CODE FROM IT; a whole pickled `nn.Module` is then
             accepted too. Without it, tensors and plain values only.
+        expect_fresh: do not warn of fresh weights; they are meant, or will be replaced.
     Returns:
         The model on `device`, its weights in the dtypes it was constructed with. Its training mode is left as the
         constructor left it (`nn.Module`'s own default is train): call `.eval()` where it matters.
@@ -80,7 +82,8 @@ def load_vla_model(
     """
     cls = import_model_class(model_class)
     if model_path is None:
-        log.warning("%s starts from fresh weights: no policy.vla_config.model_path is given", model_class)
+        if not expect_fresh:
+            log.warning("%s starts from fresh weights: no policy.vla_config.model_path is given", model_class)
         return _construct(cls, model_config).to(device)
     path = Path(model_path).expanduser()
     # The files before the model: a wrong path should not cost the construction of a large one.

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_config(BCConfig, argv, __doc__)
     start = time.monotonic()
     torch.manual_seed(config.seed)
-    model = load_vla_model(None, config.model_class, config.model_config, config.device)
+    model = load_vla_model(None, config.model_class, config.model_config, config.device, expect_fresh=True)
     data = collect_demonstrations(config)
     policy = VLAPolicy(model, interface="staged")
     check_policy(policy, data[OBSERVATION][:2], data[ACTION].shape[-1])

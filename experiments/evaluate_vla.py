@@ -13,7 +13,6 @@ split, and of every split under "splits") and a video grid per split. An initial
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,6 @@ def run(argv: list[str]) -> int:
         config = parse_config(EvaluationConfig, [f"--config={own}", *argv], __doc__)
         trained = load_checkpoint(Path(config.checkpoint))["model_state_dict"]
         config.policy.vla_config.model_path = None  # what the run started from
-        logging.getLogger("agents.loading").setLevel(logging.ERROR)  # "fresh weights", which are replaced below
     elif config.checkpoint:
         config.policy.vla_config.model_path = config.checkpoint
     if config.film < 0 or config.first_state < 0:
@@ -77,7 +75,7 @@ def run(argv: list[str]) -> int:
         split: make_env(trainer.env, num_envs, options, device, seed=trainer.seed)
         for split, options in options_of_splits(trainer, config.split).items()
     }
-    model, scope = load_model(config, device)
+    model, scope = load_model(config, device, expect_fresh=trained is not None)
     # As in training, where frozen stages run at other batch shapes and layers may have adapters.
     freeze(model, scope, heads=("action_head", config.policy.value_head), lora=config.policy.lora)
     if trained is not None:

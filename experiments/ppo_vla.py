@@ -229,7 +229,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(config: ExperimentConfig, device: torch.device) -> tuple[torch.nn.Module, str | list[str]]:
+def load_model(
+    config: ExperimentConfig, device: torch.device, expect_fresh: bool = False
+) -> tuple[torch.nn.Module, str | list[str]]:
     """The configured model and what to freeze; a relative path is looked up from here, then from `experiments/`."""
     vla = config.policy.vla_config
     if vla.model_path and not Path(vla.model_path).exists() and (HERE / vla.model_path).exists():
@@ -244,6 +246,7 @@ def load_model(config: ExperimentConfig, device: torch.device) -> tuple[torch.nn
         strip_prefix=vla.strip_prefix,
         add_prefix=vla.add_prefix,
         trust_checkpoint=vla.trust_checkpoint,
+        expect_fresh=expect_fresh,
     )
     return model, scope
 

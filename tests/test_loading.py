@@ -741,3 +741,8 @@ def test_a_trusted_pickle_that_is_damaged(tmp_path, weights):
     torch.save(weights, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "w.pt").write_bytes(b"\x80\x02garbage")
     assert "cannot be read" in error(tmp_path / "w.pt", trust_checkpoint=True)
+
+
+def test_fresh_weights_that_are_meant_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    load_vla_model(None, "test_loading.VLA", {}, expect_fresh=True)
+    assert caplog.text == ""
