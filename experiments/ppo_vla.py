@@ -201,7 +201,7 @@ def train(config: ExperimentConfig) -> int:
             print(f"stopped at once at env step {step}; {last_checkpoint(folder)}", file=sys.stderr)
             code = 130
         summarise(tracker, folder, step, before, result, {"exit_code": code, **audit.summary()})
-        if tracker.stopped:
+        if tracker.stopped and code > 128:
             code = 0  # what its sweep asked for is no failure; an agent gives up after a few of those
         elif code == 143 and tracker.run:
             tracker.run.mark_preempting()  # the sweep queues this run again

@@ -1,0 +1,123 @@
+"""Save a W&B workspace that compares this project's runs: curves by group, freeze scope x learning rate, videos.
+
+    pip install -e .[workspace]
+    python experiments/wandb_workspace.py entity/project [--name="VLA-RL: what to freeze"]
+
+A group is environment + algorithm + freeze scope, so the lines are means over the seeds and rates of a scope; filter by
+a learning rate to see one cell. The axes use the config keys `scope` and `learning_rate`: W&B's panels and filters
+cannot address keys with dots in their names, which all other options have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from research.schema import UserError
+
+NAME = "VLA-RL: what to freeze, at which rate"
+
+
+def workspace(entity: str, project: str, name: str):
+    """The workspace, not saved yet."""
+    try:
+        import wandb_workspaces.reports.v2 as wr
+        import wandb_workspaces.workspaces as ws
+        from wandb_workspaces import expr
+    except ImportError as error:
+        raise UserError(f"wandb-workspaces is not installed ({error}); run: pip install -e .[workspace]") from None
+
+    def line(title: str, *metrics: str, **options) -> wr.LinePlot:
+        return wr.LinePlot(title=title, x="global_step", y=list(metrics), title_x="env steps", **options)
+
+    def by_group(title: str, metric: str, **options) -> wr.LinePlot:
+        return line(
+            title, metric, groupby="Group", groupby_aggfunc="mean", groupby_rangefunc="stderr",
+            legend_template="${run:group}", **options,
+        )  # fmt: skip
+
+    scope, rate = wr.Config("scope"), wr.Config("learning_rate")
+    success = wr.SummaryMetric("eval/success_rate")
+    Column = wr.ParallelCoordinatesPlotColumn
+    sections = [
+        ws.Section(
+            name="Success",
+            panels=[
+                by_group("Evaluation success, mean and standard error", "eval/success_rate", range_y=(0.0, 1.0)),
+                by_group("Training success", "rollout/success_rate", range_y=(0.0, 1.0), smoothing_factor=0.6,
+                         smoothing_type="exponential"),
+                wr.ScatterPlot(title="Success by learning rate", x=rate, y=success, log_x=True, range_y=(0.0, 1.0)),
+                wr.ParallelCoordinatesPlot(
+                    title="Scope, rate, success",
+                    columns=[Column(metric=scope), Column(metric=rate, log=True), Column(metric=success)],
+                ),
+                wr.ParameterImportancePlot(with_respect_to="eval/success_rate"),
+                wr.BarPlot(
+                    title="Final success", metrics=["eval/success_rate"], groupby="Group",
+                    groupby_aggfunc="mean", groupby_rangefunc="stderr",
+                ),
+            ],
+        ),
+        ws.Section(
+            name="Is the update healthy?",
+            panels=[
+                by_group("KL divergence per update", "train/approx_kl"),
+                by_group("Clipped samples", "train/clip_fraction"),
+                by_group("Entropy", "train/entropy"),
+                by_group("Explained variance", "train/explained_variance", range_y=(-1.0, 1.0)),
+                wr.LinePlot(title="Gradient norm per part", x="global_step", metric_regex="train/grad_norm/.*"),
+                wr.LinePlot(title="Learning rate per part", x="global_step", metric_regex="train/learning_rate/.*"),
+            ],
+        ),
+        ws.Section(
+            name="Did frozen weights stay frozen?",
+            panels=[wr.LinePlot(title="Drift per part (frozen: 0)", x="global_step", metric_regex="audit/drift/.*")],
+        ),
+        ws.Section(
+            name="What does it look like?",
+            panels=[wr.MediaBrowser(media_keys=["eval/video"]), wr.MediaBrowser(media_keys=["learning_curve"])],
+        ),
+        ws.Section(
+            name="Speed",
+            is_open=False,
+            panels=[by_group("Env steps per second", "time/env_steps_per_second")],
+        ),
+    ]  # fmt: skip
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=sections,
+        settings=ws.WorkspaceSettings(x_axis="global_step", max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            groupby=[ws.expr.Metric("Group")] if hasattr(ws, "expr") else [expr.Metric("Group")],
+            pinned_columns=["summary:eval/success_rate", "config:scope.value", "config:learning_rate.value"],
+        ),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("project", help="entity/project")
+    parser.add_argument("--name", default=NAME, help="name of the workspace")
+    options = parser.parse_args(argv)
+    try:
+        entity, _, project = options.project.partition("/")
+        if not (entity and project) or "/" in project:
+            raise UserError(f"{options.project!r} is not of the form entity/project")
+        saved = workspace(entity, project, options.name)
+        import wandb
+
+        try:
+            saved.save()
+        except (wandb.Error, ValueError) as error:
+            raise UserError(f"W&B did not take the workspace: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(saved.url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,448 @@
+"""W&B sweep files, read without W&B: what a sweep varies, checked before its first run.
+
+A sweep file works as it is with `wandb sweep`; this module is what `experiments/sweep_local.py` reads it with.
+
+| key               | meaning                                                                                |
+|-------------------|----------------------------------------------------------------------------------------|
+| `program`         | the script each run calls                                                              |
+| `method`          | `grid`, `random` or `bayes`                                                            |
+| `metric`          | `name`, `goal` (`minimize`, W&B's default, or `maximize`), `target` (stop once reached) |
+| `parameters`      | dotted option name -> `value`, `values`, or `min` / `max` and a `distribution`         |
+| `early_terminate` | `type: hyperband` with `min_iter`, or `max_iter` and `s`; `eta`                        |
+| `run_cap`         | most runs of a random or Bayesian sweep                                                |
+| `command`         | words, and the macros `${env}`, `${interpreter}`, `${program}`, `${args}`              |
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import math
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from research.schema import UserError
+
+METHODS = ("grid", "random", "bayes")
+COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
+# distribution -> (drawn on a log scale, rounded to a multiple of q, integers only)
+DISTRIBUTIONS = {
+    "uniform": (False, False, False),
+    "int_uniform": (False, False, True),
+    "q_uniform": (False, True, False),
+    "log_uniform_values": (True, False, False),
+    "q_log_uniform_values": (True, True, False),
+}
+_KEYS = {
+    "a sweep": (
+        "program", "method", "metric", "parameters", "early_terminate", "run_cap", "command", "name", "description",
+        "project", "entity",
+    ),
+    "metric": ("name", "goal", "target"),
+    "early_terminate": ("type", "min_iter", "max_iter", "s", "eta"),
+    "a parameter": ("value", "values", "min", "max", "q", "distribution"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One swept option: listed `choices`, or a range from `low` to `high`."""
+
+    name: str
+    choices: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    q: float | None = None
+    integer: bool = False
+
+    def distribution(self) -> BaseDistribution:
+        """The Optuna distribution to draw from; `value` turns what was drawn into the option's value."""
+        if self.choices:  # by position: Optuna stores no lists, and takes True for 1
+            return CategoricalDistribution(tuple(range(len(self.choices))))
+        if self.integer:
+            return IntDistribution(int(self.low), int(self.high))
+        return FloatDistribution(self.low, self.high, log=self.log)
+
+    def value(self, drawn: Any) -> Any:
+        """The option's value for a number drawn from `distribution`."""
+        if self.choices:
+            return self.choices[drawn]
+        if self.q is None:
+            return drawn
+        rounded = round(drawn / self.q) * self.q
+        return int(rounded) if isinstance(self.q, int) else rounded
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, checked. `parameters` are in the file's order; fixed ones have one choice."""
+
+    path: Path
+    name: str
+    program: str
+    method: str
+    metric: str
+    maximize: bool
+    parameters: tuple[Parameter, ...]
+    target: float | None = None
+    min_iter: int | None = None
+    eta: int = 3
+    run_cap: int | None = None
+    command: tuple[str, ...] = COMMAND
+    project: str | None = None
+
+    @property
+    def varied(self) -> list[str]:
+        """Names of the parameters that have more than one value."""
+        return [p.name for p in self.parameters if len(p.choices) != 1]
+
+    def grid(self) -> list[dict[str, Any]]:
+        """All points of a grid sweep as `{option: value}`; the file's last parameter varies fastest."""
+        values = [p.choices or range(int(p.low), int(p.high) + 1) for p in self.parameters]
+        return [
+            dict(zip([p.name for p in self.parameters], point, strict=True)) for point in itertools.product(*values)
+        ]
+
+    def corners(self) -> list[dict[str, Any]]:
+        """A few points that show every listed value and both ends of every range."""
+        values = [p.choices or (p.value(p.low), p.value(p.high)) for p in self.parameters]
+        return [
+            {p.name: v[min(i, len(v) - 1)] for p, v in zip(self.parameters, values, strict=True)}
+            for i in range(max(map(len, values)))
+        ]
+
+    def flags(self, point: dict[str, Any]) -> list[str]:
+        """What the script is given at one point: the command's own flags, and the parameters as `${args}`."""
+        words = self.words(point)
+        return words[words.index(self.program) + 1 :]
+
+    def words(self, point: dict[str, Any], extra: Sequence[str] = ()) -> list[str]:
+        """The command line of one run, as `wandb agent` makes it, and `extra` at its end."""
+        macros = {
+            "${env}": ["/usr/bin/env"],
+            "${interpreter}": [sys.executable],
+            "${program}": [self.program],
+            "${args}": arguments(point),
+        }
+        return [*(word for part in self.command for word in macros.get(part, [part])), *extra]
+
+
+def arguments(point: dict[str, Any]) -> list[str]:
+    """Flags in the form that `wandb agent` passes: `--a.b=True`, `--lr=1e-05`, `--none=None`, `--list=['x', 1]`."""
+    return [f"--{name}={value}" for name, value in point.items()]
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        UserError: the file cannot be read, or holds something that W&B or this project cannot run.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return _sweep(path, content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def check_options(sweep: Sweep, parse: Callable[[list[str]], Any]) -> None:
+    """Let the script's own parser read what the sweep would pass, before any run is started.
+
+    Args:
+        sweep: the sweep; every point of a grid is tried, and the corners of other search spaces.
+        parse: reads a list of flags; a `UserError` of it says which option or value is wrong.
+    Raises:
+        UserError: an option that the script does not know, a value of the wrong type or out of range (a freeze scope
+            that is no preset, say), or values that exclude each other.
+    """
+    for point in sweep.grid() if sweep.method == "grid" else sweep.corners():
+        try:
+            parse(sweep.flags(point))
+        except UserError as error:
+            raise UserError(f"{sweep.path}: {error}") from None
+
+
+class SweepTrials:
+    """The trials of a sweep, kept by Optuna in a database that several processes may share.
+
+    A trial's point is in its user attribute `point`; `exit_code` there is how its last process ended.
+
+    Args:
+        sweep: what to vary and how.
+        folder: the sweep's folder, made if need be; its lock makes sure that a trial is handed out once.
+        most: upper limit on the trials, besides the grid's size and the sweep's `run_cap`; None for no other.
+        storage: URL of a database, default SQLite in the folder.
+    Attributes:
+        most: how many trials the sweep has in the end.
+        token: short random name of this sweep, for ids.
+    Raises:
+        UserError: a sweep without an end, a folder or database that cannot be opened, or one with another sweep in it.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Path, most: int | None = None, storage: str | None = None):
+        self.sweep, self.folder = sweep, folder
+        self.points = json.loads(json.dumps(sweep.grid())) if sweep.method == "grid" else None  # as read back
+        limits = [n for n in (most, sweep.run_cap, self.points and len(self.points)) if n]
+        if not limits:
+            raise UserError(f"{sweep.path}: a {sweep.method} sweep has no end; give it a run_cap, or --trials=N")
+        self.most = min(limits)
+        self._failed: list[int] = []
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the sweep's folder {folder}: {error.strerror}") from None
+        with self.alone():
+            self._study = self._open(storage or f"sqlite:///{folder / 'sweep.db'}")
+        self.token = self._study.user_attrs["token"]
+
+    def _open(self, url: str) -> optuna.Study:
+        sweep, pruner = self.sweep, NopPruner()
+        if sweep.min_iter:  # W&B's "hyperband" is one bracket of it, which is asynchronous successive halving
+            pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
+        # Not Optuna's Gaussian process, which learns nothing from trials that were stopped early.
+        sampler = TPESampler() if sweep.method == "bayes" else RandomSampler()
+        try:
+            wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+            self._storage = RDBStorage(url, engine_kwargs=wait)
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise UserError(f"the storage {url} cannot be opened: {str(error).splitlines()[0]}") from None
+        study = optuna.create_study(
+            storage=self._storage, study_name=sweep.name, load_if_exists=True, sampler=sampler, pruner=pruner,
+            direction="maximize" if sweep.maximize else "minimize",
+        )  # fmt: skip
+        # A grid may change between two starts, but not a space that Optuna has sampled from.
+        kind = [sweep.method, sweep.metric, sweep.maximize, self.points is None and str(sweep.parameters)]
+        if "token" not in study.user_attrs:
+            study.set_user_attr("kind", kind)
+            study.set_user_attr("token", secrets.token_hex(3))
+        if study.user_attrs["kind"] != kind:
+            raise UserError(f"{self.folder} has trials of another sweep; give {sweep.path} another name")
+        return study
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the other processes of this sweep out; SQLite alone would hand a trial out twice now and then."""
+        with (self.folder / "sweep.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def all(self) -> list[FrozenTrial]:
+        """Every trial so far, in order of number."""
+        return self._study.get_trials(deepcopy=False)
+
+    def take(self, is_alive: Callable[[int], bool]) -> optuna.Trial | None:
+        """A trial to run: one that was interrupted, or a new one; None where the sweep has no more. Call it `alone`.
+
+        Args:
+            is_alive: whether a process runs the trial of this number; one that nobody runs was interrupted.
+        """
+        for trial in self.all():
+            if trial.state == TrialState.RUNNING and not is_alive(trial.number):
+                self.put_back(trial.number)
+        trials = self.all()
+        # What the script refused has not begun, and is tried again, but not by this process.
+        begun = [t for t in trials if t.user_attrs.get("exit_code") != 2 or t.number in self._failed]
+        if not any(t.state == TrialState.WAITING for t in trials):
+            if len(begun) >= self.most or self._target_reached(trials):
+                return None
+            if self.points is not None:
+                known = [t.user_attrs["point"] for t in begun]
+                left = [point for point in self.points if point not in known]
+                if not left:
+                    return None
+                self._study.enqueue_trial({}, user_attrs={"point": left[0]})
+        if self.points is not None:
+            return self._study.ask()
+        drawn = {p.name: p for p in self.sweep.parameters if len(p.choices) != 1}
+        trial = self._study.ask({name: p.distribution() for name, p in drawn.items()})
+        fixed = {p.name: p.choices[0] for p in self.sweep.parameters if p.name not in drawn}
+        trial.set_user_attr("point", fixed | {name: p.value(trial.params[name]) for name, p in drawn.items()})
+        return trial
+
+    def put_back(self, number: int) -> None:
+        """Leave a trial, with its point and reported values, to whoever takes one next."""
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+    def tell(self, trial: optuna.Trial, value: float | None = None, state: TrialState | None = None) -> None:
+        """Note a trial's result, or that it was stopped early (PRUNED) or failed (FAIL)."""
+        if state == TrialState.FAIL:
+            self._failed.append(trial.number)
+        self._study.tell(trial, value, state)
+
+    def _target_reached(self, trials: list[FrozenTrial]) -> bool:
+        sign = 1 if self.sweep.maximize else -1
+        values = [t.value for t in trials if t.state == TrialState.COMPLETE]
+        return self.sweep.target is not None and any(sign * value >= sign * self.sweep.target for value in values)
+
+
+def _sweep(path: Path, content: Any) -> Sweep:
+    content = _mapping(content, "the file", "a sweep")
+    for key in ("program", "method", "metric", "parameters"):
+        if key not in content:
+            raise UserError(f"{key} is missing")
+    method = content["method"]
+    if method not in METHODS:
+        raise UserError(f"method: {method!r} is none of {', '.join(METHODS)}")
+    if not isinstance(content["program"], str):
+        raise UserError(f"program: expected the path of a script, got {content['program']!r}")
+    metric = _mapping(content["metric"], "metric", "metric")
+    goal = metric.get("goal", "minimize")
+    if not isinstance(metric.get("name"), str) or goal not in ("minimize", "maximize"):
+        raise UserError(f"metric: needs a name, and a goal that is minimize or maximize; got {metric!r}")
+    target = metric.get("target")
+    if not isinstance(content["parameters"], dict) or not content["parameters"]:
+        raise UserError("parameters: expected option names with their values")
+    parameters = tuple(_parameter(str(key), spec, method) for key, spec in content["parameters"].items())
+    run_cap = content.get("run_cap")
+    name = str(content.get("name", path.stem))
+    if Path(name).name != name:
+        raise UserError(f"name: {name!r} becomes a folder's name, so no slashes")
+    return Sweep(
+        path=path,
+        name=name,
+        program=content["program"],
+        method=method,
+        metric=metric["name"],
+        maximize=goal == "maximize",
+        target=None if target is None else float(_number(target, "metric.target")),
+        parameters=parameters,
+        **_hyperband(content.get("early_terminate")),
+        run_cap=None if run_cap is None else _whole(run_cap, "run_cap", 1),
+        command=_command(content.get("command", list(COMMAND))),
+        project=content.get("project"),
+    )
+
+
+def _parameter(name: str, spec: Any, method: str) -> Parameter:
+    where = f"parameters.{name}"
+    if isinstance(spec, dict) and "parameters" in spec:
+        raise UserError(f"{where}: nested parameters reach no option; write dotted names, as in {name}.<option>")
+    spec = _mapping(spec, where, "a parameter")
+    given = spec.get("distribution")
+    listed = {"value": "constant", "values": "categorical"}
+    for key, kind in listed.items():
+        if key not in spec:
+            continue
+        if others := [k for k in spec if k not in (key, "distribution")] + (
+            [given] if given not in (None, kind) else []
+        ):
+            raise UserError(f"{where}: {key} leaves no room for {', '.join(map(str, others))}")
+        values = [spec[key]] if key == "value" else spec[key]
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}: values: expected a list that is not empty, got {values!r}")
+        for value in values:
+            _no_number_as_text(value, where)
+        if twice := [v for i, v in enumerate(values) if any(v == w and type(v) is type(w) for w in values[:i])]:
+            raise UserError(f"{where}: values: {twice[0]!r} is listed twice")
+        return Parameter(name, tuple(values))
+
+    missing = [key for key in ("min", "max") if key not in spec]
+    if given in (None, *DISTRIBUTIONS) and missing:
+        raise UserError(
+            f"{where}: needs values, value, or min and max" + (f"; {missing[0]} is missing" if spec else "")
+        )
+    if given is None:
+        given = "int_uniform" if all(type(spec[key]) is int for key in ("min", "max")) else "uniform"
+    if given not in DISTRIBUTIONS:
+        raise UserError(f"{where}: distribution {given!r} is not supported; use one of {', '.join(DISTRIBUTIONS)}")
+    if method == "grid" and given != "int_uniform":
+        raise UserError(f"{where}: a grid needs values, not a range (distribution {given})")
+    log, rounded, integer = DISTRIBUTIONS[given]
+    low, high = (_number(spec[key], f"{where}.{key}") for key in ("min", "max"))
+    if not low < high or (log and low <= 0) or (integer and not all(type(v) is int for v in (low, high))):
+        kind = "whole numbers" if integer else "numbers greater than 0" if log else "numbers"
+        raise UserError(f"{where}: {given} needs min < max, both {kind}; got {low} and {high}")
+    if "q" in spec and not rounded:
+        raise UserError(f"{where}: q belongs to q_uniform and q_log_uniform_values, not to {given}")
+    q = _number(spec.get("q", 1), f"{where}.q") if rounded else None
+    if q is not None and q <= 0:
+        raise UserError(f"{where}: q must be greater than 0, got {q}")
+    return Parameter(name, low=low, high=high, log=log, q=q, integer=integer)
+
+
+def _hyperband(spec: Any) -> dict[str, int]:
+    """`min_iter` and `eta`: after min_iter, min_iter * eta, ... evaluations only the best 1 / eta of the runs go on."""
+    if spec is None:
+        return {}
+    spec = _mapping(spec, "early_terminate", "early_terminate")
+    if spec.get("type") != "hyperband":
+        raise UserError(f"early_terminate: type {spec.get('type')!r} is not supported; use hyperband")
+    eta = _whole(spec.get("eta", 3), "early_terminate.eta", 2)
+    if "min_iter" in spec:
+        return {"min_iter": _whole(spec["min_iter"], "early_terminate.min_iter", 1), "eta": eta}
+    if "max_iter" not in spec or "s" not in spec:
+        raise UserError("early_terminate: hyperband needs min_iter, or max_iter and s")
+    most, brackets = (_whole(spec[key], f"early_terminate.{key}", 1) for key in ("max_iter", "s"))
+    return {"min_iter": max(most // eta**brackets, 1), "eta": eta}
+
+
+def _command(words: Any) -> tuple[str, ...]:
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"command: expected a list of words, got {words!r}")
+    for word in words:
+        if word.startswith("${") and word not in COMMAND:
+            raise UserError(f"command: {word} is not supported; use {', '.join(COMMAND)}")
+    if words[-1:] != ["${args}"] or "${program}" not in words:
+        raise UserError("command: needs ${program}, and ${args} at its end")
+    return tuple(words)
+
+
+def _mapping(value: Any, where: str, kind: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected keys and values, got {value!r}")
+    for key in value:
+        if key not in _KEYS[kind]:
+            close = get_close_matches(str(key), _KEYS[kind], 1)
+            hint = f"did you mean {close[0]}?" if close else f"{kind} has {', '.join(_KEYS[kind])}"
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    _no_number_as_text(value, where)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{where}: expected a number, got {value!r}")
+    return value
+
+
+def _whole(value: Any, where: str, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise UserError(f"{where}: expected a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def _no_number_as_text(value: Any, where: str) -> None:
+    """Refuse text that was meant as a number: to YAML, 1e-5 and 1.0e5 are text."""
+    for item in value if isinstance(value, list) else [value]:
+        match = re.fullmatch(r"([-+]?\d+)(\.\d*)?[eE]([-+]?)(\d+)", item) if isinstance(item, str) else None
+        if match:
+            whole, fraction, sign, power = match.groups()
+            number = f"{whole}{fraction or '.0'}e{sign or '+'}{power}"
+            raise UserError(f"{where}: {item} is text to YAML, not a number; write {number}")
