@@ -159,7 +159,7 @@ def _within(name: str, modules: Sequence[str]) -> bool:
 
 
 def _no_match(model: nn.Module, pattern: str, words: Sequence[str], layers: Sequence[str] = ()) -> str:
-    close = difflib.get_close_matches(pattern, {*part_names(model), *words, *layers} - {pattern}, n=1)
+    close = difflib.get_close_matches(pattern, [w for w in (*part_names(model), *words, *layers) if w != pattern], n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{pattern!r} matches nothing{hint}; {_parts_line(model)}"
 

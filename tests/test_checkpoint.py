@@ -12,7 +12,6 @@ import torch
 from research.checkpoint import load_checkpoint, restore_rng, save_checkpoint
 from research.schema import UserError
 
-
 RUN = {"config": {}, "model_state_dict": {}}  # what makes it a training run's
 
 
