@@ -95,7 +95,9 @@ class RolloutEnv(TransformedEnv):
         if last:
             self._value_final_states()
         kept = after.select("reward", "done", "terminated", "truncated", SUCCESS, strict=False)
-        step.select(*self.policy.kept_keys, inplace=True)
+        # The collector keeps what it gave, of which an environment may have stepped a copy.
+        for recorded in (step, tensordict):
+            recorded.select(*self.policy.kept_keys, inplace=True)
         return step.set("next", kept.set(FINAL_VALUE, value)), following
 
     def _value_final_states(self) -> None:
@@ -139,6 +141,7 @@ class Rollouts:
             self.policy,
             frames_per_batch=buffer_size,
             total_frames=-1,
+            device=env.device,  # else the collector steps a copy, and keeps what it copied whole
             trust_policy=True,
             track_traj_ids=False,
             use_buffers=False,

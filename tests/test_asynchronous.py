@@ -113,6 +113,7 @@ def test_workers_prove_that_they_got_new_weights(asynchronous):
     weights = {0: copy.deepcopy(asynchronous.actor)}
     rollout = asynchronous.next()
     assert rollout.shape == (8, 6) and (rollout["policy_version"] == 0).all()
+    assert "hidden" not in rollout.keys() and "observation" not in rollout["next"].keys()
     # Two workers, two streams of episodes and of noise.
     assert not torch.equal(rollout["observation", "proprio"][:4], rollout["observation", "proprio"][4:])
     assert not torch.equal(rollout["action"][:4, 0], rollout["action"][4:, 0])

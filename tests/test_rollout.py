@@ -38,9 +38,9 @@ class Scripted(EnvBase):
 
     resumes_exactly = True
 
-    def __init__(self, script: TensorDict):
+    def __init__(self, script: TensorDict, device: str | None = None):
         n, self.t = len(script), 0
-        super().__init__(batch_size=[n])
+        super().__init__(batch_size=[n], device=device)
         self.script = script
         proprio = Unbounded((n, 2))
         self.observation_spec = Composite(observation=Composite(proprio=proprio, shape=(n,)), shape=(n,))
@@ -83,9 +83,10 @@ class Valuing:
         return values_of(steps["observation", "proprio"])
 
 
-def collect(script: TensorDict, policy: Valuing) -> tuple[TensorDict, TensorDict]:
+def collect(script: TensorDict, policy: Valuing, device: str | None = None) -> tuple[TensorDict, TensorDict]:
     """One rollout, and its batch."""
-    rollouts = Rollouts(Scripted(script), policy, script.numel(), make_gae(PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA)))
+    gae = make_gae(PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA))
+    rollouts = Rollouts(Scripted(script, device), policy, script.numel(), gae)
     rollout = rollouts.next()
     batch, metrics = rollouts.prepare(rollout)
     assert metrics == {}
@@ -150,10 +151,11 @@ def test_nothing_is_asked_when_every_episode_terminates_at_the_end():
     assert policy.asked == []
 
 
-def test_rollout_and_batch_hold_what_the_update_reads_and_nothing_else():
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_rollout_and_batch_hold_what_the_update_reads_and_nothing_else(device):
     policy = Valuing()
     policy.kept_keys = []
-    rollout, batch = collect(script(), policy)
+    rollout, batch = collect(script(), policy, device)
     assert batch.batch_size == (72,)
     kept = {"action", "action_log_prob", "state_value"}
     assert set(batch.keys()) == kept | {"advantage", "value_target"}
