@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -150,7 +151,8 @@ def train(config: ExperimentConfig) -> int:
         )
 
     code, result = 0, None
-    with tracker, Interruption() as interruption:
+    with tracker, Interruption() as interruption, ExitStack() as at_exit:
+        at_exit.callback(rollouts.shutdown)  # workers that outlive an error would hold up the exit
         print(describe(policy, observations, folder, device), flush=True)
         try:
             audit.check("at the start" if not resumed else "where the run was resumed")
@@ -206,7 +208,6 @@ def train(config: ExperimentConfig) -> int:
         elif code == 143 and tracker.run:
             tracker.run.mark_preempting()  # the sweep queues this run again
         tracker.finish(code)
-    rollouts.shutdown()
     eval_env.close()
     return code
 
