@@ -50,10 +50,12 @@ class VLAPolicy:
         kept_keys: what the update reads of a transition, besides actions and advantages.
         frozen_stages: names of the stages that run at collection only.
         blocked_stages: frozen stages that run in the update all the same, and stages that are functions: (name, why).
+        shared_stages: names of the stages that train, and run once per distinct instruction of a batch.
 
     Args:
         model: the VLA.
-        feature_reuse: "auto" keeps frozen stages' outputs in the rollout; "off" recomputes them in every minibatch.
+        feature_reuse: "auto" keeps frozen stages' outputs in the rollout, and runs what reads the instruction alone
+            once per distinct one; "off" computes everything anew for every row of every minibatch.
         interface: one of the table's, or "auto" for the first that the model has.
         autocast: "off", or "bf16" to run the trunk and the heads' layers in bfloat16 where autocast does;
             log-probabilities, values and losses stay in float32.
@@ -74,6 +76,7 @@ class VLAPolicy:
         self.interface = _choose_interface(model, interface)
         self.frozen_stages: list[str] = []
         self.blocked_stages: list[tuple[str, str]] = []
+        self.shared_stages: list[str] = []
         self._precision = Precision(model, autocast)
         if self.interface == "staged":
             self._wire_stages(feature_reuse, compile)
@@ -91,7 +94,10 @@ class VLAPolicy:
         self.frozen_stages = [stage_name(self.model, stage) for stage in prefix]
         if feature_reuse == "auto":
             self.blocked_stages = [(stage_name(self.model, s), why) for s, why in blocked_stages(stages)]
-        prefix = [OncePerInstruction(s) if s.in_keys == [(OBSERVATION, LANGUAGE)] else s for s in prefix]
+            shared = [s for s in rest if _reads_instruction(s) and not _is_random(s) and not _mixes_rows(s)]
+            self.shared_stages = [stage_name(self.model, stage) for stage in shared]
+            rest = [DistinctInstructions(s) if s in shared else s for s in rest]
+        prefix = [OncePerInstruction(s) if _reads_instruction(s) else s for s in prefix]
         self.prefix = StageSequence(self.model, prefix, self._precision)
         rest = StageSequence(self.model, rest, self._precision)
         self.actor = ProbabilisticActor(
@@ -137,7 +143,7 @@ class VLAPolicy:
         b = observations.batch_size[0]
         before = sum(v.numel() * v.element_size() for v in observations.values()) // b
         if self.interface != "staged":
-            return ReuseReport(self.frozen_stages, self.blocked_stages, before, before, None, None)
+            return ReuseReport([], [], [], before, before, None, None)
         step = TensorDict({OBSERVATION: observations}, batch_size=[b])
         # In eval of the counter the language table would hide what a stage costs: run the stages themselves.
         with FlopCounterMode(display=False) as frozen:
@@ -148,7 +154,8 @@ class VLAPolicy:
         kept = [step.get(key) for key in self.kept_keys]
         after = sum(v.numel() * v.element_size() for v in kept) // b
         frozen_flops, flops = (c.get_total_flops() // b for c in (frozen, trained))
-        return ReuseReport(self.frozen_stages, self.blocked_stages, before, after, frozen_flops, flops)
+        stages = self.frozen_stages, self.blocked_stages, self.shared_stages
+        return ReuseReport(*stages, before, after, frozen_flops, flops)
 
 
 @dataclass
@@ -156,7 +163,7 @@ class ReuseReport:
     """What feature reuse keeps and saves, per transition.
 
     Attributes:
-        frozen_stages, blocked_stages: see `VLAPolicy`.
+        frozen_stages, blocked_stages, shared_stages: see `VLAPolicy`.
         bytes_before, bytes_after: of the observations, and of what the rollout keeps in their place.
         frozen_flops, trained_flops: of a forward pass through the frozen and the trainable part of the trunk (multiply
             and add count as two); None for a model without stages.
@@ -164,6 +171,7 @@ class ReuseReport:
 
     frozen_stages: list[str]
     blocked_stages: list[tuple[str, str]]
+    shared_stages: list[str]
     bytes_before: int
     bytes_after: int
     frozen_flops: int | None
@@ -180,6 +188,7 @@ class ReuseReport:
                 f"transition instead of {self.bytes_before:,}"
             )
         lines += [f"feature reuse: not of {name}: {why}" for name, why in self.blocked_stages]
+        lines += [f"feature reuse: {n} trains, and runs once per distinct instruction" for n in self.shared_stages]
         return lines
 
 
@@ -252,6 +261,16 @@ def _is_random(stage: TensorDictModuleBase) -> bool:
     return any(
         getattr(m, "stochastic", False) or (isinstance(m, dropout) and m.training and m.p > 0) for m in stage.modules()
     )
+
+
+def _mixes_rows(stage: TensorDictModuleBase) -> bool:
+    """A batch norm that is on: what it makes of a row depends on the other rows."""
+    return any(isinstance(m, nn.modules.batchnorm._NormBase) and m.training for m in stage.modules())
+
+
+def _reads_instruction(stage: TensorDictModuleBase) -> bool:
+    """Whether the instruction is all that a stage reads."""
+    return stage.in_keys == [(OBSERVATION, LANGUAGE)]
 
 
 def _reads_constants(stage: TensorDictModuleBase, constant: set) -> bool:
@@ -347,6 +366,46 @@ class OncePerInstruction(TensorDictModuleBase):
                 table[self._rows[text]] = e[0]
         rows = torch.tensor([self._rows[text] for text in texts], device=tokens.device)
         return tensordict.update({key: table[rows] for key, table in zip(self.out_keys, self._tables, strict=True)})
+
+
+class DistinctInstructions(TensorDictModuleBase):
+    """A trainable stage that reads the instruction alone, run once for each distinct one of a batch.
+
+    A minibatch of thousands of transitions comes from some hundred episodes, and an episode has one instruction. Each
+    row gets the features of its instruction, and the gradients of rows that share one add up there: what every row
+    computed for itself would give, but for the order of the sum.
+
+    Args:
+        stage: writes tensors `[B, ...]`, each row from that row's instruction alone.
+    """
+
+    def __init__(self, stage: TensorDictModuleBase):
+        super().__init__()
+        self.stage, self.in_keys, self.out_keys = stage, stage.in_keys, stage.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        tokens = tensordict.get(self.in_keys[0])  # [B, L]
+        rows, which = distinct_rows(tokens)
+        if 2 * len(rows) > len(tokens):  # then looking up costs more than it saves
+            return run_stage(self.stage, tensordict)
+        few = run_stage(self.stage, TensorDict({self.in_keys[0]: tokens[rows]}, batch_size=[len(rows)]))
+        return tensordict.update({key: few.get(key).index_select(0, which) for key in self.out_keys})
+
+
+def distinct_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of int64 `[B, L]`: one row number per distinct row, `[U]`, and for each row which of those it equals, `[B]`.
+
+    By a 64-bit hash, since sorting whole rows takes longer than many encoders; should two texts ever collide, all rows
+    count as distinct.
+    """
+    b, length = tokens.shape
+    everything = torch.arange(b, device=tokens.device)
+    weights = torch.randint(-(2**63), 2**63 - 1, (length,), generator=torch.Generator().manual_seed(0))
+    hashes = (tokens * (weights | 1).to(tokens.device)).sum(dim=1)  # integers wrap around
+    _, which = torch.unique(hashes, return_inverse=True)
+    count = int(which.max()) + 1 if b else 0
+    rows = torch.full((count,), b, device=tokens.device).scatter_reduce_(0, which, everything, "amin")
+    return (rows, which) if torch.equal(tokens[rows[which]], tokens) else (everything, everything)
 
 
 class _ActionDistribution:
