@@ -183,7 +183,8 @@ class ReuseReport:
         if self.frozen_stages:
             share = self.frozen_flops / max(1, self.frozen_flops + self.trained_flops)
             lines.append(
-                f"feature reuse: {', '.join(self.frozen_stages)} run once per transition and never in the update, "
+                f"feature reuse: {', '.join(self.frozen_stages)} {'run' if len(self.frozen_stages) > 1 else 'runs'} "
+                "once per transition and never in the update, "
                 f"which saves {share:.0%} of its forward pass; the rollout keeps {self.bytes_after:,} bytes per "
                 f"transition instead of {self.bytes_before:,}"
             )

@@ -5,6 +5,9 @@
     python experiments/compare_runs.py --wandb=entity/project/sweep_id      # a W&B sweep, or entity/project
     python experiments/compare_runs.py --table=comparison/runs.csv          # again, from the table alone
 
+Splits are compared too, where each run was evaluated in them:
+    python experiments/evaluate_vla.py --checkpoint=runs/<run> --split=all --output=runs/<run>/splits
+
 Writes into --output: report.md, report.html (one file: figures, tables, videos), curves.png, success.png, heatmap.png,
 and runs.csv, from which the last command recomputes every number. Runs of different environments, or evaluated from
 different initial states, are refused; runs that crashed are listed and left out of all means.
@@ -70,6 +73,7 @@ def write_report(comparison: Comparison, output: Path, argv: list[str]) -> None:
         ("Each scope at its own best learning rate", "success", scope_table(comparison)),
         ("Pairs of scopes", None, pair_table(comparison)),
         ("Learning curves", "curves", None),
+        ("Generalisation", None, split_table(comparison)),
         ("Freeze scope x learning rate", "heatmap", cell_table(comparison)),
     ]
     pages = {"success": figures.success_page, "curves": figures.curves_page, "heatmap": figures.heatmap_page}
@@ -81,7 +85,7 @@ def write_report(comparison: Comparison, output: Path, argv: list[str]) -> None:
     body += ["<h2>Notes</h2>", items("ul", notes)]
     plotly_js: bool = True  # in the first figure only
     for heading, figure, table in sections:
-        if not figure and not table:  # one scope has no pairs
+        if not figure and not table:  # one scope has no pairs, and splits need evaluations of their own
             continue
         markdown += ["", f"## {heading}"]
         body += [f"<h2>{html.escape(heading)}</h2>"]
@@ -195,6 +199,17 @@ def pair_table(comparison: Comparison) -> Table | None:
         difference = interval(pair.difference, signed=True)
         rows.append([pair.first, pair.second, difference, p_value, verdict, interval(pair.improvement), more])
     return (header, rows) if rows else None
+
+
+def split_table(comparison: Comparison) -> Table | None:
+    """Each scope's success in the splits that all of its runs were evaluated in (evaluate_vla.py --split=all)."""
+    splits = list(dict.fromkeys(split for result in comparison.scopes for split in result.splits))
+    rows = [
+        [result.scope, *(interval(result.splits[split]) if split in result.splits else "" for split in splits)]
+        for result in comparison.scopes
+        if result.splits
+    ]
+    return (["scope", *splits], rows) if rows else None
 
 
 def cell_table(comparison: Comparison) -> Table:

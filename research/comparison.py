@@ -44,6 +44,8 @@ class ScopeResult:
     mean: Estimate
     iqm: Estimate
     at_equal_time: Estimate
+    splits: dict[str, Estimate] = field(default_factory=dict)
+    """Success in every split in which all of these runs were evaluated."""
     rank: tuple[int, int] = (1, 1)
     separable_from: list[str] = field(default_factory=list)
 
@@ -186,7 +188,11 @@ def _refuse_unlike_seeds(cell: Sequence[Run]) -> None:
 
 
 def _episodes(runs: Sequence[Run], part: slice = slice(None)) -> Array:
-    return np.array([[float(mark) for mark in run.final_episodes[part]] for run in runs])  # [n, K]
+    return np.array([_outcomes(run.final_episodes[part]) for run in runs])  # [n, K]
+
+
+def _outcomes(marks: str) -> list[float]:
+    return [float(mark) for mark in marks]
 
 
 def _criterion(cell: Sequence[Run], choose_on: str, choosing_seeds: Sequence[int]) -> float:
@@ -235,6 +241,11 @@ def _scope_result(
         mean=mean_interval(success),
         iqm=iqm_interval([success]),
         at_equal_time=mean_interval([[run.at_second(seconds)] for run in runs]),
+        splits={
+            split: mean_interval([_outcomes(run.splits[split]) for run in runs])
+            for split in runs[0].splits
+            if all(split in run.splits for run in runs)
+        },
     )
 
 

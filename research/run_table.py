@@ -18,7 +18,11 @@ number of it. Its columns:
 | `eval_seconds`     | wall-clock seconds at the same evaluations                                                  |
 | `eval_success`     | their success rates                                                                         |
 | `final_episodes`   | the last evaluation's episodes in the order of `states`, 1 = success; empty where not known |
+| `splits`           | JSON: a split's name -> its episodes, as in `final_episodes`; see below                     |
 | `settings`         | JSON: the other settings in which the runs of the table differ                              |
+
+Splits are what `evaluate_vla.py --split=all` wrote into the folder `splits/` of a run folder, from the run's last
+checkpoint and the same initial states as its own evaluations.
 """
 
 from __future__ import annotations
@@ -42,7 +46,10 @@ from research.schema import UserError
 from research.tracking import read_metrics
 
 # Settings that do not change what is learned, or that have a column of their own.
-_OWN_COLUMN = ("trainer.env_config.", "policy.vla_config.model_config.freeze_", "trainer.wandb_")
+_OWN_COLUMN = (
+    "trainer.env_config.", "policy.vla_config.model_config.freeze_", "trainer.wandb_",
+    "policy.learning_rate_by_scope", "policy.learning_rate_factor",  # how a sweep arrives at the learning rate
+)  # fmt: skip
 _IRRELEVANT = (
     "trainer.exp_name", "trainer.env", "trainer.env_config", "trainer.seed", "trainer.run_dir", "trainer.use_wandb",
     "trainer.resume", "trainer.progress_bar", "trainer.save_freq", "trainer.eval_freq", "trainer.num_eval_envs",
@@ -67,6 +74,7 @@ class Run:
     eval_seconds: list[float]
     eval_success: list[float]
     final_episodes: str = ""
+    splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     """Where its videos are; None for a run that was not read from its folder."""
@@ -126,19 +134,34 @@ def _read_folder(folder: Path) -> Run:
         success = _final_episodes(folder / "episodes.jsonl", run.eval_steps[-1])
         if len(success) == config["trainer"]["num_eval_episodes"] and None not in success.values():
             run.states = _as_ranges(sorted(success))
-            run.final_episodes = "".join(str(int(success[state])) for state in sorted(success))
+            run.final_episodes = _marks(success)
+            run.splits = _read_splits(folder / "splits" / "episodes.jsonl", sorted(success))
     return run
 
 
 def _final_episodes(path: Path, step: float) -> dict[int, bool | None]:
     """Success by initial state in the evaluation at an env step; of one that a resumed run repeated, the last."""
-    success = {}
+    return {row["initial_state"]: row["success"] for row in _episodes(path) if row["global_step"] == step}
+
+
+def _read_splits(path: Path, states: Sequence[int]) -> dict[str, str]:
+    """The episodes of every split that was evaluated from exactly these states."""
+    success: dict[str, dict[int, bool]] = defaultdict(dict)
+    for row in _episodes(path) if path.is_file() else ():
+        success[row.get("split", "")][row["initial_state"]] = row["success"]
+    return {split: _marks(found) for split, found in success.items() if split and sorted(found) == states}
+
+
+def _episodes(path: Path) -> Iterable[dict[str, Any]]:
+    """The rows of an `episodes.jsonl`."""
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):  # torn by a kill, before the run was resumed
-            row = json.loads(line)
-            if row["global_step"] == step:
-                success[row["initial_state"]] = row["success"]
-    return success
+            yield json.loads(line)
+
+
+def _marks(success: Mapping[int, bool]) -> str:
+    """Success by initial state as a text of 0 and 1, in the order of the states."""
+    return "".join(str(int(success[state])) for state in sorted(success))
 
 
 def read_wandb(path: str) -> list[Run]:
@@ -255,7 +278,7 @@ def _as_ranges(ids: Sequence[int]) -> str:
 
 _COLUMNS = [name for name in Run.__dataclass_fields__ if name != "folder"]
 _LISTS = ("eval_steps", "eval_seconds", "eval_success")
-_OBJECTS = ("env_config", "settings")
+_OBJECTS = ("env_config", "splits", "settings")
 
 
 def write_table(path: Path, runs: Sequence[Run]) -> None:

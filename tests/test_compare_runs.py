@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import compare_runs
@@ -145,6 +146,32 @@ def test_the_page_is_one_file_with_the_best_runs_last_video(study, report):
     assert "<td>not separable</td>" in page or "<td>separable</td>" in page
 
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; .ci/run installs it")
+def test_the_page_draws_itself_in_a_browser(report, tmp_path):
+    """Opened from the file, without a network: all figures are drawn, all curves named, and no script complains."""
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path}", "--window-size=1300,4000", "--virtual-time-budget=20000", "--dump-dom",
+    ]  # fmt: skip
+    page = f"file://{report / 'report.html'}"
+    result = subprocess.run([BROWSER, *flags, page], capture_output=True, text=True, timeout=120)
+    drawn = result.stdout
+    assert result.returncode == 0, result.stderr[-500:]
+    assert not re.findall(r".*CONSOLE.*(?:Uncaught|Error).*", result.stderr)
+    figures = drawn.split('class="plotly-graph-div')[1:]
+    assert len(figures) == 3 and all('class="main-svg"' in figure for figure in figures)
+    success, curves, heatmap = figures
+    assert success.count('class="trace scatter') == 4  # two scopes, their means and their seeds
+    names = {"vision at 0.0003 (3 seeds)", "none at 0.0001 (3 seeds)"}
+    assert set(re.findall(r'class="legendtext"[^>]*>([^<]+)<', curves)) == names
+    assert "<image" in heatmap and heatmap.count('class="heatmap-label"') == 4
+    assert drawn.count("<video") == 1  # only vision's best run has one
+
+
 def test_text_from_runs_is_escaped_in_the_page():
     table = compare_runs.html_table((["a"], [["<script>"]]))
     assert "<td>&lt;script&gt;</td>" in table
@@ -210,6 +237,46 @@ def test_success_is_compared_at_equal_steps_and_at_equal_wall_time(tmp_path):
     assert any("ended at 1,000 env steps, others at up to 2,000" in note for note in comparison.notes)
     with pytest.raises(UserError, match="choose on training success"):
         compare(comparison.runs, choose_on="states")
+
+
+def write_splits(run, **outcomes):
+    """What `evaluate_vla.py --split=all --output=<run>/splits` leaves behind."""
+    (run / "splits").mkdir()
+    rows = [
+        {"split": split, "initial_state": i, "success": bool(mark)}
+        for split, marks in outcomes.items()
+        for i, mark in enumerate(marks)
+    ]
+    (run / "splits" / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_splits_are_compared_where_all_reported_runs_were_evaluated_in_them(tmp_path):
+    half, most = np.arange(STATES) % 2 == 0, np.arange(STATES) % 5 > 0
+    for seed in (1, 2, 3):
+        run = make_run(tmp_path / f"vision{seed}", "vision", seed=seed)
+        if seed > 1:  # seed 1 chooses and is not reported
+            write_splits(run, train=most, semantics=half if seed == 2 else ~half, execution=most[:7])
+        make_run(tmp_path / f"none{seed}", "none", seed=seed)
+    comparison = compare(read_folders([str(tmp_path)]), choosing_seeds=[1])
+    results = {result.scope: result for result in comparison.scopes}
+    assert results["none"].splits == {}
+    assert set(results["vision"].splits) == {"train", "semantics"}  # other states are another question
+    expected = mean_interval([half, ~half])
+    found = results["vision"].splits["semantics"]
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, expected.low, expected.high))
+    header, rows = compare_runs.split_table(comparison)
+    assert header == ["scope", "train", "semantics"] and [row[0] for row in rows] == ["vision"]
+    assert rows[0][2] == compare_runs.interval(expected)
+    assert compare_runs.split_table(compare(read_folders([f"{tmp_path}/none*"]))) is None
+
+
+def test_runs_of_two_sweeps_are_repetitions_however_their_rate_came_about(tmp_path):
+    reference = {"vision": 1e-4, "none": 5e-5}
+    by_factor = {"policy__learning_rate_by_scope": reference, "policy__learning_rate_factor": 4.0}
+    make_run(tmp_path / "a", "vision", 4e-4, seed=1, **by_factor)
+    make_run(tmp_path / "b", "vision", 4e-4, seed=2, policy__learning_rate_by_scope={"vision": 4e-4})
+    (result,) = compare(read_folders([str(tmp_path)])).scopes
+    assert [run.seed for run in result.runs] == [1, 2]
 
 
 def test_pairs_are_paired_by_initial_state_and_corrected_for_their_number(tmp_path):
@@ -309,8 +376,9 @@ def test_what_wandb_refuses_is_one_line(monkeypatch):
 
 def test_a_table_keeps_all_that_a_run_is(tmp_path):
     make_run(tmp_path / "a", ["fusion"], 1.5e-5, seed=3, algorithm__cfg__n_epochs=8, steps=(0, 1500))
-    make_run(tmp_path / "b", final=0.3)
+    write_splits(make_run(tmp_path / "b", final=0.3), vision=np.arange(STATES) < 3)
     runs = read_folders([str(tmp_path)])
+    assert runs[1].splits == {"vision": "111" + "0" * (STATES - 3)}
     assert runs[0].settings == {"algorithm.cfg.n_epochs": 8}
     write_table(tmp_path / "runs.csv", runs)
     for run in runs:

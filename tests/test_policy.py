@@ -9,7 +9,14 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from agents.policy import INTERFACES, OncePerInstruction, VLAPolicy, check_policy, split_frozen_prefix
+from agents.policy import (
+    INTERFACES,
+    OncePerInstruction,
+    VLAPolicy,
+    check_policy,
+    distinct_rows,
+    split_frozen_prefix,
+)
 from agents.small_vla import SmallVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
@@ -208,7 +215,10 @@ def test_frozen_stages_run_once_and_give_the_same_gradients(scope):
         assert (("observation", "rgb") in batch.keys(True)) != reused  # pixels are dropped where nothing reads them
     for a, b in zip(*gradients.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    # At equal batch shapes, bit for bit. (The language table encodes every instruction by itself, so run the stage.)
+    # At equal batch shapes, bit for bit. (The language table encodes every instruction by itself, and a shared stage
+    # every distinct one, so run the stages behind them.)
+    rest = policies["auto"].actor.module[0]
+    rest.stages = [getattr(stage, "stage", stage) for stage in rest.stages]
     step = both.select("observation")
     with torch.no_grad():
         for stage in policies["auto"].prefix.stages:
@@ -228,7 +238,9 @@ def test_reuse_report_counts_bytes_and_work():
     assert report.frozen_flops > 10 * report.trained_flops > 0
     (line,) = report.lines()
     assert "vision_encoder, language_encoder" in line and f"{report.bytes_after:,}" in line
-    assert VLAPolicy(small_model()).reuse_report(step).lines() == []
+    shared = "feature reuse: language_encoder trains, and runs once per distinct instruction"
+    assert VLAPolicy(small_model()).reuse_report(step).lines() == [shared]
+    assert VLAPolicy(small_model(), feature_reuse="off").reuse_report(step).lines() == []
 
 
 def test_dropout_that_is_on_prevents_reuse_and_says_so():
@@ -306,6 +318,51 @@ def test_language_is_encoded_once_per_instruction():
         for seed in range(5):
             stage(TabletopEnv(64, seed=seed).reset())
             assert len(stage._rows) <= 100
+
+
+def test_a_trainable_language_encoder_runs_once_per_distinct_instruction():
+    """Equal gradients from a fraction of the rows."""
+    policies = {reuse: VLAPolicy(small_model(), feature_reuse=reuse) for reuse in ("auto", "off")}
+    batch = rollout_batch(policies["off"], num_envs=4, steps=16)
+    texts = {tuple(row) for row in batch["observation", "language"].tolist()}
+    assert 4 < len(texts) < len(batch) / 2
+    rows, gradients = {"auto": [], "off": []}, {}
+    for reuse, policy in policies.items():
+        policy.model.language_encoder.register_forward_hook(lambda _, x, __, seen=rows[reuse]: seen.append(len(x[0])))
+        gradients[reuse] = gradients_of(policy, batch.clone())
+    assert rows == {"auto": [len(texts)], "off": [len(batch)]}
+    for a, b in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert policies["auto"].shared_stages == ["language_encoder"] and policies["off"].shared_stages == []
+    rows["auto"].clear()
+    policies["auto"].values(batch[:1])  # a lone row is not worth a look
+    assert rows["auto"] == [1]
+
+
+@pytest.mark.parametrize("reason", ["dropout", "batch norm"])
+def test_rows_are_computed_apart_where_sharing_would_change_them(reason):
+    model = small_model()
+    inner = model.language_encoder.far
+    if reason == "dropout":
+        model.language_encoder.far = nn.Sequential(inner, nn.Dropout(0.1))
+    else:
+        model.language_encoder.far = nn.Sequential(inner, nn.BatchNorm1d(64))
+    model.eval()
+    assert VLAPolicy(model).shared_stages == ["language_encoder"]  # as long as the model is in eval mode
+    model.train()
+    assert VLAPolicy(model).shared_stages == []
+
+
+def test_distinct_rows_are_found_and_colliding_hashes_do_no_harm(monkeypatch):
+    texts = torch.randint(0, 256, (20, 64))
+    tokens = texts[torch.randint(0, 20, (500,))]
+    rows, which = distinct_rows(tokens)
+    assert len(rows) == len({tuple(row) for row in tokens.tolist()}) and torch.equal(tokens[rows][which], tokens)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.zeros(64, dtype=torch.int64))  # only the sum counts
+    tokens[:2, :2] = torch.tensor([[0, 1], [1, 0]])
+    tokens[:2, 2:] = 7
+    rows, which = distinct_rows(tokens)
+    assert torch.equal(rows, torch.arange(500)) and torch.equal(which, rows)
 
 
 def test_evaluation_takes_the_mode_and_rollouts_sample():
