@@ -154,8 +154,9 @@ def test_the_page_draws_itself_in_a_browser(report, tmp_path):
     """Opened from the file, without a network: all figures are drawn, all curves named, and no script complains."""
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}", "--window-size=1300,4000", "--virtual-time-budget=20000", "--dump-dom",
+        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--window-size=1300,4000",
+        "--virtual-time-budget=20000", "--dump-dom",
     ]  # fmt: skip
     page = f"file://{report / 'report.html'}"
     result = subprocess.run([BROWSER, *flags, page], capture_output=True, text=True, timeout=120)
