@@ -32,6 +32,8 @@ from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VAL
 
 log = logging.getLogger(__name__)
 
+_ROWS_PER_INSTRUCTION = 8  # assumed where FLOPs are counted
+
 INTERFACES = {"staged": STAGED_METHODS, "fused": FUSED_METHODS, "methods": ()}
 EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE = "evaluated_log_prob", "evaluated_entropy", "evaluated_value"
 
@@ -136,6 +138,30 @@ class VLAPolicy:
                 return self.model.get_value(_for_model(self.model, steps.get(OBSERVATION))).float()
         steps = TensorDict({OBSERVATION: steps.get(OBSERVATION)}, batch_size=steps.batch_size)
         return self.critic(self.actor.module[0](self.prefix(steps))).get(VALUE)
+
+    def flops(self, observation: TensorDictBase) -> tuple[float, float]:
+        """FLOPs per transition of a collected step, and of a pass of the update, forward and backward.
+
+        What runs once per distinct instruction counts as if a few rows shared each: the more do, the less it is.
+
+        Args:
+            observation: one of the environment's, `[1]`.
+        """
+        rows = torch.cat([observation] * _ROWS_PER_INSTRUCTION)
+        step = TensorDict({OBSERVATION: rows}, batch_size=rows.batch_size)
+        with torch.compiler.set_stance("force_eager"):  # compiled code cannot be counted
+            with torch.no_grad(), torch.random.fork_rng():
+                self.act(step.copy())  # frozen instruction features are known from here on
+                with FlopCounterMode(display=False) as collected:
+                    step = self.act(step)
+            step = step.select(*self.kept_keys, ACTION).detach()
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            with FlopCounterMode(display=False) as trained:
+                score = (
+                    self.actor.get_dist(step).log_prob(step.get(ACTION)).mean() + self.critic(step).get(VALUE).mean()
+                )
+                torch.autograd.grad(score, parameters, allow_unused=True)
+        return tuple(c.get_total_flops() / len(rows) for c in (collected, trained))
 
     @torch.no_grad()
     def reuse_report(self, observations: TensorDictBase) -> ReuseReport:

@@ -35,6 +35,7 @@ from research.reporting import describe, last_checkpoint, postfix, summarise
 from research.rollout import EpisodeStatistics, Rollouts
 from research.schema import OBSERVATION, FrozenWeightsChanged, NonFiniteError, UserError, check_observation
 from research.tracking import Tracker, create_run_folder, resolve_wandb_mode
+from research.utilisation import Utilisation, matmul_flops_per_second
 from research.video import video_grid, write_video
 
 HERE = Path(__file__).resolve().parent
@@ -154,6 +155,8 @@ def train(config: ExperimentConfig) -> int:
     with tracker, Interruption() as interruption, ExitStack() as at_exit:
         at_exit.callback(rollouts.shutdown)  # workers that outlive an error would hold up the exit
         print(describe(policy, observations, folder, device), flush=True)
+        peak = matmul_flops_per_second(torch.float32 if trainer.autocast == "off" else torch.bfloat16, device)
+        utilisation = Utilisation(*policy.flops(observations[:1]), peak)
         try:
             audit.check("at the start" if not resumed else "where the run was resumed")
             if trainer.enable_eval and not resumed:
@@ -170,7 +173,8 @@ def train(config: ExperimentConfig) -> int:
                 batch, metrics = rollouts.prepare(rollout)  # [N * T], with advantages
                 collected = time.perf_counter()
                 ppo.set_progress(iteration, trainer.iterations)
-                metrics |= ppo.update(batch, value_only=iteration < cfg.value_warmup_iterations)
+                warming_up = iteration < cfg.value_warmup_iterations
+                metrics |= ppo.update(batch, value_only=warming_up)
                 rollouts.publish()
                 metrics |= statistics.update(rollout)
                 end = time.perf_counter()
@@ -178,6 +182,8 @@ def train(config: ExperimentConfig) -> int:
                 iteration, previous, step = iteration + 1, step, step + trainer.buffer_size
                 metrics |= {"time/collect_s": collected - start, "time/update_s": end - collected}
                 metrics["time/env_steps_per_second"] = trainer.buffer_size / (end - start)
+                if not warming_up:
+                    metrics["time/mfu"] = utilisation.of(trainer.buffer_size, metrics["train/epochs"], end - start)
                 tracker.log(metrics, step)
                 bar.set_postfix(postfix(metrics, result))
                 bar.update(trainer.buffer_size)

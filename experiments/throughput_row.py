@@ -11,11 +11,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +29,7 @@ from research.freezing import freeze, parameter_groups
 from research.ppo import PPO, make_gae, make_loss, value_head_parameters
 from research.rollout import EpisodeStatistics, Rollouts
 from research.schema import UserError
+from research.utilisation import matmul_flops_per_second, timed
 
 
 @dataclass
@@ -228,15 +226,6 @@ def columns(settings: Settings, bytes_per_transition: float, times: list[tuple[f
     }
 
 
-def timed(action: Callable[[], None], device: torch.device) -> float:
-    """Seconds that `action` takes, its work on a GPU included."""
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def count_flops(settings: Settings, cfg: PPOConfig) -> tuple[float, float]:
     """FLOPs of one iteration's collection and of its update, multiply and add counted as two.
 
@@ -269,17 +258,6 @@ class _OneModule(nullcontext):
     """In the place of torch's `ModuleTracker`."""
 
     parents = frozenset({"Global"})
-
-
-def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """The fastest of as many large square matrix products as fit in half a second, at least two."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    multiply = partial(torch.mm, a, b)
-    seconds = [timed(multiply, device), timed(multiply, device)]
-    while sum(seconds) < 0.5:
-        seconds.append(timed(multiply, device))
-    return 2 * n**3 / min(seconds)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -107,7 +107,7 @@ class PPO:
         Raises:
             NonFiniteError: a loss is not a number.
         """
-        cfg, totals, count, stop = self.cfg, defaultdict(float), 0, False
+        cfg, totals, count, rows, stop = self.cfg, defaultdict(float), 0, 0, False
         explained = _explained_variance(batch[VALUE], batch["value_target"])
         for _ in range(cfg.n_epochs):
             for minibatch in _minibatches(batch, cfg.batch_size):
@@ -117,7 +117,7 @@ class PPO:
                     part_norms = self._gradient_norms()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-                count += 1
+                count, rows = count + 1, rows + len(minibatch)
                 for name, value in metrics.items():
                     totals[name] += value
                 if cfg.target_kl is not None and metrics["train/approx_kl"].item() > cfg.target_kl:
@@ -127,6 +127,7 @@ class PPO:
                 break
         metrics = {name: float(total) / count for name, total in totals.items()}
         metrics |= {"train/explained_variance": explained, "train/gradient_steps": float(count)}
+        metrics["train/epochs"] = rows / len(batch)
         metrics |= {f"train/grad_norm/{part}": norm for part, norm in part_norms.items()}
         metrics |= {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
         return metrics

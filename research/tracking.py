@@ -23,7 +23,7 @@ Metrics, the same names in every script, all against `global_step`:
 | `eval/return`                           | reward    | mean undiscounted return of the evaluation                   |
 | `time/env_steps_per_second`             | 1/s       | env steps per second of the whole iteration                  |
 | `time/collect_s`, `time/update_s`       | s         | duration of the rollout and of the update                    |
-| `time/mfu`                              | 0..1      | model FLOP/s over the device's peak                          |
+| `time/mfu`                              | 0..1      | the model's FLOP/s over the device's, from measured peak     |
 """
 
 from __future__ import annotations

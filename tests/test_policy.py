@@ -243,6 +243,27 @@ def test_reuse_report_counts_bytes_and_work():
     assert VLAPolicy(small_model(), feature_reuse="off").reuse_report(step).lines() == []
 
 
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_flops_are_counted_forward_and_backward(interface):
+    model = small_model()
+    freeze(model, "backbone")
+    step = TabletopEnv(1, modalities=["rgb", "proprio", "language"]).reset()["observation"]
+    state = torch.get_rng_state()
+    collected, trained = VLAPolicy(WRAP[interface](model)).flops(step)
+    assert torch.equal(torch.get_rng_state(), state)  # a run repeats, whether or not anyone counts
+    # Of 32 hidden numbers: two heads of 128 units, for 3 numbers and for 1; behind the first layer nothing learns.
+    forward, inner = 32 * 128 + 128 * 3 + 32 * 128 + 128, 128 * 3 + 128
+    heads = 2 * (forward + forward + inner)
+    if interface == "staged":
+        assert trained == heads
+        assert collected > 3e6  # the vision encoder alone
+    else:
+        passes = {"fused": 1, "methods": 2}[interface]
+        assert trained > 3e6 * passes + heads
+    everything = VLAPolicy(WRAP[interface](small_model())).flops(step)
+    assert everything[1] > 2 * trained
+
+
 def test_dropout_that_is_on_prevents_reuse_and_says_so():
     model = small_model()
     model.vision_encoder.tokens = nn.Sequential(model.vision_encoder.tokens, nn.Dropout(0.1))

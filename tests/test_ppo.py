@@ -159,6 +159,7 @@ def test_target_kl_stops_the_update():
     ppo, policy = make_ppo(model, lr=0.05, n_epochs=10, target_kl=0.01)
     metrics = ppo.update(make_batch(policy))
     assert 1 < metrics["train/gradient_steps"] < 40
+    assert metrics["train/epochs"] == metrics["train/gradient_steps"] / 4
 
 
 @pytest.mark.parametrize(
