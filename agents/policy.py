@@ -28,7 +28,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import ProbabilisticActor, ValueOperator
 
 from agents.vla import FUSED_METHODS, STAGED_METHODS, run_stage
-from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VALUE, UserError, decode_text
+from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VALUE, UserError, decode_text, with_text_as
 
 log = logging.getLogger(__name__)
 
@@ -329,10 +329,13 @@ class StageSequence(TensorDictModuleBase):
         self.out_keys = [key for stage in self.stages for key in stage.out_keys] or [HIDDEN]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        step = with_text_as(torch.int64, tensordict)
         with self._precision():
             for stage in self.stages:
-                tensordict = run_stage(stage, tensordict)
-        return tensordict
+                step = run_stage(stage, step)
+        if step is tensordict:
+            return step
+        return tensordict.update({key: step.get(key) for key in self.out_keys})
 
 
 class Precision:
@@ -514,7 +517,7 @@ class MethodEvaluation(TensorDictModuleBase):
         self.model, self._evaluate, self._precision = model, evaluate, precision
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        observations = _for_model(self.model, tensordict.get(OBSERVATION))
+        observations = _for_model(self.model, with_text_as(torch.int64, tensordict).get(OBSERVATION))
         with self._precision():
             scores = self._evaluate(observations, tensordict.get(ACTION))
         return tensordict.update({key: score.float() for key, score in zip(self.out_keys, scores, strict=True)})

@@ -88,6 +88,17 @@ def _decode_one(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode("utf-8")
 
 
+def with_text_as(dtype: torch.dtype, step: TensorDictBase) -> TensorDictBase:
+    """A step, or a batch of them, whose instruction is of that dtype; a copy where it was not.
+
+    A rollout keeps the instruction as uint8, an eighth of the memory; models read int64.
+    """
+    text = step.get((OBSERVATION, LANGUAGE), None)
+    if text is None or text.dtype == dtype:
+        return step
+    return step.copy().set((OBSERVATION, LANGUAGE), text.to(dtype))
+
+
 def check_observation(observation: TensorDictBase, source: str) -> None:
     """Refuse an observation that breaks the table at the top of this module.
 
