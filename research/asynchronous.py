@@ -93,8 +93,7 @@ class AsynchronousRollouts:
         """The next rollout `[N, T]` that is fresh enough; workers go on meanwhile."""
         self._arriving = self._arriving or iter(self.collector)
         while sum(part.numel() for part in self._fifo) < self.buffer_size:
-            # Workers are given no device, so their collectors record whole steps: see `research.rollout.Rollouts`.
-            part = next(self._arriving).select(*self.policy.kept_keys, "next")
+            part = next(self._arriving)
             if self._staleness(part).max() > self.max_staleness:
                 self.discarded += part.numel()
             else:

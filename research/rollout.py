@@ -113,12 +113,20 @@ class RolloutEnv(TransformedEnv):
 
 
 class RolloutCollector(Collector):
-    """TorchRL's collector over a `RolloutEnv`, which values states with the very policy that acts."""
+    """TorchRL's collector over a `RolloutEnv`, which values states with the very policy that acts.
+
+    Where it runs, in a worker too, it records the steps that the environment has reduced, and not copies made before.
+    """
 
     def __init__(
         self, create_env_fn: EnvBase | Callable[[], EnvBase], policy: CollectingPolicy | None = None, **options
     ):
-        super().__init__(create_env_fn, policy, **options)
+        env = create_env_fn if isinstance(create_env_fn, EnvBase) else create_env_fn()
+        # A collector that stores elsewhere than the environment is, or on no device, steps a copy and records what it
+        # copied whole. Not `device`: on a GPU it would act with a copy of the policy, because the version is on the
+        # CPU, and that copy gets no versions and takes no weights. Trajectory ids it would seek in what a step dropped.
+        options |= {"storing_device": env.device, "track_traj_ids": False}
+        super().__init__(env, policy, **options)
         self.env.policy = self.policy
 
 
@@ -141,9 +149,7 @@ class Rollouts:
             self.policy,
             frames_per_batch=buffer_size,
             total_frames=-1,
-            device=env.device,  # else the collector steps a copy, and keeps what it copied whole
             trust_policy=True,
-            track_traj_ids=False,
             use_buffers=False,
             auto_register_policy_transforms=False,
         )

@@ -8,7 +8,7 @@ import json
 import ppo_vla
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, assert_close
 from test_training import run_folder, write_config
 
 from agents.policy import VLAPolicy
@@ -16,6 +16,7 @@ from agents.small_vla import SmallVLA
 from envs.tabletop import TabletopEnv
 from research.asynchronous import AsynchronousRollouts, prepare_stale_batch, vtrace
 from research.config import PPOConfig
+from research.freezing import freeze
 from research.ppo import make_gae, make_loss
 from research.rollout import Rollouts
 from research.tracking import read_metrics
@@ -63,9 +64,11 @@ def test_vtrace_is_the_sum_in_the_paper():
             assert advantage[i, first, 0].item() == pytest.approx(float(total), abs=1e-12)
 
 
-def make_policy() -> VLAPolicy:
+def make_policy(scope: str = "none") -> VLAPolicy:
     torch.manual_seed(0)
-    return VLAPolicy(SmallVLA(3, modalities=["rgb", "proprio"], token_size=8, hidden_size=16).eval())
+    model = SmallVLA(3, modalities=["rgb", "proprio"], token_size=8, hidden_size=16).eval()
+    freeze(model, scope)
+    return VLAPolicy(model)
 
 
 def make_env(worker: int = 0, num_envs: int = 4) -> TabletopEnv:
@@ -147,6 +150,31 @@ def test_what_is_too_stale_is_thrown_away_and_reported(asynchronous):
     assert asynchronous.discarded > discarded
     assert metrics["rollout/staleness_max"] == 0 and metrics["rollout/discarded"] == asynchronous.discarded
     asynchronous.max_staleness = 3
+
+
+def test_workers_send_what_the_update_reads_and_nothing_else():
+    """What arrives, before the main process has touched it, is what `Rollouts` keeps of the same steps."""
+    policy = make_policy("backbone")
+    asynchronous = AsynchronousRollouts(make_env, policy, 1, 4, 4 * 8, CFG, max_staleness=0, seed=5)
+    try:
+        arriving = iter(asynchronous.collector)
+        arrived = [next(arriving), next(arriving)]
+    finally:
+        asynchronous.shutdown()
+    rollouts = Rollouts(make_env(), policy, 4 * 8, make_gae(CFG))
+    rollouts.collector.set_seed(5)
+    rollouts.collector.reset()
+    torch.manual_seed(5)
+    for rollout in arrived:
+        assert set(rollout.keys()) == {"hidden", "action", "action_log_prob", "state_value", "policy_version", "next"}
+        assert "observation" not in rollout["next"].keys()
+        sent = sum(v.untyped_storage().nbytes() for v in rollout.values(True, True)) / rollout.numel()
+        assert sent == 104  # the features are 64 of them; pixels would be 768
+        expected = rollouts.next()
+        assert (expected["next", "truncated"][:, :-1] & (expected["next", "final_value"][:, :-1] != 0)).any()
+        assert_close(rollout, expected, rtol=1e-4, atol=1e-5)
+        score = policy.actor.get_dist(rollout.select("hidden")).log_prob(rollout["action"])
+        torch.testing.assert_close(score, rollout["action_log_prob"], rtol=0, atol=1e-5)
 
 
 def test_the_main_job_collects_while_it_updates(tmp_path):

@@ -163,6 +163,13 @@ def test_rollout_and_batch_hold_what_the_update_reads_and_nothing_else(device):
     assert set(rollout["next"].keys()) == {"reward", "done", "terminated", "truncated", "final_value"}
 
 
+def test_a_published_version_reaches_the_policy_on_another_device_than_its_own():
+    # "cpu:0" is not "cpu" to a collector, so that it would copy a policy there as it would to a GPU.
+    rollouts = Rollouts(Scripted(script(), "cpu:0"), Valuing(), 72, make_gae(PPOConfig()))
+    rollouts.publish()
+    assert (rollouts.next()["policy_version"] == 1).all()
+
+
 def test_episode_statistics_cross_rollouts():
     rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
     dones = torch.tensor([[False, True, False, False], [False, False, False, True]])
