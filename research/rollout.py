@@ -19,7 +19,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.objectives.value import GAE
 
-from research.schema import ACTION, LOG_PROB, OBSERVATION, SUCCESS, VALUE, check_finite
+from research.schema import ACTION, LOG_PROB, OBSERVATION, SUCCESS, VALUE, check_finite, with_text_as
 
 FINAL_VALUE = "final_value"  # under "next": the next state's value where no later step of the rollout holds it, else 0
 POLICY_VERSION = "policy_version"  # which weights acted: the number of updates that they had seen
@@ -98,6 +98,8 @@ class RolloutEnv(TransformedEnv):
         # The collector keeps what it gave, of which an environment may have stepped a copy.
         for recorded in (step, tensordict):
             recorded.select(*self.policy.kept_keys, inplace=True)
+            if OBSERVATION in recorded.keys():
+                recorded.set(OBSERVATION, with_text_as(torch.uint8, recorded).get(OBSERVATION))
         return step.set("next", kept.set(FINAL_VALUE, value)), following
 
     def _value_final_states(self) -> None:

@@ -23,7 +23,7 @@ from research.config import PPOConfig
 from research.freezing import freeze, parameter_groups
 from research.ppo import PPO, make_gae, make_loss, value_head_parameters
 from research.rollout import Rollouts
-from research.schema import UserError
+from research.schema import UserError, with_text_as
 
 LOSS_KEYS = ("action", "action_log_prob", "state_value", "advantage", "value_target")
 HEADS = [("gaussian", {}), ("tokens", {"bins": 11})]
@@ -219,7 +219,7 @@ def test_frozen_stages_run_once_and_give_the_same_gradients(scope):
     # every distinct one, so run the stages behind them.)
     rest = policies["auto"].actor.module[0]
     rest.stages = [getattr(stage, "stage", stage) for stage in rest.stages]
-    step = both.select("observation")
+    step = with_text_as(torch.int64, both.select("observation"))
     with torch.no_grad():
         for stage in policies["auto"].prefix.stages:
             step = getattr(stage, "stage", stage)(step)
@@ -358,6 +358,21 @@ def test_a_trainable_language_encoder_runs_once_per_distinct_instruction():
     rows["auto"].clear()
     policies["auto"].values(batch[:1])  # a lone row is not worth a look
     assert rows["auto"] == [1]
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_rollouts_keep_the_instruction_as_bytes_and_models_read_int64(interface):
+    policy = VLAPolicy(WRAP[interface](small_model()))
+    seen = []
+    small = getattr(policy.model, "model", policy.model)
+    small.language_encoder.register_forward_hook(lambda _, x, __: seen.append(x[0].dtype))
+    batch = rollout_batch(policy)
+    assert batch["observation", "language"].dtype == torch.uint8
+    wide = with_text_as(torch.int64, batch)
+    assert wide["observation", "language"].dtype == torch.int64 and wide["action"] is batch["action"]
+    narrow, same = gradients_of(policy, batch.copy()), gradients_of(policy, wide)
+    assert set(seen) == {torch.int64}
+    assert all(torch.equal(a, b) for a, b in zip(narrow, same, strict=True))
 
 
 @pytest.mark.parametrize("reason", ["dropout", "batch norm"])
