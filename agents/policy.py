@@ -177,6 +177,7 @@ class VLAPolicy:
                 step = run_stage(getattr(stage, "stage", stage), step)
         with FlopCounterMode(display=False) as trained:
             self.critic(self.actor.module[0](step))
+        step = with_text_as(torch.uint8, step)  # as a rollout keeps it
         kept = [step.get(key) for key in self.kept_keys]
         after = sum(v.numel() * v.element_size() for v in kept) // b
         frozen_flops, flops = (c.get_total_flops() // b for c in (frozen, trained))

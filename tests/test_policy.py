@@ -238,6 +238,8 @@ def test_reuse_report_counts_bytes_and_work():
     assert report.frozen_flops > 10 * report.trained_flops > 0
     (line,) = report.lines()
     assert "vision_encoder, language_encoder" in line and f"{report.bytes_after:,}" in line
+    freeze(model := small_model(), ["vision_encoder"])
+    assert VLAPolicy(model).reuse_report(step).bytes_after == 64 * 8 * 4 + 64 + 3 * 4  # tokens, text, proprioception
     shared = "feature reuse: language_encoder trains, and runs once per distinct instruction"
     assert VLAPolicy(small_model()).reuse_report(step).lines() == [shared]
     assert VLAPolicy(small_model(), feature_reuse="off").reuse_report(step).lines() == []
