@@ -32,8 +32,6 @@ from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VAL
 
 log = logging.getLogger(__name__)
 
-_ROWS_PER_INSTRUCTION = 8  # assumed where FLOPs are counted
-
 INTERFACES = {"staged": STAGED_METHODS, "fused": FUSED_METHODS, "methods": ()}
 EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE = "evaluated_log_prob", "evaluated_entropy", "evaluated_value"
 
@@ -139,15 +137,15 @@ class VLAPolicy:
         steps = TensorDict({OBSERVATION: steps.get(OBSERVATION)}, batch_size=steps.batch_size)
         return self.critic(self.actor.module[0](self.prefix(steps))).get(VALUE)
 
-    def flops(self, observation: TensorDictBase) -> tuple[float, float]:
+    def flops(self, observation: TensorDictBase, rows: int = 8) -> tuple[float, float]:
         """FLOPs per transition of a collected step, and of a pass of the update, forward and backward.
-
-        What runs once per distinct instruction counts as if a few rows shared each: the more do, the less it is.
 
         Args:
             observation: one of the environment's, `[1]`.
+            rows: that run at once, so many that they fit in memory. They count as one instruction where a stage runs
+                once per distinct instruction.
         """
-        rows = torch.cat([observation] * _ROWS_PER_INSTRUCTION)
+        rows = torch.cat([observation] * rows)
         step = TensorDict({OBSERVATION: rows}, batch_size=rows.batch_size)
         with torch.compiler.set_stance("force_eager"):  # compiled code cannot be counted
             with torch.no_grad(), torch.random.fork_rng():

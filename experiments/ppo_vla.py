@@ -156,7 +156,8 @@ def train(config: ExperimentConfig) -> int:
         at_exit.callback(rollouts.shutdown)  # workers that outlive an error would hold up the exit
         print(describe(policy, observations, folder, device), flush=True)
         peak = matmul_flops_per_second(torch.float32 if trainer.autocast == "off" else torch.bfloat16, device)
-        utilisation = Utilisation(*policy.flops(observations[:1]), peak)
+        rows = min(8, cfg.micro_batch_size or cfg.batch_size)
+        utilisation = Utilisation(*policy.flops(observations[:1], rows), peak)
         try:
             audit.check("at the start" if not resumed else "where the run was resumed")
             if trainer.enable_eval and not resumed:

@@ -112,7 +112,7 @@ def test_ppo_solves_reach_from_scratch(tmp_path):
 
 def test_utilisation_is_the_models_arithmetic_over_what_the_machine_could_do(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo_vla, "matmul_flops_per_second", lambda dtype, device: 1e9)
-    monkeypatch.setattr(ppo_vla.VLAPolicy, "flops", lambda self, observation: (1e3, 5e3))
+    monkeypatch.setattr(ppo_vla.VLAPolicy, "flops", lambda self, observation, rows: (1e3, 5e3))
     config = write_config(tmp_path, algorithm__cfg__value_warmup_iterations=1, algorithm__cfg__n_epochs=2)
     assert ppo_vla.main(["--config", str(config)]) == 0
     first, *rest = [row for row in read_metrics(run_folder(tmp_path)) if "train/epochs" in row]
