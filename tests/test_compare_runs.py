@@ -135,7 +135,7 @@ def test_the_table_alone_recomputes_every_number(report, tmp_path):
 
 def test_the_page_is_one_file_with_the_best_runs_last_video(study, report):
     page = (report / "report.html").read_text()
-    best = max(read_folders([f"{study}/vision-0.0003-*"]), key=lambda run: run.eval_success[-1])
+    best = max(read_folders([f"{study}/vision-0.0003-*"]), key=lambda run: run.eval_scores[-1])
     embedded = re.findall(r'<video[^>]*src="data:video/mp4;base64,([^"]*)"', page)
     assert [base64.b64decode(data) for data in embedded] == [
         (best.folder / "videos" / "eval_000002000.mp4").read_bytes()
@@ -200,7 +200,7 @@ def test_choosing_on_states_reports_on_the_other_states(tmp_path):
     (result,) = compare(read_folders([str(tmp_path)]), choose_on="states").scopes
     assert result.learning_rate == 1e-4
     assert result.mean.value == 0
-    assert result.success.shape == (2, STATES // 2)
+    assert result.scores.shape == (2, STATES // 2)
 
 
 def test_choosing_seeds_are_left_out_of_the_report(tmp_path):
@@ -287,7 +287,7 @@ def test_pairs_are_paired_by_initial_state_and_corrected_for_their_number(tmp_pa
     for scope, seed in itertools.product(chance, (1, 2, 3)):
         make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=easy | (rng.random(STATES) < chance[scope]))
     comparison = compare(read_folders([str(tmp_path)]))
-    arrays = {result.scope: result.success for result in comparison.scopes}
+    arrays = {result.scope: result.scores for result in comparison.scopes}
     for pair in comparison.pairs:
         expected = difference_interval(arrays[pair.first], arrays[pair.second])
         assert (pair.difference.low, pair.difference.high) == pytest.approx((expected.low, expected.high))
