@@ -157,31 +157,25 @@ def ranking(comparison: Comparison) -> list[str]:
         alike = [name for name in others if name not in result.separable_from]
         rank = f"rank {best}" if best == worst else f"rank {best} to {worst}"
         tail = f"; not separable from {', '.join(alike)}" if alike else ""
-        mean = interval(result.mean, comparison)
+        mean = interval(result.mean, comparison.decimals)
         lines.append(f"{result.scope}: {mean}, {rank} of {len(comparison.scopes)}{tail}")
     return lines
 
 
-def interval(estimate: Estimate, comparison: Comparison | None = None, signed: bool = False) -> str:
-    """An estimate of the comparison's measure; without a comparison, of a probability."""
-    numbers = estimate.value, estimate.low, estimate.high
-    decimals = comparison.decimals(*numbers) if comparison else 3
-    value, low, high = (f"{x:{'+' if signed else ''}.{decimals}f}" for x in numbers)
+def interval(estimate: Estimate, decimals: int = 3, signed: bool = False) -> str:
+    form = f"{{:{'+' if signed else ''}.{decimals}f}}"
+    value, low, high = (form.format(x) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]" if estimate.has_interval else f"{value} (no interval)"
 
 
-def number(score: float, comparison: Comparison) -> str:
-    return f"{score:.{comparison.decimals(score)}f}"
-
-
 def scope_table(comparison: Comparison) -> Table:
-    measure = comparison.measure
+    measure, decimals = comparison.measure, comparison.decimals
     equal_time = f"{measure} at equal wall time"
     header = ["scope", "learning rate", "seeds", "before", measure, "IQM", equal_time, "run, s", "rank"]
     rows = [
         [
-            result.scope, f"{result.learning_rate:g}", str(len(result.runs)), number(result.before, comparison),
-            *(interval(mean, comparison) for mean in (result.mean, result.iqm, result.at_equal_time)),
+            result.scope, f"{result.learning_rate:g}", str(len(result.runs)), f"{result.before:.{decimals}f}",
+            *(interval(mean, decimals) for mean in (result.mean, result.iqm, result.at_equal_time)),
             f"{np.mean([run.eval_seconds[-1] for run in result.runs]):.0f}",
             "-".join(map(str, dict.fromkeys(result.rank))),
         ]
@@ -197,10 +191,10 @@ def pair_table(comparison: Comparison) -> Table | None:
         untested = math.isnan(pair.p_value)
         why = "equal scores" if pair.improvement.has_interval else "one seed"
         verdict = f"{why}: cannot say" if untested else "separable" if pair.separable else "not separable"
-        more = "-" if math.isnan(pair.more_seeds) or pair.separable else f"{pair.more_seeds:.0f}"
+        more = "-" if untested or pair.separable else f"{pair.more_seeds:.0f}"
         more = "seeds alone cannot" if math.isinf(pair.more_seeds) else "> 1000" if pair.more_seeds > 1000 else more
         p_value = "-" if untested else "< 0.001" if pair.p_value < 0.001 else f"{pair.p_value:.3f}"
-        difference = interval(pair.difference, comparison, signed=True)
+        difference = interval(pair.difference, comparison.decimals, signed=True)
         rows.append([pair.first, pair.second, difference, p_value, verdict, interval(pair.improvement), more])
     return (header, rows) if rows else None
 
@@ -209,7 +203,7 @@ def split_table(comparison: Comparison) -> Table | None:
     """Each scope's mean score in the splits that all of its runs were evaluated in (evaluate_vla.py --split=all)."""
     splits = list(dict.fromkeys(split for result in comparison.scopes for split in result.splits))
     rows = [
-        [result.scope, *(interval(result.splits[s], comparison) if s in result.splits else "" for s in splits)]
+        [result.scope, *(interval(result.splits[s], comparison.decimals) if s in result.splits else "" for s in splits)]
         for result in comparison.scopes
         if result.splits
     ]
@@ -222,9 +216,11 @@ def cell_table(comparison: Comparison) -> Table:
     rows = []
     for (scope, rate), runs in comparison.cells.items():
         scores = [run.at_step(comparison.env_steps) for run in runs]
-        of_cell = (number(score, comparison) for score in (comparison.chosen_by[scope, rate], np.mean(scores)))
-        single = " ".join(number(score, comparison) for score in scores)
-        rows.append([scope, f"{rate:g}", str(len(runs)), *of_cell, single, "yes" if (scope, rate) in chosen else ""])
+        criterion, mean, *each = (
+            f"{x:.{comparison.decimals}f}" for x in (comparison.chosen_by[scope, rate], np.mean(scores), *scores)
+        )
+        mark = "yes" if (scope, rate) in chosen else ""
+        rows.append([scope, f"{rate:g}", str(len(runs)), criterion, mean, " ".join(each), mark])
     return header, rows
 
 

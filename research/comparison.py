@@ -91,11 +91,12 @@ class Comparison:
         """What every score of it is: "success" or "return"."""
         return self.scopes[0].runs[0].measure
 
-    def decimals(self, *scores: float) -> int:
-        """How many to show scores with: 3 for success, 4 significant digits of the largest score for returns."""
+    @property
+    def decimals(self) -> int:
+        """How many to show scores with: 3 for success; for returns, 4 significant digits of the largest scope."""
         if self.measure == "success":
             return 3
-        largest = max((abs(score) for score in scores if math.isfinite(score)), default=0.0)
+        largest = max(float(np.sqrt(np.mean(result.scores**2))) for result in self.scopes)
         return max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 0
 
 
@@ -105,8 +106,8 @@ def compare(
     """Compare freeze scopes, each at its own best learning rate.
 
     Args:
-        runs: of one environment and measure, and the same evaluation states; those that did not complete only get a note.
-        choose_on: what the best rate is best in: the "training" score, so that all evaluation episodes are fresh for the
+        runs: of one environment, measure and set of evaluation states; those that did not complete only get a note.
+        choose_on: what the best rate is best in: "training" scores, so that all evaluation episodes are fresh for the
             report, or the final evaluation from every other state ("states"), with the report on the remaining ones.
         choosing_seeds: seeds that choose the rate and are left out of the report; none = all seeds do both.
     Raises:

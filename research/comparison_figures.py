@@ -145,7 +145,7 @@ def _grid(comparison: Comparison) -> tuple[list[str], list[float], Array, list[l
     for (scope, rate), runs in comparison.cells.items():
         i, j = scopes.index(scope), rates.index(rate)
         values[i, j] = np.mean([run.at_step(comparison.env_steps) for run in runs])
-        score = f"{values[i, j]:{'.1%' if runs[0].bounded else f'.{comparison.decimals(values[i, j])}f'}}"
+        score = f"{values[i, j]:{'.1%' if comparison.measure == 'success' else f'.{comparison.decimals}f'}}"
         texts[i][j] = f"{score}{' *' if (scope, rate) in chosen else ''}\nn = {len(runs)}"
     return scopes, rates, values, texts
 
