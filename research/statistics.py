@@ -21,6 +21,19 @@ repetitions each. `tests/test_statistics.py` repeats the main ones.
 
 Not so where nearly all seeds reach 1 and a few fail (mean 0.94, standard deviation 0.048 between seeds): there
 `mean_interval` covers 0.92, as five seeds do not show such a tail.
+
+Returns, `bounded=False`, at n = 5 seeds: normal between seeds and between states, episodes normal or exponential, from
+seeds that hardly differ to seeds that differ as much as single episodes; K = 1, 128 and 256, 1000 to 3000 repetitions.
+
+| interval                                    | coverage                                                          |
+|---------------------------------------------|-------------------------------------------------------------------|
+| `mean_interval`                             | 0.94 to 0.96                                                      |
+| `iqm_interval`                              | 0.94 to 0.98                                                      |
+| `difference_interval`                       | 0.95 to 0.97                                                      |
+
+Not so where seeds are far from normal: `mean_interval` covers 0.91 to 0.93 where their means follow an exponential
+distribution, and 0.93, 0.87, 0.75 where episodes are cut at 1000 and the mean of all is 940, 970, 982. There nearly
+all seeds reach the end of the scale, a few do not, and no logit scale makes up for those that five seeds do not show.
 """
 
 from __future__ import annotations
