@@ -16,10 +16,10 @@ import wandb
 from scipy import stats
 
 from research import run_table
-from research.comparison import compare
+from research.comparison import compare, curve
 from research.run_table import read_folders, read_table, read_wandb, write_table
 from research.schema import UserError
-from research.statistics import difference_interval, mean_interval
+from research.statistics import difference_interval, iqm_interval, mean_interval, seeds_needed
 from research.video import write_video
 
 STATES = 40
@@ -221,6 +221,8 @@ def test_runs_without_success_are_compared_by_return(return_study, tmp_path, cap
     mean = f"987.6 [{987.6 - half:.1f}, {987.6 + half:.1f}]"
     assert f"1. vision: {mean}, rank 1 of 2\n2. none: 900.0 [" in text
     assert f"| vision | 0.0003 | 3 | 0.0 | {mean} | 987.6 [" in text
+    iqm = iqm_interval([[987.6 + seed + EASY for seed in (-10, 0, 10)]], bounded=False)
+    assert f"| {compare_runs.interval(iqm, decimals=1)} |" in text
     # At equal time, from the curves: Student's interval of three seeds, 4.3027 * 10 / sqrt(3).
     assert "] | 987.6 [962.8, 1012.4] | 200 | 1 |" in text
     # What states add cancels out: Welch's interval, 2.7764 * sqrt(200 / 3) for 4 degrees of freedom.
@@ -248,6 +250,34 @@ def test_returns_are_shown_with_four_digits_whatever_their_unit(tmp_path, scale,
         make_run(tmp_path / f"{seed}", seed=seed, returns=scale * (987.6 + seed - 2 + EASY))
     (line,) = compare_runs.ranking(compare(read_folders([str(tmp_path)])))
     assert line.startswith(f"none: {mean}")
+
+
+def test_curves_of_returns_have_students_interval(return_study):
+    runs = read_folders([f"{return_study}/vision-0.0003-*"])
+    steps, estimate = curve(runs, "steps")
+    np.testing.assert_array_equal(steps, [0, 1000, 2000])
+    np.testing.assert_allclose(estimate.value, [0.03, (0.03 + 987.6) / 2, 987.6])
+    np.testing.assert_allclose(estimate.high[1:] - estimate.value[1:], [24.8414 / 2, 24.8414], rtol=1e-5)
+
+
+def test_seeds_of_equal_mean_return_are_not_taken_for_certain(tmp_path):
+    returns = np.arange(STATES) ** 2.0
+    for scope, seed in itertools.product(("none", "vision"), (1, 2, 3)):  # every seed has the same mean
+        shifted = np.roll(returns, 7 * seed + 3 * (scope == "none")) + 50 * (scope == "vision")
+        make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, returns=shifted)
+    vision, none = (comparison := compare(read_folders([str(tmp_path)]))).scopes
+    (pair,) = comparison.pairs
+    assert pair.difference.value == 50 and not pair.separable
+    assert pair.more_seeds == seeds_needed(vision.scores, none.scores, bounded=False) - 3
+
+
+def test_a_final_episode_without_return_leaves_the_comparison_unpaired(tmp_path):
+    folder = make_run(tmp_path / "a", returns=np.full(STATES, 7.0))
+    lines = (folder / "episodes.jsonl").read_text().replace('"episode_return": 7.0', '"episode_return": null', 1)
+    (folder / "episodes.jsonl").write_text(lines)
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert comparison.runs[0].final_episodes == "" and not comparison.paired
+    assert comparison.scopes[0].mean.value == 7
 
 
 def test_choosing_on_states_takes_every_other_return(tmp_path):

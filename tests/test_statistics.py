@@ -262,15 +262,25 @@ def test_seeds_that_agree_to_the_last_episode_are_still_a_sample():
     assert not mean_interval(np.ones((5, 1))).has_interval  # scores alone say nothing about how many episodes
 
 
-def test_seeds_that_agree_in_their_mean_return_scatter_as_their_episodes_do():
-    # Means of 20 for all seeds and states; the nine episodes have variance 600 / 8, the mean of three a third of it.
-    returns = 10 * np.array([[1.0, 2, 3], [2, 3, 1], [3, 1, 2]])
-    half = 4.3027 * np.sqrt(75 / 3 / 3)
+def test_seeds_whose_means_differ_by_rounding_alone_agree():
+    tenth = np.tile(np.arange(40) < 4, (5, 1))  # the mean of five times 0.1 is not 0.1
+    assert iqm_interval([tenth]).low < 0.08 and iqm_interval([tenth]).high > 0.12
+
+
+@pytest.mark.parametrize("unit", [10.0, 0.9])  # whole numbers, and such that means are rounded
+def test_seeds_that_agree_in_their_mean_return_scatter_as_their_episodes_do(unit):
+    # Means of 2 for all seeds and states; the nine episodes have variance 6 / 8, the mean of three a third of it.
+    returns = unit * np.array([[1, 2, 3], [2, 3, 1], [3, 1, 2]])
+    half = unit * 4.3027 * np.sqrt(0.25 / 3)
     for estimate in (mean_interval(returns, bounded=False), iqm_interval([returns], bounded=False)):
-        assert (estimate.low, estimate.high) == pytest.approx((20 - half, 20 + half), rel=1e-4)
-    difference = difference_interval(returns + 0.1, returns, bounded=False)  # 0.1: means then differ by rounding
-    half = 2.7764 * np.sqrt(2 * 75 / 3 / 3)
-    assert (difference.low, difference.high) == pytest.approx((0.1 - half, 0.1 + half), rel=1e-4)
+        assert (estimate.low, estimate.high) == pytest.approx((2 * unit - half, 2 * unit + half), rel=1e-4)
+    difference, half = difference_interval(returns + unit, returns, bounded=False), unit * 2.77645 * np.sqrt(0.5 / 3)
+    assert (difference.low, difference.high) == pytest.approx((unit - half, unit + half), rel=1e-4)
+    # (1.96 + 0.8416)^2 * 0.5 + 1.96^2 / 4 = 4.88
+    assert seeds_needed(returns + unit, returns, bounded=False) == 5
+
+
+def test_returns_that_are_all_equal_have_no_interval():
     equal = np.full((3, 3), 1000.0)
     for estimate in (
         mean_interval(equal, bounded=False),
