@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wandb", metavar="PATH", help="entity/project/sweep_id or entity/project, instead of folders")
     parser.add_argument("--table", metavar="CSV", help="a runs.csv that this script wrote, instead of folders")
     parser.add_argument("--output", default="comparison", help="folder to write, default comparison")
-    on = "what chooses each scope's learning rate: success (or return) in training, the default, or every other state"
+    on = "what chooses each scope's rate: training success or return (default), or every other evaluation state"
     parser.add_argument("--choose_on", choices=["training", "states"], default="training", help=on)
     apart = "seeds that only choose the learning rate; the report is from the others"
     parser.add_argument("--choosing_seeds", type=int, nargs="+", default=[], metavar="SEED", help=apart)

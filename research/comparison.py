@@ -170,7 +170,7 @@ def compare(
 
 
 def _question(run: Run) -> dict[str, Any]:
-    """Runs of different environments, or evaluated from different states, are not compared."""
+    """What compared runs share: the environment, and the initial states they were evaluated from."""
     return {"trainer.env": run.environment, "the initial states of the evaluation": run.states} | {
         f"trainer.env_config.{key}": value for key, value in run.env_config.items()
     }
