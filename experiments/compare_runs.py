@@ -8,9 +8,10 @@
 Splits are compared too, where each run was evaluated in them:
     python experiments/evaluate_vla.py --checkpoint=runs/<run> --split=all --output=runs/<run>/splits
 
-Writes into --output: report.md, report.html (one file: figures, tables, videos), curves.png, success.png, heatmap.png,
-and runs.csv, from which the last command recomputes every number. Runs of different environments, or evaluated from
-different initial states, are refused; runs that crashed are listed and left out of all means.
+Runs are compared by success, or by return where their environment has no success. Writes into --output: report.md,
+report.html (one file: figures, tables, videos), curves.png, success.png or return.png, heatmap.png, and runs.csv, from
+which the last command recomputes every number. Runs of different environments, or evaluated from different initial
+states, are refused; runs that crashed are listed and left out of all means.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wandb", metavar="PATH", help="entity/project/sweep_id or entity/project, instead of folders")
     parser.add_argument("--table", metavar="CSV", help="a runs.csv that this script wrote, instead of folders")
     parser.add_argument("--output", default="comparison", help="folder to write, default comparison")
-    on = "what chooses each scope's learning rate: training success (default), or every other evaluation state"
+    on = "what chooses each scope's rate: training success or return (default), or every other evaluation state"
     parser.add_argument("--choose_on", choices=["training", "states"], default="training", help=on)
     apart = "seeds that only choose the learning rate; the report is from the others"
     parser.add_argument("--choosing_seeds", type=int, nargs="+", default=[], metavar="SEED", help=apart)
@@ -68,16 +69,17 @@ def main(argv: list[str] | None = None) -> int:
 def write_report(comparison: Comparison, output: Path, argv: list[str]) -> None:
     title = "Freeze scopes compared"
     command = f"python experiments/compare_runs.py {shlex.join(argv)}"
-    facts, notes = describe(comparison), comparison.notes
+    facts, notes, measure = describe(comparison), comparison.notes, comparison.measure
+    method = METHOD.format(scale=SCALE[measure])
     sections = [
-        ("Each scope at its own best learning rate", "success", scope_table(comparison)),
+        ("Each scope at its own best learning rate", measure, scope_table(comparison)),
         ("Pairs of scopes", None, pair_table(comparison)),
         ("Learning curves", "curves", None),
         ("Generalisation", None, split_table(comparison)),
         ("Freeze scope x learning rate", "heatmap", cell_table(comparison)),
     ]
-    pages = {"success": figures.success_page, "curves": figures.curves_page, "heatmap": figures.heatmap_page}
-    images = {"success": figures.draw_success, "curves": figures.draw_curves, "heatmap": figures.draw_heatmap}
+    pages = {measure: figures.scores_page, "curves": figures.curves_page, "heatmap": figures.heatmap_page}
+    images = {measure: figures.draw_scores, "curves": figures.draw_curves, "heatmap": figures.draw_heatmap}
 
     markdown = [f"# {title}", *facts, "## Ranking", *(f"{i}. {line}" for i, line in enumerate(ranking(comparison), 1))]
     markdown += ["", "## Notes", *(f"- {note}" for note in notes)]
@@ -97,8 +99,8 @@ def write_report(comparison: Comparison, output: Path, argv: list[str]) -> None:
         if table:
             markdown += markdown_table(table)
             body += [html_table(table)]
-    markdown += ["", "## Method", METHOD, "", f"Made by `{command}`"]
-    body += [*videos(comparison), "<h2>Method</h2>", paragraph(METHOD), paragraph(f"Made by `{command}`")]
+    markdown += ["", "## Method", method, "", f"Made by `{command}`"]
+    body += [*videos(comparison), "<h2>Method</h2>", paragraph(method), paragraph(f"Made by `{command}`")]
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_table(output / "runs.csv", comparison.runs)
@@ -113,12 +115,13 @@ def write_report(comparison: Comparison, output: Path, argv: list[str]) -> None:
 
 METHOD = (
     "Intervals are 95 % and speak of a new seed and, where episodes are paired, of new initial states: seeds and "
-    "states are crossed random effects (two-way analysis of variance, Satterthwaite, t on the logit scale). The "
+    "states are crossed random effects (two-way analysis of variance, Satterthwaite, {scale}). The "
     "interquartile mean (IQM) has a stratified bootstrap standard error. Differences are paired by initial state; two "
     "scopes are separable where the p-value, after Holm's correction for all pairs, is below 0.05. P(better) is how "
     "often a run of the first scope beats one of the second (Newcombe's interval). More seeds: for 80 % power at the "
     "observed difference. `research/statistics.py` says what was measured about each."
 )
+SCALE = {"success": "t on the logit scale", "return": "t"}
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;display:block;overflow-x:auto;font-variant-numeric:tabular-nums}
@@ -139,8 +142,9 @@ def describe(comparison: Comparison) -> list[str]:
     config = ", ".join(f"{key} = {value}" for key, value in sorted(first.env_config.items()))
     return [
         f"{first.environment} ({config or 'default settings'}), initial states {first.states}. "
-        f"{len(comparison.runs)} runs, {complete} of them complete. Success at {comparison.env_steps:,.0f} env steps "
-        f"and at {comparison.seconds:,.0f} s of wall time, the most that all complete runs reached.",
+        f"{len(comparison.runs)} runs, {complete} of them complete. {comparison.measure.capitalize()} at "
+        f"{comparison.env_steps:,.0f} env steps and at {comparison.seconds:,.0f} s of wall time, the most that all "
+        "complete runs reached.",
     ]
 
 
@@ -153,32 +157,25 @@ def ranking(comparison: Comparison) -> list[str]:
         alike = [name for name in others if name not in result.separable_from]
         rank = f"rank {best}" if best == worst else f"rank {best} to {worst}"
         tail = f"; not separable from {', '.join(alike)}" if alike else ""
-        lines.append(f"{result.scope}: {interval(result.mean)}, {rank} of {len(comparison.scopes)}{tail}")
+        mean = interval(result.mean, comparison.decimals)
+        lines.append(f"{result.scope}: {mean}, {rank} of {len(comparison.scopes)}{tail}")
     return lines
 
 
-def interval(estimate: Estimate, signed: bool = False) -> str:
-    form = "{:+.3f}" if signed else "{:.3f}"
+def interval(estimate: Estimate, decimals: int = 3, signed: bool = False) -> str:
+    form = f"{{:{'+' if signed else ''}.{decimals}f}}"
     value, low, high = (form.format(x) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]" if estimate.has_interval else f"{value} (no interval)"
 
 
 def scope_table(comparison: Comparison) -> Table:
-    header = [
-        "scope",
-        "learning rate",
-        "seeds",
-        "before",
-        "success",
-        "IQM",
-        "success at equal wall time",
-        "run, s",
-        "rank",
-    ]
+    measure, decimals = comparison.measure, comparison.decimals
+    equal_time = f"{measure} at equal wall time"
+    header = ["scope", "learning rate", "seeds", "before", measure, "IQM", equal_time, "run, s", "rank"]
     rows = [
         [
-            result.scope, f"{result.learning_rate:g}", str(len(result.runs)), f"{result.before:.3f}",
-            interval(result.mean), interval(result.iqm), interval(result.at_equal_time),
+            result.scope, f"{result.learning_rate:g}", str(len(result.runs)), f"{result.before:.{decimals}f}",
+            *(interval(mean, decimals) for mean in (result.mean, result.iqm, result.at_equal_time)),
             f"{np.mean([run.eval_seconds[-1] for run in result.runs]):.0f}",
             "-".join(map(str, dict.fromkeys(result.rank))),
         ]
@@ -192,20 +189,21 @@ def pair_table(comparison: Comparison) -> Table | None:
     rows = []
     for pair in comparison.pairs:
         untested = math.isnan(pair.p_value)
-        verdict = "one seed: cannot say" if untested else "separable" if pair.separable else "not separable"
-        more = "-" if math.isnan(pair.more_seeds) or pair.separable else f"{pair.more_seeds:.0f}"
+        why = "equal scores" if pair.improvement.has_interval else "one seed"
+        verdict = f"{why}: cannot say" if untested else "separable" if pair.separable else "not separable"
+        more = "-" if untested or pair.separable else f"{pair.more_seeds:.0f}"
         more = "seeds alone cannot" if math.isinf(pair.more_seeds) else "> 1000" if pair.more_seeds > 1000 else more
         p_value = "-" if untested else "< 0.001" if pair.p_value < 0.001 else f"{pair.p_value:.3f}"
-        difference = interval(pair.difference, signed=True)
+        difference = interval(pair.difference, comparison.decimals, signed=True)
         rows.append([pair.first, pair.second, difference, p_value, verdict, interval(pair.improvement), more])
     return (header, rows) if rows else None
 
 
 def split_table(comparison: Comparison) -> Table | None:
-    """Each scope's success in the splits that all of its runs were evaluated in (evaluate_vla.py --split=all)."""
+    """Each scope's mean score in the splits that all of its runs were evaluated in (evaluate_vla.py --split=all)."""
     splits = list(dict.fromkeys(split for result in comparison.scopes for split in result.splits))
     rows = [
-        [result.scope, *(interval(result.splits[split]) if split in result.splits else "" for split in splits)]
+        [result.scope, *(interval(result.splits[s], comparison.decimals) if s in result.splits else "" for s in splits)]
         for result in comparison.scopes
         if result.splits
     ]
@@ -213,14 +211,16 @@ def split_table(comparison: Comparison) -> Table | None:
 
 
 def cell_table(comparison: Comparison) -> Table:
-    header = ["scope", "learning rate", "seeds", "chosen by", "success", "of each seed", "chosen"]
+    header = ["scope", "learning rate", "seeds", "chosen by", comparison.measure, "of each seed", "chosen"]
     chosen = {(result.scope, result.learning_rate) for result in comparison.scopes}
     rows = []
     for (scope, rate), runs in comparison.cells.items():
-        rates = [run.at_step(comparison.env_steps) for run in runs]
-        criterion, single = f"{comparison.chosen_by[scope, rate]:.3f}", " ".join(f"{r:.3f}" for r in rates)
+        scores = [run.at_step(comparison.env_steps) for run in runs]
+        criterion, mean, *each = (
+            f"{x:.{comparison.decimals}f}" for x in (comparison.chosen_by[scope, rate], np.mean(scores), *scores)
+        )
         mark = "yes" if (scope, rate) in chosen else ""
-        rows.append([scope, f"{rate:g}", str(len(runs)), criterion, f"{np.mean(rates):.3f}", single, mark])
+        rows.append([scope, f"{rate:g}", str(len(runs)), criterion, mean, " ".join(each), mark])
     return header, rows
 
 
@@ -253,7 +253,7 @@ def videos(comparison: Comparison) -> list[str]:
     """The last evaluation video of each scope's best run, inside the page."""
     found = []
     for result in comparison.scopes:
-        run = max(result.runs, key=lambda run: run.eval_success[-1])
+        run = max(result.runs, key=lambda run: run.eval_scores[-1])
         files = sorted((run.folder / "videos").glob("*.mp4")) if run.folder else []
         if files and files[-1].stat().st_size <= LARGEST_VIDEO:
             data = base64.b64encode(files[-1].read_bytes()).decode()

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,14 +38,14 @@ class ScopeResult:
     scope: str
     learning_rate: float
     runs: list[Run]
-    success: Array
+    scores: Array
     """`[n, K]` at equal env steps, from the final episodes; where those cannot be paired, `[n, 1]` from the curves."""
     before: float
     mean: Estimate
     iqm: Estimate
     at_equal_time: Estimate
     splits: dict[str, Estimate] = field(default_factory=dict)
-    """Success in every split in which all of these runs were evaluated."""
+    """Mean score in every split in which all of these runs were evaluated."""
     rank: tuple[int, int] = (1, 1)
     separable_from: list[str] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class Pair:
 
 @dataclass
 class Comparison:
-    """All that the report shows; scopes in the order of their mean success."""
+    """All that the report shows; scopes in the order of their mean scores."""
 
     runs: list[Run]
     choose_on: str
@@ -84,7 +84,20 @@ class Comparison:
 
     @property
     def paired(self) -> bool:
-        return self.scopes[0].success.shape[1] > 1
+        return self.scopes[0].scores.shape[1] > 1
+
+    @property
+    def measure(self) -> str:
+        """What every score of it is: "success" or "return"."""
+        return self.scopes[0].runs[0].measure
+
+    @property
+    def decimals(self) -> int:
+        """How many to show scores with: 3 for success; for returns, 4 significant digits of the largest scope."""
+        if self.measure == "success":
+            return 3
+        largest = max(float(np.sqrt(np.mean(result.scores**2))) for result in self.scopes)
+        return max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 0
 
 
 def compare(
@@ -93,18 +106,21 @@ def compare(
     """Compare freeze scopes, each at its own best learning rate.
 
     Args:
-        runs: of one environment and the same evaluation states; those that did not complete only get a note.
-        choose_on: what the best rate is best in: "training" success, so that all evaluation episodes are fresh for the
+        runs: of one environment, measure and set of evaluation states; those that did not complete only get a note.
+        choose_on: what the best rate is best in: "training" scores, so that all evaluation episodes are fresh for the
             report, or the final evaluation from every other state ("states"), with the report on the remaining ones.
         choosing_seeds: seeds that choose the rate and are left out of the report; none = all seeds do both.
     Raises:
         UserError: runs that cannot be compared (the message says which and why), or nothing left to compare.
     """
-    _refuse_different(runs)
+    _refuse_different(runs, [_question(run) for run in runs])
     complete = [run for run in runs if run.complete]
     notes = [f"`{run.run}` is excluded from all means: {run.status}." for run in runs if not run.complete]
     if not complete:
         raise UserError(f"none of the {len(runs)} runs is complete; the first, {runs[0].run}: {runs[0].status}")
+    # Of complete runs only: one that ended before its first evaluation has not shown its measure.
+    _refuse_different(complete, [{"what evaluations measure": run.measure} for run in complete])
+    measure = complete[0].measure
     cells: dict[Cell, list[Run]] = defaultdict(list)
     for run in sorted(complete, key=lambda run: (run.scope, run.learning_rate, run.seed)):
         cells[run.cell].append(run)
@@ -128,7 +144,7 @@ def compare(
     if choose_on == "states" and not paired:
         raise UserError(
             "the rate can be chosen on evaluation states only where all runs have their final episodes, at the same "
-            "env step; choose on training success"
+            f"env step; choose on training {measure}"
         )
     chosen_by = {cell: _criterion(members, choose_on, choosing_seeds) for cell, members in cells.items()}
     scopes = []
@@ -149,17 +165,19 @@ def compare(
     pairs = _compare_pairs(scopes)
     return Comparison(
         list(runs), choose_on, steps, seconds, dict(cells), chosen_by, scopes, pairs,
-        [_selection_note(choose_on, choosing_seeds), *notes],
+        [_selection_note(measure, choose_on, choosing_seeds), *notes],
     )  # fmt: skip
 
 
-def _refuse_different(runs: Sequence[Run]) -> None:
-    """Runs of different environments, or evaluated from different states, are not compared."""
-    values = [
-        {"trainer.env": run.environment, "the initial states of the evaluation": run.states}
-        | {f"trainer.env_config.{key}": value for key, value in run.env_config.items()}
-        for run in runs
-    ]
+def _question(run: Run) -> dict[str, Any]:
+    """What compared runs share: the environment, and the initial states they were evaluated from."""
+    return {"trainer.env": run.environment, "the initial states of the evaluation": run.states} | {
+        f"trainer.env_config.{key}": value for key, value in run.env_config.items()
+    }
+
+
+def _refuse_different(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse runs that differ in one of their values, and say which run has which."""
     for key in dict.fromkeys(key for value in values for key in value):
         who: dict[str, list[str]] = defaultdict(list)
         for run, value in zip(runs, values, strict=True):
@@ -188,11 +206,7 @@ def _refuse_unlike_seeds(cell: Sequence[Run]) -> None:
 
 
 def _episodes(runs: Sequence[Run], part: slice = slice(None)) -> Array:
-    return np.array([_outcomes(run.final_episodes[part]) for run in runs])  # [n, K]
-
-
-def _outcomes(marks: str) -> list[float]:
-    return [float(mark) for mark in marks]
+    return np.array([run.scores(run.final_episodes)[part] for run in runs])  # [n, K]
 
 
 def _criterion(cell: Sequence[Run], choose_on: str, choosing_seeds: Sequence[int]) -> float:
@@ -202,9 +216,11 @@ def _criterion(cell: Sequence[Run], choose_on: str, choosing_seeds: Sequence[int
         return math.nan
     if choose_on == "states":
         return float(_episodes(members, CHOOSING_STATES).mean())
-    if missing := [run.run for run in members if math.isnan(run.training_success)]:
-        raise UserError(f"{missing[0]} has no training success to choose the learning rate on; choose on states")
-    return float(np.mean([run.training_success for run in members]))
+    if missing := [run for run in members if math.isnan(run.training_score)]:
+        raise UserError(
+            f"{missing[0].run} has no training {missing[0].measure} to choose the learning rate on; choose on states"
+        )
+    return float(np.mean([run.training_score for run in members]))
 
 
 def _choose_rate(
@@ -231,18 +247,19 @@ def _scope_result(
     scope: str, rate: float, runs: list[Run], steps: float, seconds: float, paired: bool, choose_on: str
 ) -> ScopeResult:
     reported = REPORTING_STATES if choose_on == "states" else slice(None)
-    success = _episodes(runs, reported) if paired else np.array([[run.at_step(steps)] for run in runs])
+    scores = _episodes(runs, reported) if paired else np.array([[run.at_step(steps)] for run in runs])
+    bounded = runs[0].bounded
     return ScopeResult(
         scope,
         rate,
         runs,
-        success,
-        before=float(np.mean([run.eval_success[0] for run in runs])),
-        mean=mean_interval(success),
-        iqm=iqm_interval([success]),
-        at_equal_time=mean_interval([[run.at_second(seconds)] for run in runs]),
+        scores,
+        before=float(np.mean([run.eval_scores[0] for run in runs])),
+        mean=mean_interval(scores, bounded=bounded),
+        iqm=iqm_interval([scores], bounded=bounded),
+        at_equal_time=mean_interval([[run.at_second(seconds)] for run in runs], bounded=bounded),
         splits={
-            split: mean_interval([_outcomes(run.splits[split]) for run in runs])
+            split: mean_interval([run.scores(run.splits[split]) for run in runs], bounded=bounded)
             for split in runs[0].splits
             if all(split in run.splits for run in runs)
         },
@@ -251,8 +268,8 @@ def _scope_result(
 
 def _compare_pairs(scopes: list[ScopeResult]) -> list[Pair]:
     """All pairs, and from them the ranks and who is separable from whom, written into `scopes`."""
-    indices = list(combinations(range(len(scopes)), 2))
-    differences = [difference_interval(scopes[i].success, scopes[j].success) for i, j in indices]
+    indices, bounded = list(combinations(range(len(scopes)), 2)), scopes[0].runs[0].bounded
+    differences = [difference_interval(scopes[i].scores, scopes[j].scores, bounded=bounded) for i, j in indices]
     corrected = holm([difference.p_value for difference in differences])
     better = np.zeros((len(scopes), len(scopes)), dtype=bool)
     pairs = []
@@ -260,10 +277,11 @@ def _compare_pairs(scopes: list[ScopeResult]) -> list[Pair]:
         first, second = scopes[i], scopes[j]
         have = min(len(first.runs), len(second.runs))
         # To be found after Holm's correction, in the worst case, a pair must pass Bonferroni's.
-        needed = seeds_needed(first.success, second.success, ALPHA / len(indices)) if have > 1 else math.nan
+        alpha = ALPHA / len(indices)
+        needed = seeds_needed(first.scores, second.scores, alpha, bounded=bounded) if have > 1 else math.nan
         pair = Pair(
             first.scope, second.scope, difference, float(p_value),
-            probability_of_improvement(first.success.mean(1), second.success.mean(1)), max(needed - have, 0.0),
+            probability_of_improvement(first.scores.mean(1), second.scores.mean(1)), max(needed - have, 0.0),
         )  # fmt: skip
         if pair.separable:
             better[i, j] = True
@@ -276,9 +294,9 @@ def _compare_pairs(scopes: list[ScopeResult]) -> list[Pair]:
     return pairs
 
 
-def _selection_note(choose_on: str, choosing_seeds: Sequence[int]) -> str:
+def _selection_note(measure: str, choose_on: str, choosing_seeds: Sequence[int]) -> str:
     by = {
-        "training": "success in the last tenth of training, so that every evaluation episode is fresh",
+        "training": f"{measure} in the last tenth of training, so that every evaluation episode is fresh",
         "states": "the final evaluation from every other initial state; the numbers are from the remaining states",
     }[choose_on]
     if choosing_seeds:
@@ -294,11 +312,11 @@ def curve(runs: Sequence[Run], axis: Literal["steps", "seconds"]) -> tuple[Array
     """Mean evaluation curve of some runs, with intervals over their seeds, as far as all of them go.
 
     Returns:
-        env steps or seconds `[G]`, and success at them, fields `[G]`.
+        env steps or seconds `[G]`, and the mean score at them, fields `[G]`.
     """
     places = [getattr(run, f"eval_{axis}") for run in runs]
     start, end = max(place[0] for place in places), min(place[-1] for place in places)
     every = np.unique(np.concatenate(places))
     grid = np.unique(np.clip(every, start, end))
-    values = np.array([np.interp(grid, place, run.eval_success) for place, run in zip(places, runs, strict=True)])
-    return grid, mean_interval(values.T[..., None])  # [G, n, 1]
+    values = np.array([np.interp(grid, place, run.eval_scores) for place, run in zip(places, runs, strict=True)])
+    return grid, mean_interval(values.T[..., None], bounded=runs[0].bounded)  # [G, n, 1]

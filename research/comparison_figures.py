@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, Formatter, PercentFormatter, ScalarFormatter
 from plotly.subplots import make_subplots
 
 from research.comparison import Comparison, ScopeResult, curve
@@ -17,6 +17,12 @@ from research.statistics import Array, Estimate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 AXES = {"steps": "environment steps", "seconds": "wall time (s)"}
+PLOTLY_TICKS = {"success": ".0%", "return": None}
+
+
+def _ticks(comparison: Comparison) -> Formatter:
+    """Success as percentages, returns as they are."""
+    return PercentFormatter(1, decimals=0) if comparison.measure == "success" else ScalarFormatter(useOffset=False)
 
 
 def _colors(comparison: Comparison) -> dict[str, str]:
@@ -35,10 +41,10 @@ def _band(estimate: Estimate) -> tuple[Array, Array]:
     return np.where(np.isnan(low), estimate.value, low), np.where(np.isnan(high), estimate.value, high)
 
 
-# ---- success of each scope
+# ---- mean score of each scope
 
 
-def draw_success(comparison: Comparison) -> Figure:
+def draw_scores(comparison: Comparison) -> Figure:
     """Each scope's mean with its interval, and its seeds as dots; best at the top."""
     scopes, colors = comparison.scopes, _colors(comparison)
     figure = Figure(figsize=(7.2, 1.4 + 0.5 * len(scopes)), layout="constrained")
@@ -47,25 +53,25 @@ def draw_success(comparison: Comparison) -> Figure:
         low, high = _band(result.mean)
         axes.plot([low, high], [y, y], color=colors[result.scope], linewidth=2.5)
         axes.plot(result.mean.value, y, "o", color=colors[result.scope], markersize=8)
-        rates = result.success.mean(1)
-        axes.plot(rates, np.full(len(rates), y + 0.22), "|", color=colors[result.scope], markersize=8, alpha=0.8)
+        of_seeds = result.scores.mean(1)
+        axes.plot(of_seeds, np.full(len(of_seeds), y + 0.22), "|", color=colors[result.scope], markersize=8, alpha=0.8)
     axes.set_yticks(range(len(scopes)), [_label(result) for result in reversed(scopes)])
     axes.set_ylim(-0.5, len(scopes) - 0.4)
-    axes.set_xlabel("success: mean, 95 % interval, and above it the single seeds")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(f"{comparison.measure}: mean, 95 % interval, and above it the single seeds")
+    axes.xaxis.set_major_formatter(_ticks(comparison))
     _clean(axes, "x")
     return figure
 
 
-def success_page(comparison: Comparison) -> go.Figure:
-    """As `draw_success`."""
+def scores_page(comparison: Comparison) -> go.Figure:
+    """As `draw_scores`."""
     colors, figure = _colors(comparison), go.Figure()
     for result in reversed(comparison.scopes):
         label, color, value = _label(result), colors[result.scope], float(result.mean.value)
         low, high = (float(x) for x in _band(result.mean))
         error = {"type": "data", "symmetric": False, "array": [high - value], "arrayminus": [value - low]}
         figure.add_scatter(
-            x=result.success.mean(1),
+            x=result.scores.mean(1),
             y=[label] * len(result.runs),
             mode="markers",
             hovertext=[run.run for run in result.runs],
@@ -73,7 +79,8 @@ def success_page(comparison: Comparison) -> go.Figure:
         )
         figure.add_scatter(x=[value], y=[label], mode="markers", marker={"color": color, "size": 12}, error_x=error)
     figure.update_layout(**_layout(160 + 45 * len(comparison.scopes)), showlegend=False)
-    figure.update_xaxes(title="success: mean, 95 % interval, single seeds", tickformat=".0%")
+    title = f"{comparison.measure}: mean, 95 % interval, single seeds"
+    figure.update_xaxes(title=title, tickformat=PLOTLY_TICKS[comparison.measure])
     figure.update_yaxes(automargin=True)
     return figure
 
@@ -82,7 +89,7 @@ def success_page(comparison: Comparison) -> go.Figure:
 
 
 def draw_curves(comparison: Comparison) -> Figure:
-    """Evaluation success against env steps and against wall time, each scope at its own best learning rate."""
+    """Evaluation scores against env steps and against wall time, each scope at its own best learning rate."""
     figure, colors = Figure(figsize=(11, 4.4), layout="constrained"), _colors(comparison)
     panels = figure.subplots(1, 2, sharey=True)
     budgets = (comparison.env_steps, comparison.seconds)
@@ -95,8 +102,8 @@ def draw_curves(comparison: Comparison) -> Figure:
         axes.set_xlabel(f"{label}; dotted: what all runs reached")
         _clean(axes, "both")
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panels[0].set_ylabel("evaluation success, 95 % interval over seeds")
+    panels[0].yaxis.set_major_formatter(_ticks(comparison))
+    panels[0].set_ylabel(f"evaluation {comparison.measure}, 95 % interval over seeds")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     return figure
@@ -121,7 +128,7 @@ def curves_page(comparison: Comparison) -> go.Figure:
             )  # fmt: skip
         figure.update_xaxes(title=label, row=1, col=column)
     figure.update_layout(**_layout(460), legend={"orientation": "h", "y": -0.2})
-    figure.update_yaxes(tickformat=".0%")
+    figure.update_yaxes(tickformat=PLOTLY_TICKS[comparison.measure])
     return figure
 
 
@@ -129,7 +136,7 @@ def curves_page(comparison: Comparison) -> go.Figure:
 
 
 def _grid(comparison: Comparison) -> tuple[list[str], list[float], Array, list[list[str]]]:
-    """Scopes, rates, mean success `[S, R]` (NaN where not tried), and what each cell says."""
+    """Scopes, rates, mean scores `[S, R]` (NaN where not tried), and what each cell says."""
     scopes = [result.scope for result in comparison.scopes]
     chosen = {(result.scope, result.learning_rate) for result in comparison.scopes}
     rates = sorted({rate for _, rate in comparison.cells})
@@ -138,12 +145,13 @@ def _grid(comparison: Comparison) -> tuple[list[str], list[float], Array, list[l
     for (scope, rate), runs in comparison.cells.items():
         i, j = scopes.index(scope), rates.index(rate)
         values[i, j] = np.mean([run.at_step(comparison.env_steps) for run in runs])
-        texts[i][j] = f"{values[i, j]:.1%}{' *' if (scope, rate) in chosen else ''}\nn = {len(runs)}"
+        score = f"{values[i, j]:{'.1%' if comparison.measure == 'success' else f'.{comparison.decimals}f'}}"
+        texts[i][j] = f"{score}{' *' if (scope, rate) in chosen else ''}\nn = {len(runs)}"
     return scopes, rates, values, texts
 
 
 def draw_heatmap(comparison: Comparison) -> Figure:
-    """Mean success per scope and learning rate, with the number of seeds; * marks the rate that was chosen."""
+    """Mean score per scope and learning rate, with the number of seeds; * marks the rate that was chosen."""
     scopes, rates, values, texts = _grid(comparison)
     figure = Figure(figsize=(2.6 + 1.1 * len(rates), 1.5 + 0.65 * len(scopes)), layout="constrained")
     axes = figure.add_subplot()
@@ -156,7 +164,7 @@ def draw_heatmap(comparison: Comparison) -> Figure:
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.set_yticks(range(len(scopes)), scopes)
     axes.set_xlabel("learning rate; *: the scope's best, as chosen")
-    figure.colorbar(image, label="mean success", format=PercentFormatter(1, decimals=0))
+    figure.colorbar(image, label=f"mean {comparison.measure}", format=_ticks(comparison))
     return figure
 
 
@@ -167,7 +175,7 @@ def heatmap_page(comparison: Comparison) -> go.Figure:
         go.Heatmap(
             z=values, x=[f"{rate:g}" for rate in rates], y=scopes, colorscale="Viridis", xgap=2, ygap=2,
             text=[[text.replace("\n", "<br>") for text in row] for row in texts], texttemplate="%{text}",
-            colorbar={"title": "success", "tickformat": ".0%"}, hoverongaps=False,
+            colorbar={"title": comparison.measure, "tickformat": PLOTLY_TICKS[comparison.measure]}, hoverongaps=False,
         )
     )  # fmt: skip
     figure.update_layout(**_layout(180 + 60 * len(scopes)))

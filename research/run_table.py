@@ -13,11 +13,13 @@ number of it. Its columns:
 | `environment`      | `trainer.env`                                                                               |
 | `env_config`       | `trainer.env_config` as JSON with dotted keys                                               |
 | `states`           | ids of the evaluation's initial states, as in `0-255`                                       |
-| `training_success` | success rate of the training episodes in the last tenth of the env steps                    |
+| `measure`          | what scores are: `success` where the run logged it in its evaluations, else `return`        |
+| `training_score`   | mean score of the training episodes in the last tenth of the env steps                      |
 | `eval_steps`       | env steps of the evaluations, separated by spaces                                           |
 | `eval_seconds`     | wall-clock seconds at the same evaluations                                                  |
-| `eval_success`     | their success rates                                                                         |
-| `final_episodes`   | the last evaluation's episodes in the order of `states`, 1 = success; empty where not known |
+| `eval_scores`      | their mean scores: success rates, or mean undiscounted returns                              |
+| `final_episodes`   | scores of the last evaluation's episodes in the order of `states`: `0110`, 1 = success, or  |
+|                    | returns separated by spaces; empty where not known                                          |
 | `splits`           | JSON: a split's name -> its episodes, as in `final_episodes`; see below                     |
 | `settings`         | JSON: the other settings in which the runs of the table differ                              |
 
@@ -36,7 +38,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -56,6 +58,9 @@ _IRRELEVANT = (
     "trainer.num_eval_episodes", "policy.freeze", "algorithm.cfg.learning_rate",
 )  # fmt: skip
 
+# A run's measure -> its metric below `eval/` and `rollout/`, and its field in `episodes.jsonl`.
+MEASURES = {"success": ("success_rate", "success"), "return": ("return", "episode_return")}
+
 
 @dataclass
 class Run:
@@ -69,10 +74,11 @@ class Run:
     environment: str
     env_config: dict[str, Any]
     states: str
-    training_success: float
+    measure: Literal["success", "return"]
+    training_score: float
     eval_steps: list[float]
     eval_seconds: list[float]
-    eval_success: list[float]
+    eval_scores: list[float]
     final_episodes: str = ""
     splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -88,13 +94,22 @@ class Run:
         """Scope and learning rate: runs that agree in both are repetitions."""
         return self.scope, self.learning_rate
 
+    @property
+    def bounded(self) -> bool:
+        """Whether its scores lie within 0..1."""
+        return self.measure == "success"
+
     def at_step(self, step: float) -> float:
-        """Success rate at an env step, linear between evaluations."""
-        return float(np.interp(step, self.eval_steps, self.eval_success))
+        """Mean score at an env step, linear between evaluations."""
+        return float(np.interp(step, self.eval_steps, self.eval_scores))
 
     def at_second(self, second: float) -> float:
-        """Success rate at a wall-clock time, linear between evaluations."""
-        return float(np.interp(second, self.eval_seconds, self.eval_success))
+        """Mean score at a wall-clock time, linear between evaluations."""
+        return float(np.interp(second, self.eval_seconds, self.eval_scores))
+
+    def scores(self, episodes: str) -> list[float]:
+        """Scores of single episodes, from `final_episodes` or one of `splits`; ValueError where they are no numbers."""
+        return [float(score) for score in (episodes if self.measure == "success" else episodes.split())]
 
 
 # ---- reading
@@ -131,25 +146,26 @@ def _read_folder(folder: Path) -> Run:
     run = _make_run(folder.name, status, config, rows)
     run.folder = folder
     if run.complete and (folder / "episodes.jsonl").is_file():
-        success = _final_episodes(folder / "episodes.jsonl", run.eval_steps[-1])
-        if len(success) == config["trainer"]["num_eval_episodes"] and None not in success.values():
-            run.states = _as_ranges(sorted(success))
-            run.final_episodes = _marks(success)
-            run.splits = _read_splits(folder / "splits" / "episodes.jsonl", sorted(success))
+        scores = _final_episodes(folder / "episodes.jsonl", run.eval_steps[-1], run.measure)
+        if len(scores) == config["trainer"]["num_eval_episodes"] and all(map(_finite, scores.values())):
+            run.states = _as_ranges(sorted(scores))
+            run.final_episodes = _as_text(scores, run.measure)
+            run.splits = _read_splits(folder / "splits" / "episodes.jsonl", sorted(scores), run.measure)
     return run
 
 
-def _final_episodes(path: Path, step: float) -> dict[int, bool | None]:
-    """Success by initial state in the evaluation at an env step; of one that a resumed run repeated, the last."""
-    return {row["initial_state"]: row["success"] for row in _episodes(path) if row["global_step"] == step}
+def _final_episodes(path: Path, step: float, measure: str) -> dict[int, float | None]:
+    """Scores by initial state in the evaluation at an env step; of one that a resumed run repeated, the last."""
+    score = MEASURES[measure][1]
+    return {row["initial_state"]: row[score] for row in _episodes(path) if row["global_step"] == step}
 
 
-def _read_splits(path: Path, states: Sequence[int]) -> dict[str, str]:
+def _read_splits(path: Path, states: Sequence[int], measure: str) -> dict[str, str]:
     """The episodes of every split that was evaluated from exactly these states."""
-    success: dict[str, dict[int, bool]] = defaultdict(dict)
+    scores: dict[str, dict[int, float]] = defaultdict(dict)
     for row in _episodes(path) if path.is_file() else ():
-        success[row.get("split", "")][row["initial_state"]] = row["success"]
-    return {split: _marks(found) for split, found in success.items() if split and sorted(found) == states}
+        scores[row.get("split", "")][row["initial_state"]] = row[MEASURES[measure][1]]
+    return {split: _as_text(found, measure) for split, found in scores.items() if split and sorted(found) == states}
 
 
 def _episodes(path: Path) -> Iterable[dict[str, Any]]:
@@ -159,9 +175,15 @@ def _episodes(path: Path) -> Iterable[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _marks(success: Mapping[int, bool]) -> str:
-    """Success by initial state as a text of 0 and 1, in the order of the states."""
-    return "".join(str(int(success[state])) for state in sorted(success))
+def _as_text(scores: Mapping[int, float], measure: str) -> str:
+    """Scores by initial state as the text that `Run.scores` reads, in the order of the states."""
+    ordered = [scores[state] for state in sorted(scores)]
+    return "".join(str(int(score)) for score in ordered) if measure == "success" else _numbers(ordered)
+
+
+def _numbers(values: Iterable[float]) -> str:
+    """Numbers separated by spaces, with all of their digits."""
+    return " ".join(repr(float(x)).removesuffix(".0") for x in values)
 
 
 def read_wandb(path: str) -> list[Run]:
@@ -187,8 +209,11 @@ def read_wandb(path: str) -> list[Run]:
 
 def _read_wandb_run(run: Any) -> Run:
     # Rows that hold all of the keys: evaluations and rollouts are logged in rows of their own.
-    evaluations = run.scan_history(keys=["global_step", "time/elapsed_s", "eval/success_rate"])
-    rollouts = run.scan_history(keys=["global_step", "rollout/success_rate", "rollout/episodes"])
+    for metric, _ in MEASURES.values():
+        evaluations = list(run.scan_history(keys=["global_step", "time/elapsed_s", f"eval/{metric}"]))
+        if evaluations:
+            break
+    rollouts = run.scan_history(keys=["global_step", f"rollout/{metric}", "rollout/episodes"])
     status = "complete" if run.state == "finished" else f"W&B state {run.state}"
     return _make_run(run.name, status, dict(run.config), [*evaluations, *rollouts])
 
@@ -204,13 +229,15 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
     scope = split_switches(nn.Module, switches, scope)[1]
 
     rows = [row for row in rows if _finite(row.get("global_step"))]
-    by_step = {row["global_step"]: row for row in rows if _finite(row.get("eval/success_rate"))}
+    measure = "success" if any(_finite(row.get("eval/success_rate")) for row in rows) else "return"
+    metric, _ = MEASURES[measure]
+    by_step = {row["global_step"]: row for row in rows if _finite(row.get(f"eval/{metric}"))}
     evaluations = [by_step[step] for step in sorted(by_step)]  # W&B keeps what a resumed run logs twice
-    rollouts = {row["global_step"]: row for row in rows if _finite(row.get("rollout/success_rate"))}
+    rollouts = {row["global_step"]: row for row in rows if _finite(row.get(f"rollout/{metric}"))}
     late = [row for step, row in rollouts.items() if step > 0.9 * max(rollouts)]
     weights = [row.get("rollout/episodes", 1) for row in late]
     if status == "complete" and not evaluations:
-        status = "no eval/success_rate in its metrics"
+        status = "no evaluations in its metrics"
     return Run(
         run=name,
         status=status,
@@ -222,14 +249,15 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
             k.removeprefix("trainer.env_config."): v for k, v in config.items() if k.startswith("trainer.env_config.")
         },
         states=_as_ranges(range(episodes)),
-        training_success=(
-            float(np.average([row["rollout/success_rate"] for row in late], weights=weights))
+        measure=measure,
+        training_score=(
+            float(np.average([row[f"rollout/{metric}"] for row in late], weights=weights))
             if sum(weights) > 0
             else math.nan
         ),
         eval_steps=[float(row["global_step"]) for row in evaluations],
         eval_seconds=[float(row.get("time/elapsed_s", math.nan)) for row in evaluations],
-        eval_success=[float(row["eval/success_rate"]) for row in evaluations],
+        eval_scores=[float(row[f"eval/{metric}"]) for row in evaluations],
         settings={
             # The checkpoint's name: the folder it lies in differs between machines.
             key: Path(value).name if key == "policy.vla_config.model_path" and value else value
@@ -277,7 +305,7 @@ def _as_ranges(ids: Sequence[int]) -> str:
 # ---- the table
 
 _COLUMNS = [name for name in Run.__dataclass_fields__ if name != "folder"]
-_LISTS = ("eval_steps", "eval_seconds", "eval_success")
+_LISTS = ("eval_steps", "eval_seconds", "eval_scores")
 _OBJECTS = ("env_config", "splits", "settings")
 
 
@@ -288,7 +316,7 @@ def write_table(path: Path, runs: Sequence[Run]) -> None:
         writer.writerow(_COLUMNS)
         for run in runs:
             values = {name: getattr(run, name) for name in _COLUMNS}
-            values |= {name: " ".join(repr(x).removesuffix(".0") for x in values[name]) for name in _LISTS}
+            values |= {name: _numbers(values[name]) for name in _LISTS}
             values |= {name: json.dumps(values[name], sort_keys=True) for name in _OBJECTS}
             writer.writerow(values.values())
 
@@ -310,7 +338,9 @@ def read_table(path: str | Path) -> list[Run]:
                 try:
                     values |= {name: [float(word) for word in row[name].split()] for name in _LISTS}
                     values |= {name: json.loads(row[name]) for name in _OBJECTS}
-                    values |= {name: float(row[name]) for name in ("learning_rate", "training_success")}
+                    values |= {name: float(row[name]) for name in ("learning_rate", "training_score")}
+                    if row["measure"] not in MEASURES:
+                        raise ValueError(f"measure is {row['measure']!r}, neither of {', '.join(MEASURES)}")
                     runs.append(Run(**values | {"seed": int(row["seed"])}))
                 except (ValueError, AttributeError) as error:
                     raise UserError(f"{path}, line {reader.line_num}: {error}") from None

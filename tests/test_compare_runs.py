@@ -13,12 +13,13 @@ import compare_runs
 import numpy as np
 import pytest
 import wandb
+from scipy import stats
 
 from research import run_table
-from research.comparison import compare
+from research.comparison import compare, curve
 from research.run_table import read_folders, read_table, read_wandb, write_table
 from research.schema import UserError
-from research.statistics import difference_interval, mean_interval
+from research.statistics import difference_interval, iqm_interval, mean_interval, seeds_needed
 from research.video import write_video
 
 STATES = 40
@@ -40,28 +41,42 @@ def config_of(scope="none", rate=1e-4, seed=1, **changes):
 
 
 def make_run(
-    folder, scope="none", rate=1e-4, seed=1, final=0.8, sampled=None, steps=(0, 1000, 2000), pace=0.1, **changes
-):
+    folder, scope="none", rate=1e-4, seed=1, final=0.8, sampled=None, steps=(0, 1000, 2000), pace=0.1, returns=None,
+    **changes,
+):  # fmt: skip
     """A run folder as ppo_vla.py leaves it: success rises evenly from 0.5 to `final`, `pace` seconds per env step.
 
-    `final` is a rate, whose episodes are then drawn, or the outcomes of the final episodes themselves.
+    `final` is a rate, whose episodes are then drawn, or the outcomes of the final episodes themselves. With `returns`,
+    those of the final episodes, the environment is one without success, and returns rise from 0.03.
     """
+    if returns is not None:
+        changes = {"trainer__env": "gym:InvertedPendulum-v5", "trainer__env_config": {}, **changes}
     config = config_of(scope, rate, seed, **changes)
     if isinstance(final, float):
         rng = np.random.default_rng([seed, int(rate * 1e7), len(str(scope))])
         final = rng.random(config["trainer"]["num_eval_episodes"]) < final
     final = np.asarray(final, dtype=bool)
-    curve = np.linspace(0.5, final.mean(), len(steps))
+    has_success = returns is None
+    returns = np.asarray(-7.0 * final if has_success else returns, dtype=float)  # logged next to success, too
+    trained = {"rollout/return": returns.mean() if sampled is None else sampled, "rollout/episodes": 10.0}
+    if has_success:
+        trained["rollout/success_rate"] = final.mean() if sampled is None else sampled
     rows, episodes = [], []
-    for step, rate_now in zip(steps, curve, strict=True):
-        rows.append({"global_step": step, "time/elapsed_s": pace * step, "eval/success_rate": float(rate_now)})
-        marks = final if step == steps[-1] else np.zeros_like(final)
+    for i, step in enumerate(steps):
+        done = i / (len(steps) - 1)
+        row = {"global_step": step, "time/elapsed_s": pace * step, "eval/return": 0.03 + done * (returns.mean() - 0.03)}
+        if has_success:
+            row["eval/success_rate"] = float(0.5 + done * (final.mean() - 0.5))
+        rows += [row, {"global_step": step + 1, "time/elapsed_s": pace * step, **trained}]
+        last = step == steps[-1]
         episodes += [
-            {"global_step": step, "seed": seed, "initial_state": i, "instruction": "", "success": bool(mark)}
-            for i, mark in enumerate(marks)
-        ]
-        trained = {"rollout/success_rate": final.mean() if sampled is None else sampled, "rollout/episodes": 10.0}
-        rows.append({"global_step": step + 1, "time/elapsed_s": pace * step, **trained})
+            {
+                "global_step": step, "seed": seed, "initial_state": state, "instruction": "",
+                "success": bool(last and final[state]) if has_success else None,
+                "episode_return": last * returns[state],
+            }
+            for state in range(config["trainer"]["num_eval_episodes"])
+        ]  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "videos").mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -135,7 +150,7 @@ def test_the_table_alone_recomputes_every_number(report, tmp_path):
 
 def test_the_page_is_one_file_with_the_best_runs_last_video(study, report):
     page = (report / "report.html").read_text()
-    best = max(read_folders([f"{study}/vision-0.0003-*"]), key=lambda run: run.eval_success[-1])
+    best = max(read_folders([f"{study}/vision-0.0003-*"]), key=lambda run: run.eval_scores[-1])
     embedded = re.findall(r'<video[^>]*src="data:video/mp4;base64,([^"]*)"', page)
     assert [base64.b64decode(data) for data in embedded] == [
         (best.folder / "videos" / "eval_000002000.mp4").read_bytes()
@@ -179,6 +194,111 @@ def test_text_from_runs_is_escaped_in_the_page():
     assert compare_runs.code("`x<y` & z") == "<code>x&lt;y</code> &amp; z"
 
 
+# ---- by return
+
+EASY = np.where(np.arange(STATES) % 2 == 0, 5.0, -5.0)  # what a state adds to every run's return; variance 25 * 40 / 39
+
+
+@pytest.fixture(scope="module")
+def return_study(tmp_path_factory):
+    """Seeds 10 apart, states 10 apart, and nothing else: the variances are known. vision is best at 3e-4."""
+    folder = tmp_path_factory.mktemp("return_study") / "runs"
+    means = {("vision", 3e-4): 987.6, ("vision", 1e-4): 700.0, ("none", 1e-4): 900.0, ("none", 1e-5): 0.03}
+    for ((scope, rate), mean), seed in itertools.product(means.items(), (1, 2, 3)):
+        returns = mean + 10 * (seed - 2) + EASY
+        make_run(folder / f"{scope}-{rate:g}-{seed}", scope, rate, seed, returns=returns, sampled=mean / 10)
+    return folder
+
+
+def test_runs_without_success_are_compared_by_return(return_study, tmp_path, capsys):
+    assert compare_runs.main([str(return_study), f"--output={tmp_path}"]) == 0
+    text = (tmp_path / "report.md").read_text()
+
+    # Of the mean: 100 / 3 from the seeds with 2 degrees of freedom, 25 / 39 from the states with 39.
+    variance = 100 / 3 + 25 / 39
+    freedom = variance**2 / ((100 / 3) ** 2 / 2 + (25 / 39) ** 2 / 39)
+    half = stats.t.ppf(0.975, freedom) * variance**0.5
+    mean = f"987.6 [{987.6 - half:.1f}, {987.6 + half:.1f}]"
+    assert f"1. vision: {mean}, rank 1 of 2\n2. none: 900.0 [" in text
+    assert f"| vision | 0.0003 | 3 | 0.0 | {mean} | 987.6 [" in text
+    iqm = iqm_interval([[987.6 + seed + EASY for seed in (-10, 0, 10)]], bounded=False)
+    assert f"| {compare_runs.interval(iqm, decimals=1)} |" in text
+    # At equal time, from the curves: Student's interval of three seeds, 4.3027 * 10 / sqrt(3).
+    assert "] | 987.6 [962.8, 1012.4] | 200 | 1 |" in text
+    # What states add cancels out: Welch's interval, 2.7764 * sqrt(200 / 3) for 4 degrees of freedom.
+    assert "| vision | none | +87.6 [+64.9, +110.3] | < 0.001 | separable | 1.000 [" in text
+    assert "| none | 1e-05 | 3 | 0.0 | 0.0 | -10.0 0.0 10.0 |  |" in text
+    assert "| vision | 0.0003 | 3 | 98.8 | 987.6 | 977.6 987.6 997.6 | yes |" in text
+    assert "Return at 2,000 env steps" in text and "chosen by return in the last tenth of training" in text
+    assert "![Each scope at its own best learning rate](return.png)" in text
+    assert (tmp_path / "return.png").read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r"success|logit|\d%", text.split("Made by")[0], re.IGNORECASE)
+
+    page = (tmp_path / "report.html").read_text()
+    assert "return: mean, 95 % interval, single seeds" in page and "987.6 *" in page
+    assert ".0%" not in page.split("plotly.js v")[1].split("</script>", 1)[1]  # after the library
+    assert capsys.readouterr().out.startswith(f"vision: {mean}")
+
+    assert compare_runs.main([f"--table={tmp_path}/runs.csv", f"--output={tmp_path}/again"]) == 0
+    assert (tmp_path / "again/report.md").read_text().split("Made by")[0] == text.split("Made by")[0]
+    assert (tmp_path / "again/runs.csv").read_bytes() == (tmp_path / "runs.csv").read_bytes()
+
+
+@pytest.mark.parametrize(("scale", "mean"), [(1e-4, "0.09876 [0.0"), (1.0, "987.6 [9"), (1e3, "987600 [9")])
+def test_returns_are_shown_with_four_digits_whatever_their_unit(tmp_path, scale, mean):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"{seed}", seed=seed, returns=scale * (987.6 + seed - 2 + EASY))
+    (line,) = compare_runs.ranking(compare(read_folders([str(tmp_path)])))
+    assert line.startswith(f"none: {mean}")
+
+
+def test_curves_of_returns_have_students_interval(return_study):
+    runs = read_folders([f"{return_study}/vision-0.0003-*"])
+    steps, estimate = curve(runs, "steps")
+    np.testing.assert_array_equal(steps, [0, 1000, 2000])
+    np.testing.assert_allclose(estimate.value, [0.03, (0.03 + 987.6) / 2, 987.6])
+    np.testing.assert_allclose(estimate.high[1:] - estimate.value[1:], [24.8414 / 2, 24.8414], rtol=1e-5)
+
+
+def test_seeds_of_equal_mean_return_are_not_taken_for_certain(tmp_path):
+    returns = np.arange(STATES) ** 2.0
+    for scope, seed in itertools.product(("none", "vision"), (1, 2, 3)):  # every seed has the same mean
+        shifted = np.roll(returns, 7 * seed + 3 * (scope == "none")) + 50 * (scope == "vision")
+        make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, returns=shifted)
+    vision, none = (comparison := compare(read_folders([str(tmp_path)]))).scopes
+    (pair,) = comparison.pairs
+    assert pair.difference.value == 50 and not pair.separable
+    assert pair.more_seeds == seeds_needed(vision.scores, none.scores, bounded=False) - 3
+
+
+def test_a_final_episode_without_return_leaves_the_comparison_unpaired(tmp_path):
+    folder = make_run(tmp_path / "a", returns=np.full(STATES, 7.0))
+    lines = (folder / "episodes.jsonl").read_text().replace('"episode_return": 7.0', '"episode_return": null', 1)
+    (folder / "episodes.jsonl").write_text(lines)
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert comparison.runs[0].final_episodes == "" and not comparison.paired
+    assert comparison.scopes[0].mean.value == 7
+
+
+def test_choosing_on_states_takes_every_other_return(tmp_path):
+    even = np.arange(STATES) % 2 == 0
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, returns=np.where(even, 250.0, -12.5))
+        make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, returns=np.where(even, 3.0, 700.0))
+    comparison = compare(read_folders([str(tmp_path)]), choose_on="states")
+    assert comparison.chosen_by == {("none", 1e-4): 250, ("none", 3e-4): 3}
+    assert comparison.scopes[0].mean.value == -12.5
+
+
+def test_equal_returns_everywhere_tell_nothing_about_new_seeds(tmp_path):
+    for scope, seed in itertools.product(("none", "vision"), (1, 2, 3)):
+        make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, returns=np.full(STATES, 1000.0))
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert all("1000 (no interval), rank 1 to 2 of 2" in line for line in compare_runs.ranking(comparison))
+    _, ((*_, verdict, _, _),) = compare_runs.pair_table(comparison)
+    assert verdict == "equal scores: cannot say"
+
+
 # ---- what is compared
 
 
@@ -200,7 +320,7 @@ def test_choosing_on_states_reports_on_the_other_states(tmp_path):
     (result,) = compare(read_folders([str(tmp_path)]), choose_on="states").scopes
     assert result.learning_rate == 1e-4
     assert result.mean.value == 0
-    assert result.success.shape == (2, STATES // 2)
+    assert result.scores.shape == (2, STATES // 2)
 
 
 def test_choosing_seeds_are_left_out_of_the_report(tmp_path):
@@ -287,7 +407,7 @@ def test_pairs_are_paired_by_initial_state_and_corrected_for_their_number(tmp_pa
     for scope, seed in itertools.product(chance, (1, 2, 3)):
         make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=easy | (rng.random(STATES) < chance[scope]))
     comparison = compare(read_folders([str(tmp_path)]))
-    arrays = {result.scope: result.success for result in comparison.scopes}
+    arrays = {result.scope: result.scores for result in comparison.scopes}
     for pair in comparison.pairs:
         expected = difference_interval(arrays[pair.first], arrays[pair.second])
         assert (pair.difference.low, pair.difference.high) == pytest.approx((expected.low, expected.high))
@@ -335,23 +455,25 @@ def test_frozen_by_a_list_or_by_a_switch_of_the_model(tmp_path):
     assert [run.scope for run in read_folders([str(tmp_path)])] == ["vision_encoder+fusion", "vision", "fusion+vision"]
 
 
+def wandb_run(folder, state="finished"):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows.append(rows[-2])  # a resumed run logs twice
+
+    def history(keys):
+        return [{key: row[key] for key in keys} for row in rows if set(keys) <= set(row)]
+
+    config = dict(run_table._flatten(json.loads((folder / "config.json").read_text())))
+    return SimpleNamespace(name=folder.name, state=state, config=config, scan_history=history)
+
+
 def test_wandb_gives_the_rows_of_the_run_folders(study, monkeypatch):
-    def history(folder):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows.append(rows[-2])  # a resumed run logs twice
-        return lambda keys: [{key: row[key] for key in keys} for row in rows if set(keys) <= set(row)]
-
-    def remote(folder, state="finished"):
-        config = dict(run_table._flatten(json.loads((folder / "config.json").read_text())))
-        return SimpleNamespace(name=folder.name, state=state, config=config, scan_history=history(folder))
-
     class Api:
         def sweep(self, path):
             assert path == "me/vla-rl/abc123"
-            return SimpleNamespace(runs=[remote(folder) for folder in sorted(study.iterdir())])
+            return SimpleNamespace(runs=[wandb_run(folder) for folder in sorted(study.iterdir())])
 
         def runs(self, path):
-            return [remote(folder, "crashed") for folder in sorted(study.iterdir())] if path == "me/vla-rl" else []
+            return [wandb_run(folder, "crashed") for folder in sorted(study.iterdir())] if path == "me/vla-rl" else []
 
     monkeypatch.setattr(wandb, "Api", Api)
     runs = read_wandb("me/vla-rl/abc123")
@@ -364,6 +486,16 @@ def test_wandb_gives_the_rows_of_the_run_folders(study, monkeypatch):
     assert {run.status for run in read_wandb("me/vla-rl")} == {"W&B state crashed"}
     with pytest.raises(UserError, match="no runs in me/empty"):
         read_wandb("me/empty")
+
+
+def test_wandb_gives_the_rows_of_runs_without_success(return_study, monkeypatch):
+    runs = [wandb_run(folder) for folder in sorted(return_study.iterdir())]
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda path: runs))
+    local = read_folders([str(return_study)])
+    for run in local:
+        run.folder, run.final_episodes = None, ""
+    assert read_wandb("me/vla-rl") == local
+    assert compare(local).scopes[0].mean.value == pytest.approx(987.6)
 
 
 def test_what_wandb_refuses_is_one_line(monkeypatch):
@@ -387,6 +519,23 @@ def test_a_table_keeps_all_that_a_run_is(tmp_path):
     assert read_table(tmp_path / "runs.csv") == runs
 
 
+def test_a_table_keeps_returns_digit_by_digit(tmp_path):
+    returns = np.float32([987.6, -0.03, 1e-7, 12, -1234567, 0] + [1 / 3] * (STATES - 6)).astype(float)
+    make_run(tmp_path / "a", returns=returns)
+    runs = read_folders([str(tmp_path)])
+    assert runs[0].measure == "return"
+    assert runs[0].final_episodes.startswith("987.5999755859375 -0.029999999329447746 ")
+    write_table(tmp_path / "runs.csv", runs)
+    (again,) = read_table(tmp_path / "runs.csv")
+    runs[0].folder = None
+    assert again == runs[0]
+    assert again.scores(again.final_episodes) == list(returns)
+    table = (tmp_path / "runs.csv").read_text()
+    (tmp_path / "runs.csv").write_text(table.replace(",return,", ",reward,"))
+    with pytest.raises(UserError, match="line 2: measure is 'reward', neither of success, return"):
+        read_table(tmp_path / "runs.csv")
+
+
 # ---- refusals
 
 
@@ -403,6 +552,21 @@ def test_runs_of_different_environments_are_refused(tmp_path):
     assert message == (
         'these runs cannot be compared, trainer.env differs: "tabletop" in run0 and 1 more; "gym:Reacher-v5" in run2'
     )
+
+
+def test_runs_with_success_and_runs_with_return_only_are_refused(tmp_path):
+    changes = {"trainer__env": "gym:my_env:Reach", "returns": np.ones(STATES)}
+    message = refused(tmp_path, {"trainer__env": "gym:my_env:Reach", "trainer__env_config": {}}, changes, changes)
+    assert message.endswith('what evaluations measure differs: "success" in run0; "return" in run1 and 1 more')
+
+
+def test_a_run_that_died_before_its_first_evaluation_is_no_run_of_another_measure(tmp_path):
+    make_run(tmp_path / "a")
+    died = make_run(tmp_path / "b", seed=2)
+    (died / "metrics.jsonl").write_text("")
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert comparison.measure == "success"
+    assert "`b` is excluded from all means: no evaluations in its metrics." in comparison.notes
 
 
 def test_runs_of_different_env_configs_are_refused(tmp_path):

@@ -70,6 +70,34 @@ def test_a_95_percent_interval_of_a_difference_covers_95_percent(setting):
     assert 0.93 <= np.mean((estimate.low <= truth) & (truth <= estimate.high)) <= 0.97
 
 
+def simulate_returns(repeats, seed_sd, state_sd, noise, settings=1, shift=0.0):
+    """Returns about 1000, as `simulate`; an episode's own noise is exponential: few are far above the others."""
+    rng = np.random.default_rng(0)
+    of_seed = rng.normal(0, seed_sd, (settings, repeats, SEEDS, 1))
+    of_state = rng.normal(0, state_sd, (repeats, 1, STATES))
+    level = 1000 - shift * np.arange(settings).reshape(-1, 1, 1, 1)
+    return level + of_seed + of_state + rng.exponential(noise, (settings, repeats, SEEDS, STATES)) - noise
+
+
+# between seeds, between states, of one episode
+RETURNS = {
+    "hard and easy states": (20.0, 100.0, 50.0),
+    "hard and easy states, seeds alike": (5.0, 100.0, 50.0),
+    "states all alike": (5.0, 0.0, 100.0),
+}
+
+
+@pytest.mark.parametrize("setting", RETURNS.values(), ids=RETURNS)
+def test_95_percent_intervals_of_returns_cover_95_percent(setting):
+    first, second = simulate_returns(2500, *setting, settings=2, shift=30)
+    for estimate, truth in (
+        (mean_interval(first, bounded=False), 1000),  # the seeds are normal: so is their interquartile mean
+        (iqm_interval([first[:1000]], resamples=200, bounded=False), 1000),
+        (difference_interval(first, second, bounded=False), 30),
+    ):
+        assert 0.93 <= np.mean((estimate.low <= truth) & (truth <= estimate.high)) <= 0.97
+
+
 def test_two_equal_settings_are_called_different_at_most_5_percent_of_the_time():
     first, second = simulate(2500, 3.0, 0.3, 2.0, settings=2)
     assert 0.03 <= np.mean(difference_interval(first, second).p_value < 0.05) <= 0.06
@@ -120,6 +148,33 @@ def test_without_states_the_interval_of_the_mean_is_students_on_the_logit_scale(
     assert estimate.value == pytest.approx(0.86)
     assert estimate.low == pytest.approx(expit(np.log(0.86 / 0.14) - half), abs=1e-5)
     assert estimate.high == pytest.approx(expit(np.log(0.86 / 0.14) + half), abs=1e-5)
+
+
+def test_the_interval_of_returns_is_students_on_their_own_scale():
+    scores = np.array([-3.0, 1.0, 2.0, 4.0, 6.0])
+    half = 2.7764 * np.sqrt(11.5 / 5)
+    for estimate in (
+        mean_interval(scores[:, None], bounded=False),
+        mean_interval(scores[:, None] + 1e6, bounded=False),
+    ):
+        assert (estimate.value - estimate.low, estimate.high - estimate.value) == pytest.approx((half, half), rel=1e-4)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_intervals_of_returns_are_the_same_in_any_unit(unit):
+    first, second = simulate_returns(1, *RETURNS["hard and easy states"], settings=2, shift=30)[:, 0]
+
+    def numbers(unit):
+        estimates = [
+            mean_interval(unit * first, bounded=False),
+            iqm_interval([unit * first], bounded=False),
+            difference_interval(unit * first, unit * second, bounded=False),
+        ]
+        return np.array([[e.value, e.low, e.high] for e in estimates]) / unit
+
+    np.testing.assert_allclose(numbers(unit), numbers(1.0), rtol=1e-6)
+    needed = [seeds_needed(u * first, u * second, bounded=False) for u in (1.0, unit)]
+    assert needed[0] == needed[1] < np.inf
 
 
 def test_without_states_the_difference_is_welchs():
@@ -205,3 +260,32 @@ def test_seeds_that_agree_to_the_last_episode_are_still_a_sample():
     assert difference.low < 0 < difference.high
     assert difference.p_value == 1
     assert not mean_interval(np.ones((5, 1))).has_interval  # scores alone say nothing about how many episodes
+
+
+def test_seeds_whose_means_differ_by_rounding_alone_agree():
+    tenth = np.tile(np.arange(40) < 4, (5, 1))  # the mean of five times 0.1 is not 0.1
+    assert iqm_interval([tenth]).low < 0.08 and iqm_interval([tenth]).high > 0.12
+
+
+@pytest.mark.parametrize("unit", [10.0, 0.9])  # whole numbers, and such that means are rounded
+def test_seeds_that_agree_in_their_mean_return_scatter_as_their_episodes_do(unit):
+    # Means of 2 for all seeds and states; the nine episodes have variance 6 / 8, the mean of three a third of it.
+    returns = unit * np.array([[1, 2, 3], [2, 3, 1], [3, 1, 2]])
+    half = unit * 4.3027 * np.sqrt(0.25 / 3)
+    for estimate in (mean_interval(returns, bounded=False), iqm_interval([returns], bounded=False)):
+        assert (estimate.low, estimate.high) == pytest.approx((2 * unit - half, 2 * unit + half), rel=1e-4)
+    difference, half = difference_interval(returns + unit, returns, bounded=False), unit * 2.77645 * np.sqrt(0.5 / 3)
+    assert (difference.low, difference.high) == pytest.approx((unit - half, unit + half), rel=1e-4)
+    # (1.96 + 0.8416)^2 * 0.5 + 1.96^2 / 4 = 4.88
+    assert seeds_needed(returns + unit, returns, bounded=False) == 5
+
+
+def test_returns_that_are_all_equal_have_no_interval():
+    equal = np.full((3, 3), 1000.0)
+    for estimate in (
+        mean_interval(equal, bounded=False),
+        iqm_interval([equal], bounded=False),
+        difference_interval(equal, equal - 1, bounded=False),
+    ):
+        assert not estimate.has_interval  # nothing at all is known of how returns scatter
+        assert np.isnan(estimate.p_value)
