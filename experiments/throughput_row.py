@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,10 +19,9 @@ import torch
 from throughput_models import build_env, build_model
 from throughput_peers import Floor, Loop, TorchRLRecipe
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchrl.envs import EnvBase
 
-from agents.policy import VLAPolicy
+from agents.policy import FlopCounter, VLAPolicy
 from research.asynchronous import AsynchronousRollouts, prepare_stale_batch
 from research.config import PPOConfig
 from research.freezing import freeze, parameter_groups
@@ -244,20 +243,6 @@ def count_flops(settings: Settings, cfg: PPOConfig) -> tuple[float, float]:
                 loop.correct_staleness()
             collect_flops += corrected.get_total_flops()
     return collect_flops, settings.epochs * update_flops
-
-
-class FlopCounter(FlopCounterMode):
-    """Counts in total, not by module: finding out the module fails on the parameters of TorchRL's losses."""
-
-    def __init__(self):
-        super().__init__(display=False)
-        self.mod_tracker = _OneModule()
-
-
-class _OneModule(nullcontext):
-    """In the place of torch's `ModuleTracker`."""
-
-    parents = frozenset({"Global"})
 
 
 def peak_memory(device: torch.device) -> float:
