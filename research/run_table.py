@@ -317,7 +317,7 @@ def write_table(path: Path, runs: Sequence[Run]) -> None:
         for run in runs:
             values = {name: getattr(run, name) for name in _COLUMNS}
             values |= {name: _numbers(values[name]) for name in _LISTS}
-            values |= {name: json.dumps(values[name], sort_keys=True) for name in _OBJECTS}
+            values |= {name: json.dumps(values[name], sort_keys=name != "splits") for name in _OBJECTS}
             writer.writerow(values.values())
 
 

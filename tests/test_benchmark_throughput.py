@@ -83,6 +83,15 @@ def test_ratios_are_to_the_same_scope_and_to_the_full_fine_tune():
     assert vla["iteration_over_floor"] == pytest.approx(2.0)
 
 
+def test_utilisation_is_of_the_fastest_product_that_any_row_saw_in_its_precision():
+    rows = rows_of("ours/none", "ours/vision", "ours/none/bf16", "floor/none")
+    for row, peak in zip(rows, (10.0, 40.0, 100.0), strict=False):  # the first row's process was disturbed
+        row |= {"model_flops_per_second": 20.0, "peak_flops_per_second": peak, "mfu": 20.0 / peak}
+    benchmark.compare_with_peers(rows)
+    assert [row.get("mfu") for row in rows] == [0.5, 0.5, 0.2, None]
+    assert [row.get("peak_flops_per_second") for row in rows] == [40.0, 40.0, 100.0, None]
+
+
 def test_a_failing_row_loses_no_other_and_append_keeps_the_table(tmp_path, monkeypatch, capsys):
     def measured(settings: Settings) -> list[dict] | None:
         return None if settings.freeze == "vision" else rows_of(settings.row)

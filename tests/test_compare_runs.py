@@ -388,6 +388,8 @@ def test_splits_are_compared_where_all_reported_runs_were_evaluated_in_them(tmp_
     header, rows = compare_runs.split_table(comparison)
     assert header == ["scope", "train", "semantics"] and [row[0] for row in rows] == ["vision"]
     assert rows[0][2] == compare_runs.interval(expected)
+    write_table(tmp_path / "runs.csv", comparison.runs)  # keeps the order of the splits, too
+    assert compare_runs.split_table(compare(read_table(tmp_path / "runs.csv"), choosing_seeds=[1])) == (header, rows)
     assert compare_runs.split_table(compare(read_folders([f"{tmp_path}/none*"]))) is None
 
 
