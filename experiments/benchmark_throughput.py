@@ -58,7 +58,7 @@ COLUMNS = {  # in the order of the CSV -> heading and format in the printed tabl
     "update_s": ("update s", "{:.3f}"),
     "floor_s": None,
     "model_flops_per_second": ("FLOP/s", "{:.3g}"),
-    "mfu": ("MFU", "{:.1%}"),  # of the fastest large matrix product in that precision, in the row's process
+    "mfu": ("MFU", "{:.1%}"),  # of the fastest large matrix product in that precision, in any row's process
     "peak_flops_per_second": None,
     "flops_per_collected_step": None,  # of all environments
     "flops_per_minibatch": None,  # of the whole update, by minibatches
@@ -120,9 +120,6 @@ def settings_of(options: argparse.Namespace, row: str) -> Settings:
     return Settings(*row.split("/"), **common)
 
 
-# -------------------------------------------------------------------------------------------------------- the table
-
-
 def compare(options: argparse.Namespace) -> int:
     names = [f"{loop}/{scope}/fp32/standard" for loop in ("sb3", "torchrl") for scope in FREEZE]
     names += [f"ours/{scope}/{precision}/standard" for scope in FREEZE for precision in PRECISIONS]
@@ -162,7 +159,12 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def compare_with_peers(rows: list[dict]) -> None:
-    """Fill in the ratios to the peers, of rows that have them in their table."""
+    """Fill in the ratios to the peers, of rows that have them in their table, and to the table's fastest product."""
+    for bf16 in (False, True):
+        alike = [row for row in rows if row.get("mfu") and row["precision"].startswith("bf16") == bf16]
+        for row in alike:
+            row["peak_flops_per_second"] = max(other["peak_flops_per_second"] for other in alike)
+            row["mfu"] = row["model_flops_per_second"] / row["peak_flops_per_second"]
     speed = {row["row"]: row["env_steps_per_second"] for row in rows}
     seconds = {row["row"]: row["iteration_s"] for row in rows}
     for row in rows:
@@ -221,9 +223,6 @@ def draw_table(rows: list[dict]) -> Figure:
     axes.margins(x=0.15)
     axes.invert_yaxis()
     return figure
-
-
-# -------------------------------------------------------------------------------------------------------- scaling
 
 
 def scale(options: argparse.Namespace) -> int:
