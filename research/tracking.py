@@ -14,6 +14,7 @@ Metrics, the same names in every script, all against `global_step`:
 | `train/entropy`                         | nats      | entropy of the policy                                        |
 | `train/approx_kl`                       | nats      | KL divergence between the collecting and the updated policy  |
 | `train/clip_fraction`                   | 0..1      | samples whose probability ratio was clipped                  |
+| `train/gradient_steps`, `train/epochs`  | –         | steps of the optimizer, and passes over the rollout          |
 | `train/explained_variance`              | <= 1      | 1 - Var(target - value) / Var(target), before the update     |
 | `train/grad_norm/<part>`                | L2 norm   | gradient of one named part of the model, before clipping     |
 | `train/learning_rate/<part>`            | –         | its learning rate                                            |
