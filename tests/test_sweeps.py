@@ -107,7 +107,7 @@ def wait_for(condition, seconds=150):
 
 
 def test_two_agents_share_a_grid(server, start_agent, tmp_path):
-    two = {"trainer.seed": {"values": [1, 2]}, "policy.freeze": {"values": ["none", "vision"]}}
+    two = {"trainer.seed": {"values": [1, 2]}, "policy.freeze": {"values": ["none", "backbone"]}}
     sweep = create(server, tmp_path, "freeze", **two)
     agents = [start_agent(sweep) for _ in range(2)]
     assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
@@ -117,14 +117,14 @@ def test_two_agents_share_a_grid(server, start_agent, tmp_path):
     assert [(run.state, run.exit_code) for run in runs] == [("finished", 0)] * 4, log
     assert {agent for run in runs for agent in run.agents} == {"agent0", "agent1"}
     found = [(run.config["trainer.seed"], run.config["policy.freeze"]) for run in runs]
-    assert sorted(found) == [(1, "none"), (1, "vision"), (2, "none"), (2, "vision")]
+    assert sorted(found) == [(1, "backbone"), (1, "none"), (2, "backbone"), (2, "none")]
     for run in runs:
         scope = run.config["policy.freeze"]
         assert run.project == "vla-rl" and run.agents == run.agents[:1]
         # One form of the configuration, dotted; the rate of the scope; and two keys that W&B's panels can address.
         assert all(run.config[name] == value for name, value in run.point.items() if not isinstance(value, dict))
         assert "policy" not in run.config and "trainer" not in run.config
-        assert run.config["algorithm.cfg.learning_rate"] == {"none": 1e-4, "vision": 4e-4}[scope]
+        assert run.config["algorithm.cfg.learning_rate"] == {"none": 4e-4, "backbone": 1.6e-3}[scope]
         assert (run.config["scope"], run.config["learning_rate"]) == (scope, run.config["algorithm.cfg.learning_rate"])
         assert run.attributes["groupName"] == f"tabletop-ppo-{scope}"
         assert run.attributes["jobType"] == "train"

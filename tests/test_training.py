@@ -351,7 +351,7 @@ def test_a_gpt_style_model_trains_with_its_language_model_frozen(tmp_path, capsy
     )  # fmt: skip
     assert ppo_vla.main(["--config", str(config)]) == 0
     out = capsys.readouterr().out
-    assert "feature reuse: vision_encoder run once" in out
+    assert "feature reuse: vision_encoder runs once" in out
     assert "feature reuse: not of hidden: it reads vision_tokens, which changes" in out
     row = [row for row in read_metrics(run_folder(tmp_path)) if "train/approx_kl" in row][-1]
     assert row["train/grad_norm/projector"] > 0 and "train/grad_norm/language_model" not in row
