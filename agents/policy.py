@@ -87,9 +87,6 @@ class VLAPolicy:
         stages = list(self.model.stages())
         if not stages or HIDDEN not in stages[-1].out_keys:
             raise UserError(f"{_name(self.model)}.stages() should end in a stage that writes 'hidden'")
-        if compile:
-            for stage in stages:
-                getattr(stage, "module", stage).compile()
         prefix, rest = split_frozen_prefix(stages) if feature_reuse == "auto" else ([], stages)
         self.frozen_stages = [stage_name(self.model, stage) for stage in prefix]
         if feature_reuse == "auto":
@@ -97,6 +94,9 @@ class VLAPolicy:
             shared = [s for s in rest if _reads_instruction(s) and not _is_random(s) and not _mixes_rows(s)]
             self.shared_stages = [stage_name(self.model, stage) for stage in shared]
             rest = [DistinctInstructions(s) if s in shared else s for s in rest]
+        if compile:  # now that it is known which stages are methods and functions
+            for stage in stages:
+                _compile(stage)
         prefix = [OncePerInstruction(s) if _reads_instruction(s) else s for s in prefix]
         self.prefix = StageSequence(self.model, prefix, self._precision)
         rest = StageSequence(self.model, rest, self._precision)
@@ -319,6 +319,15 @@ def _reads_constants(stage: TensorDictModuleBase, constant: set) -> bool:
 
 def _reads_constants_key(key, constant: set) -> bool:
     return key in constant or key[0] == OBSERVATION
+
+
+def _compile(stage: TensorDictModuleBase) -> None:
+    """`torch.compile` what a stage runs: a module in place, a method or function by its compiled form."""
+    module = getattr(stage, "module", stage)
+    if isinstance(module, nn.Module):
+        module.compile()
+    else:
+        stage.module = torch.compile(module)
 
 
 def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:

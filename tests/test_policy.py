@@ -301,6 +301,19 @@ class MethodStage(SmallVLA):
 
 
 @pytest.mark.parametrize("function", [False, True])
+def test_a_stage_that_is_a_method_or_function_can_be_compiled(function):
+    gradients = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = MethodStage(3, token_size=8, hidden_size=32).eval()
+        model.function = function
+        policy = VLAPolicy(model, compile=compile)
+        gradients.append(gradients_of(policy, rollout_batch(policy)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [False, True])
 def test_a_stage_that_is_a_method_or_function_trains(function):
     """It holds no parameters of its own; taking it for frozen would silently train nothing but the heads."""
     torch.manual_seed(0)
