@@ -261,8 +261,11 @@ class SweepTrials:
         Args:
             is_alive: whether a process runs the trial of this number; one that nobody runs was interrupted.
         """
+        running = [trial.number for trial in self.all() if trial.state == TrialState.RUNNING]
+        nobodys = [number for number in running if not is_alive(number)]
+        # Another process notes a result before it lets go of the trial: only now is it known that nobody will.
         for trial in self.all():
-            if trial.state == TrialState.RUNNING and not is_alive(trial.number):
+            if trial.number in nobodys and trial.state == TrialState.RUNNING:
                 self.put_back(trial.number)
         trials = self.all()
         # What the script refused has not begun, and is tried again, but not by this process.

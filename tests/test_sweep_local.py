@@ -217,6 +217,22 @@ def test_trials_are_handed_out_by_one_process_at_a_time():
     assert entered.wait(10)
 
 
+def test_a_trial_that_ends_while_another_process_looks_at_it_is_not_put_back():
+    sweep = load_sweep(write_sweep())
+    first, second = SweepTrials(sweep, Path("runs/s")), SweepTrials(sweep, Path("runs/s"))
+    with first.alone():
+        ending, interrupted = (first.take(lambda number: True) for _ in range(2))
+
+    def is_alive(number: int) -> bool:  # between the look at the database and the look at the process, it is over
+        if number == ending.number:
+            first.tell(ending, 0.5)
+        return False
+
+    with second.alone():
+        assert second.take(is_alive).number == interrupted.number
+    assert second.all()[ending.number].state.name == "COMPLETE"
+
+
 def test_bayes_draws_within_its_ranges_until_its_cap():
     ranges = {
         "algorithm.cfg.learning_rate": {"distribution": "log_uniform_values", "min": 0.01, "max": 100.0},
