@@ -31,6 +31,7 @@ from torch.distributions import Distribution
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_MAPPING,
+    AttentionInterface,
     AutoConfig,
     AutoModel,
     GPT2Config,
@@ -39,6 +40,7 @@ from transformers import (
     ResNetConfig,
     ResNetModel,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.action_heads import GaussianHead, TokenHead
@@ -225,9 +227,8 @@ class TokenSequence(nn.Module):
             words = self.readout.expand(inputs[0].shape[0], 1, -1)
             place = torch.full((len(words),), before, device=words.device)
         sequence = torch.cat([*tokens, words], dim=1)  # [B, S, D]
-        states = self.language_model(
-            inputs_embeds=sequence, attention_mask=self._causal_mask(sequence), use_cache=False
-        ).last_hidden_state
+        self._check_length(sequence.shape[1])
+        states = self.language_model(inputs_embeds=sequence, use_cache=False).last_hidden_state
         return states[torch.arange(len(states), device=place.device), place]
 
     def _proprio_token(self, proprio: Tensor) -> Tensor:
@@ -245,19 +246,26 @@ class TokenSequence(nn.Module):
         behind = torch.arange(words.shape[1], device=ids.device) == length[:, None]  # [B, L + 1]
         return torch.where(behind[..., None], self.readout, words), length
 
-    def _causal_mask(self, sequence: Tensor) -> Tensor:
-        """True where a token may look, `[1, 1, S, S]`.
-
-        Given ready-made, so that the language model does not look at the data to find out which mask it needs, which
-        would stop a GPU at every pass.
-        """
-        length, limit = sequence.shape[1], getattr(self.language_model.config, "max_position_embeddings", math.inf)
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.language_model.config, "max_position_embeddings", math.inf)
         if length > limit:
             raise UserError(
                 f"GPTVLAModel: a sequence of {length} tokens is longer than the {limit} positions of language_model; "
                 "shorten it with policy.vla_config.model_config.vision_tokens or a tokenizer"
             )
-        return torch.ones(1, 1, length, length, dtype=torch.bool, device=sequence.device).tril()
+
+
+def causal_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options):
+    """transformers' `sdpa`, always causal and without a mask.
+
+    Told so, PyTorch takes its flash kernel, which it does not for a mask that amounts to the same. And a language model
+    whose attention needs no mask does not look at the data to find out which one it needs, which would stop a GPU at
+    every pass.
+    """
+    return sdpa_attention_forward(module, query, key, value, None, **{**options, "is_causal": True})
+
+
+AttentionInterface.register("causal_sdpa", causal_attention)
 
 
 # ------------------------------------------------------------------------------------------------------- the parts
@@ -438,7 +446,7 @@ def _language_model(spec: str | dict, weights: str | None) -> PreTrainedModel:
     for name in list(vars(config)):
         if name.endswith(("pdrop", "dropout")):
             setattr(config, name, 0.0)
-    options = {"attn_implementation": "sdpa", "dtype": torch.float32}
+    options = {"attn_implementation": "causal_sdpa", "dtype": torch.float32}
     if weights is None:
         return AutoModel.from_config(config, **options)
     return _load(MODEL_MAPPING[type(config)], config, weights, "language_weights", **options)
