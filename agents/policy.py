@@ -59,7 +59,8 @@ class VLAPolicy:
         interface: one of the table's, or "auto" for the first that the model has.
         autocast: "off", or "bf16" to run the trunk and the heads' layers in bfloat16 where autocast does;
             log-probabilities, values and losses stay in float32.
-        compile: `torch.compile` the stages, or the methods of a model without stages.
+        compile: `torch.compile` the stages, or the methods of a model without stages; on a GPU they then run as CUDA
+            graphs.
     Raises:
         UserError: the model lacks the methods of the interface asked for.
     """
@@ -78,6 +79,7 @@ class VLAPolicy:
         self.blocked_stages: list[tuple[str, str]] = []
         self.shared_stages: list[str] = []
         self._precision = Precision(model, autocast)
+        self._graphs = compile and self._precision.device_type == "cuda"
         if self.interface == "staged":
             self._wire_stages(feature_reuse, compile)
         else:
@@ -96,10 +98,10 @@ class VLAPolicy:
             rest = [DistinctInstructions(s) if s in shared else s for s in rest]
         if compile:  # now that it is known which stages are methods and functions
             for stage in stages:
-                _compile(stage)
+                _compile(stage, self._graphs and not _reads_instruction(stage))  # of instructions the number varies
         prefix = [OncePerInstruction(s) if _reads_instruction(s) else s for s in prefix]
-        self.prefix = StageSequence(self.model, prefix, self._precision)
-        rest = StageSequence(self.model, rest, self._precision)
+        self.prefix = StageSequence(self.model, prefix, self._precision, self._graphs)
+        rest = StageSequence(self.model, rest, self._precision, self._graphs)
         self.actor = ProbabilisticActor(
             rest,
             in_keys={"hidden": HIDDEN},
@@ -114,7 +116,9 @@ class VLAPolicy:
 
     def _wire_methods(self, compile: bool) -> None:
         act, evaluate = _act_and_evaluate(self.model)
-        if compile:
+        if self._graphs:
+            act, evaluate = _as_graphs(act), _as_graphs(evaluate)
+        elif compile:
             act, evaluate = torch.compile(act), torch.compile(evaluate)
         self.prefix = None
         self.actor = ProbabilisticActor(
@@ -131,6 +135,12 @@ class VLAPolicy:
     @torch.no_grad()
     def values(self, steps: TensorDictBase) -> Tensor:
         """State values `[B, 1]` of the observations in `steps` `[B]`; the frozen and the trainable trunk both run."""
+        if self._graphs:  # a graph for every B that comes along would cost more than it saves
+            with torch.compiler.set_stance("force_eager"):
+                return self._values(steps)
+        return self._values(steps)
+
+    def _values(self, steps: TensorDictBase) -> Tensor:
         if self.interface != "staged":
             with self._precision():
                 return self.model.get_value(_for_model(self.model, steps.get(OBSERVATION))).float()
@@ -321,13 +331,29 @@ def _reads_constants_key(key, constant: set) -> bool:
     return key in constant or key[0] == OBSERVATION
 
 
-def _compile(stage: TensorDictModuleBase) -> None:
+# What mode="reduce-overhead" means, for fixed sizes, and rounding to bfloat16 wherever eager code does: compiled for
+# collection and for training, the same layers are fused differently, and the ratio would not start at 1.
+GRAPHS = {"options": {"triton.cudagraphs": True, "emulate_precision_casts": True}, "dynamic": False}
+
+
+def _compile(stage: TensorDictModuleBase, graphs: bool) -> None:
     """`torch.compile` what a stage runs: a module in place, a method or function by its compiled form."""
-    module = getattr(stage, "module", stage)
+    module, options = getattr(stage, "module", stage), GRAPHS if graphs else {}
     if isinstance(module, nn.Module):
-        module.compile()
+        module.compile(**options)
     else:
-        stage.module = torch.compile(module)
+        stage.module = torch.compile(module, **options)
+
+
+def _as_graphs(method: Callable) -> Callable:
+    """A model's method as CUDA graphs: what it returns is copied, as the next run writes to the same memory."""
+    compiled = torch.compile(method, **GRAPHS)
+
+    def run(*arguments, **options) -> tuple[Tensor, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(output.clone() for output in compiled(*arguments, **options))
+
+    return run
 
 
 def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
@@ -338,11 +364,16 @@ def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
 
 
 class StageSequence(TensorDictModuleBase):
-    """Some of a model's stages in a row, possibly none; holds the whole model, so that its heads come along."""
+    """Some of a model's stages in a row, possibly none; holds the whole model, so that its heads come along.
 
-    def __init__(self, model: nn.Module, stages: Sequence[TensorDictModuleBase], precision: Precision):
+    Where they run as CUDA graphs, what they wrote is copied, as the next run writes to the same memory.
+    """
+
+    def __init__(
+        self, model: nn.Module, stages: Sequence[TensorDictModuleBase], precision: Precision, graphs: bool = False
+    ):
         super().__init__()
-        self.model, self.stages, self._precision = model, list(stages), precision
+        self.model, self.stages, self._precision, self._graphs = model, list(stages), precision, graphs
         written, self.in_keys = set(), []
         for stage in self.stages:
             self.in_keys += [key for key in stage.in_keys if key not in written and key not in self.in_keys]
@@ -352,9 +383,13 @@ class StageSequence(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         step = with_text_as(torch.int64, tensordict)
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with self._precision():
             for stage in self.stages:
                 step = run_stage(stage, step)
+        if self._graphs:
+            step.update({key: step.get(key).clone() for stage in self.stages for key in stage.out_keys})
         if step is tensordict:
             return step
         return tensordict.update({key: step.get(key) for key in self.out_keys})
@@ -568,8 +603,11 @@ class EvaluatedActions(Distribution):
 # ------------------------------------------------------------------------------------------------------- checking
 
 
+@torch.compiler.set_stance("force_eager")
 def check_policy(policy: VLAPolicy, observations: TensorDictBase, action_dim: int) -> None:
     """Run the model once on a few observations and refuse wrong shapes and dtypes, before anything heavy starts.
+
+    The model's methods run as they are written, whatever the policy compiles.
 
     Args:
         policy: the policy under test.

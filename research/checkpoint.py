@@ -56,5 +56,11 @@ def run_folder_of(path: str | Path) -> Path:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Set Python's, NumPy's and torch's generators to where the checkpoint was taken."""
-    GlobalRNGState().load_state_dict(state["rng"])
+    """Set Python's, NumPy's and torch's generators to where the checkpoint was taken.
+
+    Generators of GPUs that are not here stay out: a run may go on elsewhere, though not bit for bit.
+    """
+    generators = dict(state["rng"])
+    if len(generators.get("torch_cuda", ())) > torch.cuda.device_count():
+        del generators["torch_cuda"]
+    GlobalRNGState().load_state_dict(generators)

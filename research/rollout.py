@@ -179,7 +179,8 @@ class Rollouts:
         self.env.load_state_dict(state.get("environment", {}))
         exactly = self.env.resumes_exactly and "carrier" in state
         if exactly:
-            self.collector._carrier.update(state["carrier"])
+            carrier = TensorDict.from_dict(state["carrier"], batch_size=self.env.batch_size)
+            self.collector._carrier.update(carrier.to(self.env.device))
         return exactly
 
     def shutdown(self) -> None:
@@ -257,4 +258,5 @@ class EpisodeStatistics:
         return {"return": self.running_return, "length": self.running_length}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.running_return, self.running_length = state["return"].clone(), state["length"].clone()
+        self.running_return.copy_(state["return"])
+        self.running_length.copy_(state["length"])

@@ -32,6 +32,17 @@ def test_random_numbers_go_on_as_if_never_interrupted(tmp_path):
     assert torch.equal(torch.rand(4), expected[0]) and (np.random.rand(4) == expected[1]).all()
 
 
+def test_a_run_from_a_gpu_goes_on_where_there_is_none(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", **RUN)
+    expected = torch.rand(4)
+    state = load_checkpoint(tmp_path / "last.pt")
+    state["rng"]["torch_cuda"] = [torch.zeros(16, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    restore_rng(state)
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_a_folder_means_its_last_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "checkpoints" / "last.pt", **RUN, iteration=3)
     assert load_checkpoint(tmp_path)["iteration"] == 3

@@ -155,6 +155,18 @@ def test_compiled_policies_give_equal_losses_and_gradients(interface):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_checking_a_policy_compiles_nothing():
+    torch._dynamo.reset()
+    policy = VLAPolicy(small_model(), compile=True)
+    compiled = torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    check_policy(policy, observations(), action_dim=3)
+    assert compiled["unique_graphs"] == before
+    with torch.no_grad():
+        policy.act(TensorDict({"observation": observations()}, [2]))
+    assert compiled["unique_graphs"] > before
+
+
 def count_calls(module: nn.Module) -> list:
     calls = []
     module.register_forward_hook(lambda *_: calls.append(1))
