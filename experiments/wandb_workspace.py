@@ -2,6 +2,7 @@
 
     pip install -e .[workspace]
     python experiments/wandb_workspace.py entity/project [--name="VLA-RL: what to freeze"]
+    python experiments/wandb_workspace.py entity/project --measure=return       # an environment without success
 
 A group is environment + algorithm + freeze scope, so the lines are means over the seeds and rates of a scope; filter by
 a learning rate to see one cell. The axes use the config keys `scope` and `learning_rate`: W&B's panels and filters
@@ -16,10 +17,11 @@ import sys
 from research.schema import UserError
 
 NAME = "VLA-RL: what to freeze, at which rate"
+MEASURES = {"success": ("success_rate", (0.0, 1.0)), "return": ("return", None)}  # the metric's name, and its range
 
 
-def workspace(entity: str, project: str, name: str):
-    """The workspace, not saved yet."""
+def workspace(entity: str, project: str, name: str, measure: str = "success"):
+    """The workspace, not saved yet; `measure` is what its first section compares, see `MEASURES`."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
@@ -37,23 +39,25 @@ def workspace(entity: str, project: str, name: str):
         )  # fmt: skip
 
     scope, rate = wr.Config("scope"), wr.Config("learning_rate")
-    success = wr.SummaryMetric("eval/success_rate")
+    metric, extent = MEASURES[measure]
+    bounds = {} if extent is None else {"range_y": extent}
+    final = wr.SummaryMetric(f"eval/{metric}")
     Column = wr.ParallelCoordinatesPlotColumn
     sections = [
         ws.Section(
-            name="Success",
+            name=measure.capitalize(),
             panels=[
-                by_group("Evaluation success, mean and standard error", "eval/success_rate", range_y=(0.0, 1.0)),
-                by_group("Training success", "rollout/success_rate", range_y=(0.0, 1.0), smoothing_factor=0.6,
-                         smoothing_type="exponential"),
-                wr.ScatterPlot(title="Success by learning rate", x=rate, y=success, log_x=True, range_y=(0.0, 1.0)),
+                by_group(f"Evaluation {measure}, mean and standard error", f"eval/{metric}", **bounds),
+                by_group(f"Training {measure}", f"rollout/{metric}", smoothing_factor=0.6,
+                         smoothing_type="exponential", **bounds),
+                wr.ScatterPlot(title=f"{measure.capitalize()} by learning rate", x=rate, y=final, log_x=True, **bounds),
                 wr.ParallelCoordinatesPlot(
-                    title="Scope, rate, success",
-                    columns=[Column(metric=scope), Column(metric=rate, log=True), Column(metric=success)],
+                    title=f"Scope, rate, {measure}",
+                    columns=[Column(metric=scope), Column(metric=rate, log=True), Column(metric=final)],
                 ),
-                wr.ParameterImportancePlot(with_respect_to="eval/success_rate"),
+                wr.ParameterImportancePlot(with_respect_to=f"eval/{metric}"),
                 wr.BarPlot(
-                    title="Final success", metrics=["eval/success_rate"], groupby="Group",
+                    title=f"Final {measure}", metrics=[f"eval/{metric}"], groupby="Group",
                     groupby_aggfunc="mean", groupby_rangefunc="stderr",
                 ),
             ],
@@ -91,7 +95,7 @@ def workspace(entity: str, project: str, name: str):
         settings=ws.WorkspaceSettings(x_axis="global_step", max_runs=100),
         runset_settings=ws.RunsetSettings(
             groupby=[ws.expr.Metric("Group")] if hasattr(ws, "expr") else [expr.Metric("Group")],
-            pinned_columns=["summary:eval/success_rate", "config:scope.value", "config:learning_rate.value"],
+            pinned_columns=[f"summary:eval/{metric}", "config:scope.value", "config:learning_rate.value"],
         ),
     )
 
@@ -100,12 +104,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("project", help="entity/project")
     parser.add_argument("--name", default=NAME, help="name of the workspace")
+    parser.add_argument("--measure", choices=MEASURES, default="success", help="what to compare, default success")
     options = parser.parse_args(argv)
     try:
         entity, _, project = options.project.partition("/")
         if not (entity and project) or "/" in project:
             raise UserError(f"{options.project!r} is not of the form entity/project")
-        saved = workspace(entity, project, options.name)
+        saved = workspace(entity, project, options.name, options.measure)
         import wandb
 
         try:

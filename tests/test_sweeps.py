@@ -197,16 +197,18 @@ def test_a_run_that_its_agent_starts_again_goes_on_or_begins_anew(monkeypatch, t
     assert len(first_rows) == 1 and episodes.count(0) == 8  # evaluated once before training, in either case
 
 
-def test_the_workspace_is_saved_with_panels_that_name_what_is_logged(server, capsys):
-    assert wandb_workspace.main([f"{ENTITY}/vla-rl", "--name=Mine"]) == 0
+@pytest.mark.parametrize(("measure", "metric"), [("success", "success_rate"), ("return", "return")])
+def test_the_workspace_is_saved_with_panels_that_name_what_is_logged(server, capsys, measure, metric):
+    assert wandb_workspace.main([f"{ENTITY}/vla-rl", "--name=Mine", f"--measure={measure}"]) == 0
     (view,) = server.views
     assert (view["entityName"], view["projectName"], view["displayName"]) == (ENTITY, "vla-rl", "Mine")
     assert f"{ENTITY}/vla-rl?nw=" in capsys.readouterr().out
     spec = json.loads(view["spec"])["section"]
     panels = [p for s in spec["panelBankConfig"]["sections"] for p in s["panels"]]
     text = json.dumps(panels)
-    for name in ("eval/success_rate", "rollout/success_rate", "train/approx_kl", "eval/video", "audit/drift"):
+    for name in (f"eval/{metric}", f"rollout/{metric}", "train/approx_kl", "eval/video", "audit/drift"):
         assert name in text
+    assert ("success" in text) == (measure == "success")
     named = {m for p in panels for m in p["config"].get("metrics", [])}
     known = tracking.__doc__
     assert named and all(f"`{name}`" in known for name in named)  # the metric table
