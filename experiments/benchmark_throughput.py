@@ -4,7 +4,7 @@
     python experiments/benchmark_throughput.py --model=resnet18 --rows="sb3/*,ours/backbone/*"
     python experiments/benchmark_throughput.py --model=resnet18 --rows="torchrl/*" --append     # into the same table
     python experiments/benchmark_throughput.py --scaling                    # against envs, model size and processes
-    python experiments/benchmark_throughput.py --device=cuda                # 1,024 envs, 224 pixels, 150 M parameters
+    python experiments/benchmark_throughput.py --device=cuda                # 1,024 envs, 224 pixels, 381 M parameters
 
 A row is loop/freeze/precision/buffer, as in ours/backbone/bf16/standard. Loops are `sb3`, `torchrl`, `ours`, and the
 `floor` of each row of ours: the least that must be computed, timed by turns with it. `freeze` is none, vision, or
@@ -85,7 +85,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has larger default sizes")
-    add("--model", choices=[*MODELS], help="default small; on cuda gpt: ResNet-50 and GPT-2")
+    add("--model", choices=[*MODELS], help="default small; on cuda gpt: ResNet-50 and GPT-2 medium")
     add("--model_config", type=json.loads, default={}, metavar="JSON", help="further arguments of the model")
     add("--env", choices=ENVIRONMENTS, default="tabletop", help="standin costs nothing")
     add("--rows", default="*", metavar="GLOBS", help="comma-separated globs over row names, default all")
@@ -219,7 +219,8 @@ def draw_table(rows: list[dict]) -> Figure:
     bars = axes.barh([row["row"] for row in rows], speeds, color=[COLORS[row["loop"]] for row in rows])
     axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=8)
     axes.set(xscale="log", xlabel="environment steps per second (median)")
-    axes.set_title(f"{rows[0]['model']} on {rows[0]['env']}, {rows[0]['device']}, {rows[0]['threads']} threads")
+    where = rows[0]["machine"] if rows[0]["device"] == "cuda" else f"{rows[0]['threads']} threads"
+    axes.set_title(f"{rows[0]['model']} on {rows[0]['env']}, {rows[0]['num_envs']} environments, {where}")
     axes.margins(x=0.15)
     axes.invert_yaxis()
     return figure

@@ -24,7 +24,6 @@ MODELS = {
     "resnet34": ("throughput_models.ResNetVLA", {"vision_encoder": "resnet34"}),
     "resnet50": ("throughput_models.ResNetVLA", {"vision_encoder": "resnet50"}),
     "gpt": ("agents.gpt_vla.GPTVLAModel", {"vision_encoder": "resnet50", "language_model": "gpt2-medium"}),
-    "vit": ("agents.gpt_vla.GPTVLAModel", {"vision_encoder": "timm:vit_base_patch16_224", "language_model": "gpt2"}),
 }
 ENVIRONMENTS = ("tabletop", "standin")
 MODALITIES = [RGB, PROPRIO, LANGUAGE]

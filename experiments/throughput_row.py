@@ -6,6 +6,7 @@ python experiments/throughput_row.py SETTINGS.json RESULT.json
 from __future__ import annotations
 
 import json
+import platform
 import resource
 import statistics
 import subprocess
@@ -221,8 +222,16 @@ def columns(settings: Settings, bytes_per_transition: float, times: list[tuple[f
         "collect_s": collect_s,
         "update_s": update_s,
         "bytes_per_transition": bytes_per_transition,
+        "machine": machine(torch.device(settings.device)),
         "torch": torch.__version__,
     }
+
+
+def machine(device: torch.device) -> str:
+    """Name of the GPU, or the processor's architecture and the widest instructions that torch uses on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def count_flops(settings: Settings, cfg: PPOConfig) -> tuple[float, float]:
