@@ -64,7 +64,7 @@ class TrainerConfig:
     autocast: Literal["off", "bf16"] = "off"
     """bf16: run the model's layers in bfloat16; log-probabilities, advantages and losses stay in float32."""
     compile: Literal["off", "on"] = "off"
-    """on: torch.compile the model's stages; slow at first, needs a C++ compiler."""
+    """on: torch.compile the model's stages, as CUDA graphs on a GPU; slow at first, needs a C++ compiler."""
     enable_eval: bool = True
     """Evaluate on fixed initial states before, during and after training."""
     num_eval_envs: PositiveInt = 64
