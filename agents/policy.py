@@ -100,15 +100,15 @@ class VLAPolicy:
         prefix = [OncePerInstruction(s) if _reads_instruction(s) else s for s in prefix]
         self.prefix = StageSequence(self.model, prefix, self._precision)
         rest = StageSequence(self.model, rest, self._precision)
-        self.actor = ProbabilisticActor(
+        self.actor = _StagedActor(
             rest,
             in_keys={"hidden": HIDDEN},
             out_keys=[ACTION],
             distribution_class=_ActionDistribution(self.model, self._precision),
             return_log_prob=True,
         )
-        self.critic = ValueOperator(_ValueHead(self.model, self._precision), in_keys=[HIDDEN], out_keys=[VALUE])
-        self.act = TensorDictSequential(self.prefix, self.actor, self.critic)
+        self.critic = _Critic(_ValueHead(self.model, self._precision), in_keys=[HIDDEN], out_keys=[VALUE])
+        self.act = StagedAct(self.prefix, self.actor, self.critic)
         written = {key for stage in prefix for key in stage.out_keys}
         self.kept_keys = [key for key in rest.in_keys if key in written or key[0] == OBSERVATION]
 
@@ -124,7 +124,7 @@ class VLAPolicy:
             distribution_class=EvaluatedActions,
             return_log_prob=True,
         )
-        self.critic = ValueOperator(nn.Identity(), in_keys=[EVALUATED_VALUE], out_keys=[VALUE])
+        self.critic = _Critic(nn.Identity(), in_keys=[EVALUATED_VALUE], out_keys=[VALUE])
         self.act = MethodActor(self.model, act, self._precision)
         self.kept_keys = [OBSERVATION]
 
@@ -458,6 +458,43 @@ def distinct_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     count = int(which.max()) + 1 if b else 0
     rows = torch.full((count,), b, device=tokens.device).scatter_reduce_(0, which, everything, "amin")
     return (rows, which) if torch.equal(tokens[rows[which]], tokens) else (everything, everything)
+
+
+class StagedAct(TensorDictModuleBase):
+    """Frozen stages, actor and critic in a row; writes their outputs into what it is given.
+
+    Where actions are drawn at random, as in every collected step, the actor's distribution is sampled here: that saves
+    what TorchRL's modules cost in Python. How to act otherwise is left to the actor.
+    """
+
+    def __init__(self, prefix: StageSequence, actor: ProbabilisticActor, critic: ValueOperator):
+        super().__init__()
+        self.prefix, self.actor, self.critic = prefix, actor, critic
+        sequence = TensorDictSequential(prefix, actor, critic)
+        self.in_keys, self.out_keys = sequence.in_keys, sequence.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        step = self.prefix(tensordict)
+        if exploration_type() is not ExplorationType.RANDOM:
+            return self.critic(self.actor(step))
+        distribution = self.actor.get_dist(step)
+        action = distribution.rsample() if distribution.has_rsample else distribution.sample()
+        return self.critic(step.set(ACTION, action).set(LOG_PROB, distribution.log_prob(action)))
+
+
+class _StagedActor(ProbabilisticActor):
+    """A `ProbabilisticActor` that goes from its stages to their distribution without a detour through key lookups."""
+
+    def get_dist(self, tensordict: TensorDictBase) -> Distribution:
+        stages, head = self.module
+        return head.distribution_class(stages(tensordict).get(HIDDEN))
+
+
+class _Critic(ValueOperator):
+    """A `ValueOperator` without what a TensorDict module's call costs in Python, 0.2 ms."""
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict.set(self.out_keys[0], self.module(tensordict.get(self.in_keys[0])))
 
 
 class _ActionDistribution:

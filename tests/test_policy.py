@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor, ValueOperator
 
 from agents.policy import (
     INTERFACES,
@@ -98,6 +99,34 @@ def test_all_interfaces_give_equal_losses_and_gradients(head, options, critic_gr
         assert len(reference) == len(got)
         for a, b in zip(reference, got, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("exploration", [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC, ExplorationType.MODE])
+@pytest.mark.parametrize(("head", "options"), HEADS)
+def test_acting_is_what_torchrls_modules_do(head, options, exploration):
+    """The same bits, and the same random numbers drawn, as from the modules that it stands in for."""
+    model = small_model(head, options)
+    freeze(model, ["vision_encoder"])
+    policy = VLAPolicy(model)
+    stages, distribution = policy.actor.module
+    actor = ProbabilisticActor(
+        stages,
+        in_keys={"hidden": "hidden"},
+        out_keys=["action"],
+        distribution_class=distribution.distribution_class,
+        return_log_prob=True,
+    )
+    critic = ValueOperator(policy.critic.module, in_keys=["hidden"], out_keys=["state_value"])
+    step = TabletopEnv(8, modalities=["rgb", "proprio", "language"]).reset()
+    results = []
+    for act in (policy.act, TensorDictSequential(policy.prefix, actor, critic)):
+        torch.manual_seed(7)
+        with torch.no_grad(), set_exploration_type(exploration):
+            results.append((act(step.copy()), torch.rand(1)))
+    (ours, then), (theirs, then_too) = results
+    assert torch.equal(then, then_too) and set(ours.keys(True)) == set(theirs.keys(True))
+    assert (ours == theirs).all()
+    assert torch.equal(policy.actor.get_dist(ours).log_prob(ours["action"]), ours["action_log_prob"])
 
 
 @pytest.mark.parametrize(("head", "options"), HEADS)
