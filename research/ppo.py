@@ -93,6 +93,7 @@ class PPO:
         self.value_parameters = value_parameters
         self.critic_to_head = critic_to_head and value_parameters is not None
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self._foreach = True if self.trainable[0].is_cpu else None  # on a GPU torch chooses so by itself
 
     def set_progress(self, iteration: int, iterations: int) -> None:
         """Set the learning rates of iteration 0, 1, ...: they rise, and fall to 0, if so configured.
@@ -122,7 +123,7 @@ class PPO:
         for _ in range(cfg.n_epochs):
             for minibatch in _minibatches(batch, cfg.batch_size):
                 metrics = self._accumulate(minibatch, value_only, f"in gradient step {count} of the update")
-                norm = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm, foreach=True)
+                norm = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm, foreach=self._foreach)
                 if count == 0:
                     part_norms = self._gradient_norms()
                 self.optimizer.step()

@@ -89,7 +89,7 @@ class RolloutCollector(Collector):
         """Take T steps in every environment: `[N, T]`."""
         steps, final = [], []
         with set_exploration_type(self.exploration_type):
-            for t in range(self.frames_per_batch):
+            for t in range(self.frames_per_batch):  # T: TorchRL has divided by N
                 step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
                 after = step.get("next")
                 unvalued = ~after.get("terminated")  # by any later step
