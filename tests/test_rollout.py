@@ -170,7 +170,12 @@ def test_steps_are_those_of_torchrls_own_collector():
     ours = Rollouts(Scripted(events), Valuing(), 72, make_gae(PPOConfig()))
     theirs = iter(
         Collector(
-            Scripted(events), CollectingPolicy(Valuing()), frames_per_batch=72, total_frames=-1, use_buffers=False
+            Scripted(events),
+            CollectingPolicy(Valuing()),
+            frames_per_batch=72,
+            total_frames=-1,
+            use_buffers=False,
+            auto_register_policy_transforms=False,
         )
     )
     for _ in range(2):
