@@ -103,7 +103,7 @@ def train(config: ExperimentConfig) -> int:
     else:
         env.close()
         rollouts = AsynchronousRollouts(
-            partial(make_worker_env, trainer, device), policy, trainer.num_collectors, trainer.num_envs,
+            partial(make_worker_env, trainer, device), policy, trainer.num_collectors,
             trainer.buffer_size, cfg, trainer.max_staleness, trainer.seed, env_steps=step,
         )  # fmt: skip
     if resumed:

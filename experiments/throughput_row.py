@@ -114,7 +114,7 @@ class Ours:
             self.rollouts = Rollouts(settings.build_env(), self.policy, settings.frames, make_gae(cfg))
         else:
             self.rollouts = AsynchronousRollouts(
-                settings.build_env, self.policy, settings.num_collectors, settings.num_envs, settings.frames, cfg,
+                settings.build_env, self.policy, settings.num_collectors, settings.frames, cfg,
                 max_staleness=2, seed=1,
             )  # fmt: skip
 

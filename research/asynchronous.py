@@ -29,7 +29,7 @@ from torchrl.collectors import MultiAsyncCollector
 from torchrl.envs import EnvBase
 
 from research.config import PPOConfig
-from research.rollout import POLICY_VERSION, CollectingPolicy, Policy, RolloutCollector, RolloutEnv, next_values
+from research.rollout import POLICY_VERSION, CollectingPolicy, Policy, RolloutCollector, next_values
 from research.schema import ACTION, LOG_PROB, VALUE, check_finite
 
 _SHARED_MEMORY = "/dev/shm"  # a folder that is memory, where there is one
@@ -40,10 +40,9 @@ class AsynchronousRollouts:
     """As `research.rollout.Rollouts`, from worker processes: a FIFO of `buffer_size` transitions.
 
     Args:
-        make_env: worker number -> that worker's environment, batch `[N / num_collectors]`; runs in the worker.
+        make_env: worker number -> that worker's share of the N environments; runs in the worker.
         policy: see `research.rollout.Policy`; workers get copies. It also has the loss's `actor` and `critic`.
         num_collectors: worker processes.
-        num_envs: N, over all workers.
         buffer_size: transitions per rollout, N * T.
         cfg: PPO's settings; discount, lambda and micro-batch size are read.
         max_staleness: updates that a transition may lag behind; older ones are thrown away.
@@ -56,14 +55,12 @@ class AsynchronousRollouts:
         make_env: Callable[[int], EnvBase],
         policy: Policy,
         num_collectors: int,
-        num_envs: int,
         buffer_size: int,
         cfg: PPOConfig,
         max_staleness: int,
         seed: int,
         env_steps: int = 0,
     ):
-        steps = buffer_size // num_envs
         self.actor, self.critic, self.kept_keys = policy.actor, policy.critic, policy.kept_keys
         self.policy = CollectingPolicy(policy, env_steps)
         self.cfg, self.max_staleness, self.buffer_size = cfg, max_staleness, buffer_size
@@ -73,7 +70,7 @@ class AsynchronousRollouts:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="weight_updater is None")  # the mailbox sends the weights
             self.collector = MultiAsyncCollector(
-                [_EnvMaker(make_env, worker, steps) for worker in range(num_collectors)],
+                [_EnvMaker(make_env, worker) for worker in range(num_collectors)],
                 policy_factory=[_Copy(copied)] * num_collectors,
                 collector_class=RolloutCollector,
                 frames_per_batch=buffer_size // num_collectors,
@@ -203,11 +200,11 @@ class _Copy:
 class _EnvMaker:
     """Builds a worker's environment, in the worker."""
 
-    def __init__(self, make_env: Callable[[int], EnvBase], worker: int, steps: int):
-        self.make_env, self.worker, self.steps = make_env, worker, steps
+    def __init__(self, make_env: Callable[[int], EnvBase], worker: int):
+        self.make_env, self.worker = make_env, worker
 
-    def __call__(self) -> RolloutEnv:
-        return RolloutEnv(self.make_env(self.worker), self.steps)
+    def __call__(self) -> EnvBase:
+        return self.make_env(self.worker)
 
 
 def vtrace(

@@ -7,7 +7,6 @@ measured to destroy a pretrained policy.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,6 +20,16 @@ from research.config import PPOConfig
 from research.freezing import part_of
 from research.schema import VALUE, UserError, check_finite
 
+# What of the loss is reported, and as which metric; at the same place in every vector of metrics.
+MEASURED = {
+    "loss_objective": "train/loss_objective",
+    "loss_critic": "train/loss_critic",
+    "entropy": "train/entropy",
+    "kl_approx": "train/approx_kl",
+    "clip_fraction": "train/clip_fraction",
+}
+APPROX_KL = list(MEASURED).index("kl_approx")
+
 
 def make_loss(actor: ProbabilisticTensorDictSequential, critic: TensorDictModule, cfg: PPOConfig) -> ClipPPOLoss:
     """`ClipPPOLoss` on the modules themselves (not on functional copies, so there is one set of weights)."""
@@ -33,6 +42,7 @@ def make_loss(actor: ProbabilisticTensorDictSequential, critic: TensorDictModule
         critic_coeff=cfg.vf_coef,
         loss_critic_type="l2",
         normalize_advantage=False,  # PPO.update does, over a minibatch whatever its micro-batches
+        log_explained_variance=False,  # PPO.update does, over the rollout
         functional=False,
     )
 
@@ -83,6 +93,7 @@ class PPO:
         self.value_parameters = value_parameters
         self.critic_to_head = critic_to_head and value_parameters is not None
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self._foreach = True if self.trainable[0].is_cpu else None  # on a GPU torch chooses so by itself
 
     def set_progress(self, iteration: int, iterations: int) -> None:
         """Set the learning rates of iteration 0, 1, ...: they rise, and fall to 0, if so configured.
@@ -107,47 +118,45 @@ class PPO:
         Raises:
             NonFiniteError: a loss is not a number.
         """
-        cfg, totals, count, rows, stop = self.cfg, defaultdict(float), 0, 0, False
+        cfg, totals, count, rows, stop = self.cfg, 0.0, 0, 0, False
         explained = _explained_variance(batch[VALUE], batch["value_target"])
         for _ in range(cfg.n_epochs):
             for minibatch in _minibatches(batch, cfg.batch_size):
                 metrics = self._accumulate(minibatch, value_only, f"in gradient step {count} of the update")
-                metrics["train/grad_norm"] = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm)
+                norm = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm, foreach=self._foreach)
                 if count == 0:
                     part_norms = self._gradient_norms()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 count, rows = count + 1, rows + len(minibatch)
-                for name, value in metrics.items():
-                    totals[name] += value
-                if cfg.target_kl is not None and metrics["train/approx_kl"].item() > cfg.target_kl:
+                totals = totals + torch.cat([metrics, norm.view(1)])
+                if cfg.target_kl is not None and metrics[APPROX_KL].item() > cfg.target_kl:
                     stop = True
                     break
             if stop:
                 break
-        metrics = {name: float(total) / count for name, total in totals.items()}
+        names = [*MEASURED.values(), "train/grad_norm"]
+        metrics = {name: total / count for name, total in zip(names, totals.tolist(), strict=True)}
         metrics |= {"train/explained_variance": explained, "train/gradient_steps": float(count)}
         metrics["train/epochs"] = rows / len(batch)
         metrics |= {f"train/grad_norm/{part}": norm for part, norm in part_norms.items()}
         metrics |= {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
         return metrics
 
-    def _accumulate(self, minibatch: TensorDictBase, value_only: bool, when: str) -> dict[str, Tensor]:
-        """Gradients of one minibatch, summed over its micro-batches; returns the means of their metrics."""
+    def _accumulate(self, minibatch: TensorDictBase, value_only: bool, when: str) -> Tensor:
+        """Gradients of one minibatch, summed over its micro-batches; returns the means of what `MEASURED` names."""
         if self.cfg.normalize_advantage and len(minibatch) > 1:
             advantage = minibatch["advantage"]
             scale = advantage.std().clamp(min=1e-6)
             minibatch = minibatch.copy().set("advantage", (advantage - advantage.mean()) / scale)
-        metrics = defaultdict(float)
-        for micro in minibatch.split(self.cfg.micro_batch_size or len(minibatch)):
+        size, metrics = self.cfg.micro_batch_size, 0.0
+        for micro in minibatch.split(size) if size else [minibatch]:
             share = len(micro) / len(minibatch)
             losses = self.loss(micro)
             named = [(k, losses[k]) for k in ("loss_objective", "loss_critic", "loss_entropy")]
-            if not torch.isfinite(sum(loss.detach() for _, loss in named)):
-                check_finite(named, when)
+            check_finite(named, when)
             self._backward(losses, value_only, share)
-            for name, value in _loss_metrics(losses).items():
-                metrics[name] += share * value
+            metrics = metrics + share * torch.stack([losses[name].detach() for name in MEASURED])
         return metrics
 
     def _backward(self, losses: TensorDictBase, value_only: bool, share: float) -> None:
@@ -175,17 +184,8 @@ def _minibatches(batch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
         yield batch
         return
     for rows in torch.randperm(len(batch), device=batch.device).split(size):
-        yield batch[rows]
-
-
-def _loss_metrics(losses: TensorDictBase) -> dict[str, Tensor]:
-    return {
-        "train/loss_objective": losses["loss_objective"].detach(),
-        "train/loss_critic": losses["loss_critic"].detach(),
-        "train/entropy": losses["entropy"].detach().mean(),
-        "train/approx_kl": losses["kl_approx"].detach().mean(),
-        "train/clip_fraction": losses["clip_fraction"].detach(),
-    }
+        # As batch[rows], but rows of pictures are copied whole and not number by number: 4 times as fast on a CPU.
+        yield batch.apply(lambda tensor: tensor.index_select(0, rows), batch_size=[len(rows)])  # noqa: B023
 
 
 def _explained_variance(value: Tensor, target: Tensor) -> float:

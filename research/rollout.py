@@ -16,12 +16,14 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import set_exploration_type
 from torchrl.objectives.value import GAE
 
 from research.schema import ACTION, LOG_PROB, OBSERVATION, SUCCESS, VALUE, check_finite, with_text_as
 
 FINAL_VALUE = "final_value"  # under "next": the next state's value where no later step of the rollout holds it, else 0
+KEPT_AFTER = ("reward", "done", "terminated", "truncated", SUCCESS)  # of what is under "next"
 POLICY_VERSION = "policy_version"  # which weights acted: the number of updates that they had seen
 
 
@@ -58,78 +60,59 @@ class CollectingPolicy(TensorDictModuleBase):
             self.before_step(self)
         when = f"at env step {self.env_steps}"
         observation = tensordict.get(OBSERVATION)
-        check_finite(((f"observation {key!r}", observation.get(key)) for key in observation.keys()), when)
+        check_finite([(f"observation {key!r}", value) for key, value in observation.items()], when)
         tensordict = self.act(tensordict)
-        check_finite(((key, tensordict.get(key)) for key in (ACTION, LOG_PROB, VALUE)), when)
+        check_finite([(key, tensordict.get(key)) for key in (ACTION, LOG_PROB, VALUE)], when)
         count = tensordict.batch_size[0]
         self.env_steps += count
-        return tensordict.set(POLICY_VERSION, self.version.expand(count).clone())
-
-
-class RolloutEnv(TransformedEnv):
-    """An environment as a collector sees it: its steps keep what the update reads, and the values of final states.
-
-    Those values are computed once per rollout, in one batch, when its last step has been taken.
-
-    Args:
-        env: the environment, batch `[N]`.
-        steps: T, steps per rollout.
-    """
-
-    def __init__(self, env: EnvBase, steps: int):
-        super().__init__(env)
-        self.steps, self.taken = steps, 0
-        self.policy: CollectingPolicy | None = None  # set by RolloutCollector
-        self._final: list[tuple[Tensor, Tensor, TensorDictBase]] = []
-
-    def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
-        step, following = self.base_env.step_and_maybe_reset(tensordict)
-        after = step.get("next")
-        self.taken += 1
-        last = self.taken == self.steps
-        ends = torch.ones_like(after.get("done")) if last else after.get("done")
-        rows = (ends & ~after.get("terminated")).squeeze(-1).nonzero().squeeze(-1)
-        value = torch.zeros_like(ends, dtype=torch.float32)
-        if len(rows):
-            self._final.append((value, rows, after.get(OBSERVATION)[rows]))
-        if last:
-            self._value_final_states()
-        kept = after.select("reward", "done", "terminated", "truncated", SUCCESS, strict=False)
-        # The collector keeps what it gave, of which an environment may have stepped a copy.
-        for recorded in (step, tensordict):
-            recorded.select(*self.policy.kept_keys, inplace=True)
-            if OBSERVATION in recorded.keys():
-                recorded.set(OBSERVATION, with_text_as(torch.uint8, recorded).get(OBSERVATION))
-        return step.set("next", kept.set(FINAL_VALUE, value)), following
-
-    def _value_final_states(self) -> None:
-        """Write the values into the tensors that the steps of this rollout hold."""
-        if self._final:
-            observations = torch.cat([o for _, _, o in self._final])
-            values = self.policy.values(TensorDict({OBSERVATION: observations}, observations.batch_size))
-            for (value, rows, _), part in zip(
-                self._final, values.split([len(rows) for _, rows, _ in self._final]), strict=True
-            ):
-                value[rows] = part
-        self._final, self.taken = [], 0
+        version = torch.full((count,), self.version.item(), device=tensordict.get(ACTION).device)
+        return tensordict.set(POLICY_VERSION, version)
 
 
 class RolloutCollector(Collector):
-    """TorchRL's collector over a `RolloutEnv`, which values states with the very policy that acts.
+    """TorchRL's collector, whose rollouts keep what the update reads, and the values of final states.
 
-    Where it runs, in a worker too, it records the steps that the environment has reduced, and not copies made before.
+    Those values are computed by the very policy that acts, in one batch when the last step has been taken. `rollout`
+    replaces TorchRL's: policy and environment are on one device, so that no step is copied on its way between them.
+    Options that act upon single steps (random first frames, replay buffers, interruption) have no effect.
     """
 
     def __init__(
         self, create_env_fn: EnvBase | Callable[[], EnvBase], policy: CollectingPolicy | None = None, **options
     ):
-        env = create_env_fn if isinstance(create_env_fn, EnvBase) else create_env_fn()
-        # A collector that stores elsewhere than the environment is, or on no device, steps a copy and records what it
-        # copied whole. Not `device`: on a GPU it would act with a copy of the policy, because the version is on the
-        # CPU, and that copy gets no versions and takes no weights. Trajectory ids it would seek in what a step dropped.
-        options |= {"storing_device": env.device, "track_traj_ids": False}
-        super().__init__(env, policy, **options)
-        self.env.policy = self.policy
+        # No `device`: on a GPU the collector would act with a copy of the policy, because the version is on the CPU,
+        # and that copy gets no versions and takes no weights. Trajectory ids it would seek in what a step dropped.
+        super().__init__(create_env_fn, policy, **{**options, "track_traj_ids": False})
+
+    @torch.no_grad()
+    def rollout(self) -> TensorDictBase:
+        """Take T steps in every environment: `[N, T]`."""
+        steps, final = [], []
+        with set_exploration_type(self.exploration_type):
+            for t in range(self.frames_per_batch):  # T: TorchRL has divided by N
+                step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
+                after = step.get("next")
+                unvalued = ~after.get("terminated")  # by any later step
+                if t < self.frames_per_batch - 1:
+                    unvalued &= after.get("done")
+                rows = unvalued.squeeze(-1).nonzero().squeeze(-1)
+                if len(rows):
+                    final.append((t, rows, after.get(OBSERVATION)[rows]))
+                kept = with_text_as(torch.uint8, step.select(*self.policy.kept_keys))
+                steps.append(kept.set("next", after.select(*KEPT_AFTER, strict=False)))
+        rollout = torch.stack(steps, dim=1).refine_names(..., "time")
+        rollout["next"].set(FINAL_VALUE, self._final_values(final, rollout["next", "done"]))
+        return rollout
+
+    def _final_values(self, final: list[tuple[int, Tensor, TensorDictBase]], done: Tensor) -> Tensor:
+        """`[N, T, 1]` from steps, rows and observations of final states."""
+        values = torch.zeros_like(done, dtype=torch.float32)
+        if final:
+            observations = torch.cat([observation for _, _, observation in final])
+            found = self.policy.values(TensorDict({OBSERVATION: observations}, observations.batch_size))
+            for (t, rows, _), part in zip(final, found.split([len(rows) for _, rows, _ in final]), strict=True):
+                values[rows, t] = part
+        return values
 
 
 class Rollouts:
@@ -147,13 +130,15 @@ class Rollouts:
         self.env, self.gae, self.kept_keys = env, gae, policy.kept_keys
         self.policy = CollectingPolicy(policy, env_steps)
         self.collector = RolloutCollector(
-            RolloutEnv(env, buffer_size // env.batch_size[0]),
+            env,
             self.policy,
             frames_per_batch=buffer_size,
             total_frames=-1,
             trust_policy=True,
             use_buffers=False,
             auto_register_policy_transforms=False,
+            return_same_td=True,  # every rollout is a new one
+            no_cuda_sync=True,  # all is on one device
         )
         self._arriving: Iterator[TensorDictBase] | None = None
 
@@ -234,21 +219,20 @@ class EpisodeStatistics:
         """Metrics of a rollout `[N, T]`: empty if no episode ended, without success if the env has no such notion."""
         after = rollout["next"]
         reward, done = after["reward"].squeeze(-1), after["done"].squeeze(-1)
-        returns, lengths = [], []
+        returns, lengths = [], []  # of the episodes under way, [N] at every step
         for t in range(rollout.batch_size[1]):
-            self.running_return += reward[:, t]
-            self.running_length += 1
-            ended = done[:, t]
-            returns.append(self.running_return[ended])
-            lengths.append(self.running_length[ended])
-            self.running_return = torch.where(ended, 0.0, self.running_return)
-            self.running_length = torch.where(ended, 0.0, self.running_length)
-        if not done.any():
+            returns.append(self.running_return + reward[:, t])
+            lengths.append(self.running_length + 1)
+            self.running_return = torch.where(done[:, t], 0.0, returns[-1])
+            self.running_length = torch.where(done[:, t], 0.0, lengths[-1])
+        ended = done.T  # [T, N]
+        episodes = float(ended.sum())
+        if not episodes:
             return {}
         metrics = {
-            "rollout/return": torch.cat(returns).mean().item(),
-            "rollout/episode_length": torch.cat(lengths).mean().item(),
-            "rollout/episodes": float(done.sum()),
+            "rollout/return": torch.stack(returns)[ended].mean().item(),
+            "rollout/episode_length": torch.stack(lengths)[ended].mean().item(),
+            "rollout/episodes": episodes,
         }
         if SUCCESS in after.keys():
             metrics["rollout/success_rate"] = after[SUCCESS].squeeze(-1)[done].float().mean().item()

@@ -15,6 +15,7 @@ Observation, batch `[B]`, under the key `"observation"`; any of the four may be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -127,7 +128,13 @@ def check_finite(named: Iterable[tuple[str, Tensor]], when: str) -> None:
         named: (name, tensor) pairs; integer tensors pass.
         when: where in the run this is ("at env step 4096"), for the message.
     """
-    for name, tensor in named:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-            raise NonFiniteError(f"{name} is {tensor[tuple(bad)].item()} at index {bad} {when}")
+    floating = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+    # A sum is a finite number only if all its terms are (the reverse is not true: it may overflow). So one number tells
+    # of all tensors, and a GPU is waited for once.
+    if math.isfinite(sum(tensor.detach().sum() for _, tensor in floating)):
+        return
+    for name, tensor in floating:
+        bad = (~torch.isfinite(tensor)).nonzero()
+        if len(bad):
+            index = bad[0].tolist()
+            raise NonFiniteError(f"{name} is {tensor[tuple(index)].item()} at index {index} {when}")

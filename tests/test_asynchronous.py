@@ -106,7 +106,7 @@ def test_a_stale_rollout_is_scored_by_the_current_policy_and_weighted():
 
 @pytest.fixture(scope="module")
 def asynchronous():
-    rollouts = AsynchronousRollouts(make_env, make_policy(), 2, 8, 8 * 6, CFG, max_staleness=3, seed=0)
+    rollouts = AsynchronousRollouts(make_env, make_policy(), 2, 8 * 6, CFG, max_staleness=3, seed=0)
     yield rollouts
     rollouts.shutdown()
 
@@ -155,7 +155,7 @@ def test_what_is_too_stale_is_thrown_away_and_reported(asynchronous):
 def test_workers_send_what_the_update_reads_and_nothing_else():
     """What arrives, before the main process has touched it, is what `Rollouts` keeps of the same steps."""
     policy = make_policy("backbone")
-    asynchronous = AsynchronousRollouts(make_env, policy, 1, 4, 4 * 8, CFG, max_staleness=0, seed=5)
+    asynchronous = AsynchronousRollouts(make_env, policy, 1, 4 * 8, CFG, max_staleness=0, seed=5)
     try:
         arriving = iter(asynchronous.collector)
         arrived = [next(arriving), next(arriving)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor, ValueOperator
 
+import agents.policy
 from agents.policy import (
     INTERFACES,
     OncePerInstruction,
@@ -98,6 +100,34 @@ def test_all_interfaces_give_equal_losses_and_gradients(head, options, critic_gr
         assert len(reference) == len(got)
         for a, b in zip(reference, got, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("exploration", [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC, ExplorationType.MODE])
+@pytest.mark.parametrize(("head", "options"), HEADS)
+def test_acting_is_what_torchrls_modules_do(head, options, exploration):
+    """The same bits, and the same random numbers drawn, as from the modules that it stands in for."""
+    model = small_model(head, options)
+    freeze(model, ["vision_encoder"])
+    policy = VLAPolicy(model)
+    stages, distribution = policy.actor.module
+    actor = ProbabilisticActor(
+        stages,
+        in_keys={"hidden": "hidden"},
+        out_keys=["action"],
+        distribution_class=distribution.distribution_class,
+        return_log_prob=True,
+    )
+    critic = ValueOperator(policy.critic.module, in_keys=["hidden"], out_keys=["state_value"])
+    step = TabletopEnv(8, modalities=["rgb", "proprio", "language"]).reset()
+    results = []
+    for act in (policy.act, TensorDictSequential(policy.prefix, actor, critic)):
+        torch.manual_seed(7)
+        with torch.no_grad(), set_exploration_type(exploration):
+            results.append((act(step.copy()), torch.rand(1)))
+    (ours, then), (theirs, then_too) = results
+    assert torch.equal(then, then_too) and set(ours.keys(True)) == set(theirs.keys(True))
+    assert (ours == theirs).all()
+    assert torch.equal(policy.actor.get_dist(ours).log_prob(ours["action"]), ours["action_log_prob"])
 
 
 @pytest.mark.parametrize(("head", "options"), HEADS)
@@ -364,8 +394,40 @@ def test_language_is_encoded_once_per_instruction():
             stage(step.copy())["language_features"], model.language_encoder(step["observation", "language"])
         )
         for seed in range(5):
-            stage(TabletopEnv(64, seed=seed).reset())
-            assert len(stage._rows) <= 100
+            step = TabletopEnv(64, seed=seed).reset()
+            torch.testing.assert_close(
+                stage(step.copy())["language_features"], model.language_encoder(step["observation", "language"])
+            )
+            assert len(stage._texts) <= 100
+
+
+def language_table(**options) -> tuple[OncePerInstruction, nn.Module]:
+    model = small_model()
+    freeze(model, ["language_encoder"])
+    return OncePerInstruction(model.stages()[1], **options), model.language_encoder
+
+
+@torch.no_grad()
+def look_up(table: OncePerInstruction, tokens: torch.Tensor) -> torch.Tensor:
+    return table(TensorDict({"observation": {"language": tokens}}, [len(tokens)]))["language_features"]
+
+
+def test_a_batch_with_more_instructions_than_are_kept_is_encoded_all_the_same():
+    table, encoder = language_table(capacity=5)
+    tokens = torch.randint(1, 256, (12, 64))
+    for rows in (tokens[:5], tokens, tokens[4:8], tokens[:0]):
+        torch.testing.assert_close(look_up(table, rows), encoder(rows))
+    assert look_up(table, tokens[:, :20]).shape == (12, 64)  # instructions of another length
+
+
+def test_instructions_whose_hashes_are_equal_get_each_its_own_features(monkeypatch):
+    hash_by_sum(monkeypatch)
+    table, encoder = language_table()
+    tokens = torch.randint(1, 256, (4, 64))
+    tokens[1] = tokens[0].flip(0)
+    for rows in (tokens[:1], tokens[1:], tokens, tokens[[1, 0]]):
+        torch.testing.assert_close(look_up(table, rows), encoder(rows))
+    assert not torch.equal(*look_up(table, tokens[:2]))
 
 
 def test_a_trainable_language_encoder_runs_once_per_distinct_instruction():
@@ -416,12 +478,17 @@ def test_rows_are_computed_apart_where_sharing_would_change_them(reason):
     assert VLAPolicy(model).shared_stages == []
 
 
+def hash_by_sum(monkeypatch) -> None:
+    """Texts of the same letters have the same hash from here on."""
+    monkeypatch.setattr(agents.policy, "_hash_weights", lambda length, _: torch.ones(length, dtype=torch.int64))
+
+
 def test_distinct_rows_are_found_and_colliding_hashes_do_no_harm(monkeypatch):
     texts = torch.randint(0, 256, (20, 64))
     tokens = texts[torch.randint(0, 20, (500,))]
     rows, which = distinct_rows(tokens)
     assert len(rows) == len({tuple(row) for row in tokens.tolist()}) and torch.equal(tokens[rows][which], tokens)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.zeros(64, dtype=torch.int64))  # only the sum counts
+    hash_by_sum(monkeypatch)
     tokens[:2, :2] = torch.tensor([[0, 1], [1, 0]])
     tokens[:2, 2:] = 7
     rows, which = distinct_rows(tokens)

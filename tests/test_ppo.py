@@ -12,7 +12,7 @@ from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
 from research.config import PPOConfig
 from research.freezing import parameter_groups
-from research.ppo import PPO, make_loss, value_head_parameters
+from research.ppo import PPO, _minibatches, make_loss, value_head_parameters
 from research.schema import NonFiniteError, UserError
 
 
@@ -150,8 +150,31 @@ def test_micro_batches_give_the_minibatchs_gradients_and_metrics(head_only):
     for gradients, metrics in results[1:]:
         for a, b in zip(gradients, results[0][0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-        for name, value in metrics.items():
-            torch.testing.assert_close(value, results[0][1][name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(metrics, results[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_minibatches_are_the_shuffled_rows_of_every_tensor():
+    batch = make_batch(VLAPolicy(make_model()), size=10)
+    torch.manual_seed(5)
+    rows = torch.randperm(10).split(4)
+    torch.manual_seed(5)
+    minibatches = list(_minibatches(batch, 4))
+    assert [len(m) for m in minibatches] == [4, 4, 2]
+    for minibatch, which in zip(minibatches, rows, strict=True):
+        assert minibatch.batch_size == (len(which),) and set(minibatch.keys(True)) == set(batch.keys(True))
+        assert (minibatch == batch[which]).all()
+    assert next(_minibatches(batch, 10)) is batch
+
+
+def test_metrics_are_means_over_the_gradient_steps():
+    model = make_model()
+    ppo, policy = make_ppo(model, lr=0.0, normalize_advantage=False, ent_coef=0.0)
+    batch = make_batch(policy)
+    expected = ppo.loss(batch.clone())  # weights do not move: the mean over minibatches is that over the batch
+    metrics = ppo.update(batch)
+    for name in ("loss_objective", "loss_critic", "entropy", "clip_fraction"):
+        assert metrics[f"train/{name}"] == pytest.approx(expected[name].item(), rel=1e-4, abs=1e-6)
+    assert metrics["train/approx_kl"] == pytest.approx(expected["kl_approx"].item(), abs=1e-6)
 
 
 def test_target_kl_stops_the_update():

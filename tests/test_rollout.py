@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.collectors import Collector
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
@@ -161,6 +162,36 @@ def test_rollout_and_batch_hold_what_the_update_reads_and_nothing_else(device):
     assert set(batch.keys()) == kept | {"advantage", "value_target"}
     assert set(rollout.keys()) == kept | {"policy_version", "next"}  # no observation
     assert set(rollout["next"].keys()) == {"reward", "done", "terminated", "truncated", "final_value"}
+
+
+def test_steps_are_those_of_torchrls_own_collector():
+    """Two rollouts, where TorchRL's loop takes the steps."""
+    events = script()
+    ours = Rollouts(Scripted(events), Valuing(), 72, make_gae(PPOConfig()))
+    theirs = iter(
+        Collector(
+            Scripted(events),
+            CollectingPolicy(Valuing()),
+            frames_per_batch=72,
+            total_frames=-1,
+            use_buffers=False,
+            auto_register_policy_transforms=False,
+        )
+    )
+    for _ in range(2):
+        rollout, whole = ours.next(), next(theirs)
+        for key in rollout.keys(True, leaves_only=True):
+            if key != ("next", "final_value"):
+                assert torch.equal(rollout[key], whole[key]), key
+    assert rollout.batch_size == (6, 12) and rollout.names == whole.names
+
+
+def test_a_rollout_outlives_the_next_one():
+    rollouts = Rollouts(Scripted(script()), Valuing(), 72, make_gae(PPOConfig()))
+    first = rollouts.next()
+    before = first.clone()
+    rollouts.next()
+    assert (first == before).all()
 
 
 def test_a_published_version_reaches_the_policy_on_another_device_than_its_own():

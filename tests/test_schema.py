@@ -50,6 +50,16 @@ def test_check_finite_names_the_tensor():
     check_finite([("a", torch.ones(2)), ("b", torch.ones(2, dtype=torch.int64))], "now")
     with pytest.raises(NonFiniteError, match=r"b is inf at index \[1\] now"):
         check_finite([("a", torch.ones(2)), ("b", torch.tensor([0.0, float("inf")]))], "now")
+    with pytest.raises(NonFiniteError, match=r"a is -inf at index \[\] now"):
+        check_finite([("a", torch.tensor(-float("inf"))), ("b", torch.tensor(float("inf")))], "now")
+
+
+def test_numbers_whose_sum_overflows_are_finite():
+    largest = torch.finfo(torch.float32).max
+    check_finite([("a", torch.full((4,), largest)), ("b", torch.tensor(largest))], "now")
+    check_finite([("a", torch.full((4,), largest)), ("b", torch.full((4,), -largest))], "now")
+    with pytest.raises(NonFiniteError, match=r"b is nan at index \[0\] now"):
+        check_finite([("a", torch.full((4,), largest)), ("b", torch.tensor([float("nan")]))], "now")
 
 
 def imports_of(path: Path) -> set[str]:
