@@ -100,6 +100,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--warmup", type=int, default=1, help="iterations before, default 1, and 2 more where something compiles")
     add("--num_collectors", type=int, default=1, help="processes of rows with buffer vla, default 1")
     add("--threads", type=int, default=torch.get_num_threads(), help="torch threads, default %(default)s")
+    add("--profile", action="store_true", help="also write where each row's time goes: profile-<row>.txt")
     add("--output", type=Path, default=HERE / "results" / "throughput", help="folder, default experiments/results/…")
     options = parser.parse_args(argv)
     for name, value in SIZES[options.device].items():
@@ -117,7 +118,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace, row: str) -> Settings:
     common = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
-    return Settings(*row.split("/"), **common)
+    file = options.output.absolute() / f"profile-{row.replace('/', '-')}.txt"
+    return Settings(*row.split("/"), **(common | {"profile": str(file) if options.profile else None}))
 
 
 def compare(options: argparse.Namespace) -> int:

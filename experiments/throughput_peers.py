@@ -17,7 +17,6 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from agents.policy import VLAPolicy
-from agents.vla import run_stage
 from research.config import PPOConfig
 from research.schema import ACTION, HIDDEN, OBSERVATION
 
@@ -50,7 +49,7 @@ class Floor:
 
     def __init__(self, env: EnvBase, policy: VLAPolicy, steps: int, cfg: PPOConfig, bf16: bool):
         self.env, self.model, self.steps, self.cfg = env, policy.model, steps, cfg
-        self.frozen, self.trained = policy.prefix.stages, policy.actor.module[0].stages
+        self.frozen, self.trained = policy.prefix, policy.actor.module[0]
         self.kept_keys = policy.kept_keys
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._autocast = torch.autocast(env.device.type, torch.bfloat16, enabled=bf16)
@@ -61,9 +60,7 @@ class Floor:
         kept = []
         with self._autocast:
             for _ in range(self.steps):
-                step = TensorDict({OBSERVATION: self._now.get(OBSERVATION)}, self._now.batch_size)
-                for stage in self.frozen:
-                    run_stage(stage, step)
+                step = self.frozen(TensorDict({OBSERVATION: self._now.get(OBSERVATION)}, self._now.batch_size))
                 distribution, _ = self._heads(step)
                 action = distribution.sample()
                 distribution.log_prob(action)
@@ -80,9 +77,7 @@ class Floor:
                 torch.autograd.grad(score, self.parameters, allow_unused=True)
 
     def _heads(self, step: TensorDictBase):
-        for stage in self.trained:
-            run_stage(stage, step)
-        hidden = step.get(HIDDEN)
+        hidden = self.trained(step).get(HIDDEN)
         return self.model.action_distribution(hidden), self.model.value(hidden)
 
     def bytes_per_transition(self) -> float:

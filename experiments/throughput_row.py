@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from throughput_models import build_env, build_model
 from throughput_peers import Floor, Loop, TorchRLRecipe
+from throughput_profile import profile
 from torch import nn
 from torchrl.envs import EnvBase
 
@@ -45,6 +46,7 @@ class Settings:
         epochs, batch_size: of the update.
         iterations, warmup: rollouts with their updates that are timed, and those before.
         floor: also time the floor, by turns, where `loop` is ours and the buffer standard.
+        profile: file for where the time goes, or none.
     """
 
     loop: str
@@ -65,6 +67,7 @@ class Settings:
     warmup: int = 1
     threads: int = 1
     floor: bool = True
+    profile: str | None = None
 
     @property
     def row(self) -> str:
@@ -163,6 +166,9 @@ def measure(settings: Settings) -> list[dict]:
     peak = matmul_flops_per_second(torch.bfloat16 if settings.bf16 else torch.float32, device)
     with closing(build_loop(settings, cfg)) as loop:
         rows, memory = measure_speed(settings, loop, cfg)
+        if settings.profile:
+            Path(settings.profile).parent.mkdir(parents=True, exist_ok=True)
+            Path(settings.profile).write_text(profile(loop, device))
     if settings.buffer == "vla":
         largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         memory += settings.num_collectors * largest_child

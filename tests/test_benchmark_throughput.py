@@ -9,10 +9,12 @@ import benchmark_throughput as benchmark
 import pytest
 import torch
 from throughput_models import StandInEnv, build_model
-from throughput_row import Settings, measure
+from throughput_peers import Floor
+from throughput_row import Settings, build_loop, measure
 from torchrl.envs.utils import check_env_specs
 
-from agents.policy import VLAPolicy, check_policy
+from agents.policy import FlopCounter, VLAPolicy, check_policy
+from research.config import PPOConfig
 from research.freezing import part_names
 
 TINY = {"num_envs": 4, "steps": 4, "batch_size": 8, "iterations": 1}
@@ -24,8 +26,12 @@ def table(tmp_path_factory) -> dict[str, dict]:
     """Two rows of ours, as a user gets them."""
     folder = tmp_path_factory.mktemp("throughput")
     sizes = [f"--{name}={value}" for name, value in TINY.items()]
-    code = benchmark.main([*sizes, f"--rows={FULL},{FROZEN}", "--threads=1", f"--output={folder}"])
+    code = benchmark.main([*sizes, f"--rows={FULL},{FROZEN}", "--threads=1", "--profile", f"--output={folder}"])
     assert code == 0
+    for freeze in ("none", "backbone"):
+        text = (folder / f"profile-ours-{freeze}-fp32-standard.txt").read_text()
+        for name in ("collect, ", "update, ", "torchrl", "tensordict", "envs", "tabletop.py", "ppo.py"):
+            assert name in text
     assert (folder / "small-tabletop-cpu.png").stat().st_size > 0
     return {row["row"]: row for row in benchmark.read_table(folder / "small-tabletop-cpu.csv")}
 
@@ -43,10 +49,32 @@ def test_every_row_of_ours_has_its_columns_and_its_floor(table):
         assert (row["num_envs"], row["threads"], row["torch"]) == ("4", "1", torch.__version__)
 
 
-def test_the_floor_is_below_the_loop(table):
+@pytest.mark.parametrize("scope", ["none", "vision", "backbone"])
+def test_the_floor_does_the_work_of_the_loop_and_no_more(scope):
+    """In FLOPs, as times of so small an example say nothing; beyond the floor the loop values its final states."""
+    settings, cfg = Settings("ours", scope, **TINY), PPOConfig(n_epochs=2, batch_size=8)
+    loop = build_loop(settings, cfg)
+    floor = Floor(settings.build_env(), loop.policy, settings.steps, cfg, bf16=False)
+    work = []
+    for each in (loop, floor):
+        each.collect()  # frozen instruction features are known from here on
+        for part in (each.collect, each.update):
+            with FlopCounter() as counter:
+                part()
+            work.append(counter.get_total_flops())
+    collected, updated, least_collected, least_updated = work
+    # A trainable language encoder runs for the distinct instructions of a minibatch, and only the loop shuffles.
+    assert least_updated == pytest.approx(updated, rel=0 if scope == "backbone" else 0.05) > 0
+    step = least_collected / settings.steps
+    assert step * settings.steps < collected <= step * (settings.steps + 1.01)
+
+
+def test_the_floor_is_timed_by_turns_with_the_loop(table):
     for name in (FULL, FROZEN):
-        assert table[name]["iteration_over_floor"] > 1
-        assert table[name]["floor_s"] < table[name]["iteration_s"]
+        assert table[name]["iteration_over_floor"] == pytest.approx(
+            table[name]["iteration_s"] / table[name]["floor_s"]
+        )  # of a single iteration
+        assert table[name.replace("ours", "floor")]["iteration_s"] == table[name]["floor_s"]
 
 
 def test_a_frozen_trunk_does_not_run_in_the_update(table):
