@@ -15,6 +15,7 @@ from research.sweep import load_sweep
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "experiments" / "results" / "freeze_learning_rate"
+LOOK_BACK = ROOT / "experiments" / "results" / "language_rate"
 CHOOSING = [1, 2]
 
 
@@ -23,13 +24,22 @@ def comparison():
     return compare(read_table(STUDY / "runs.csv"), choosing_seeds=CHOOSING)
 
 
-def test_the_table_recomputes_the_report(tmp_path):
-    seeds = list(map(str, CHOOSING))
-    arguments = [f"--table={STUDY / 'runs.csv'}", "--choosing_seeds", *seeds, f"--output={tmp_path}"]
-    assert compare_runs.main(arguments) == 0
-    again, committed = ((folder / "report.md").read_text().split("Made by")[0] for folder in (tmp_path, STUDY))
+@pytest.mark.parametrize(("folder", "choosing"), [(STUDY, CHOOSING), (LOOK_BACK, [])])
+def test_the_table_recomputes_the_report(tmp_path, folder, choosing):
+    seeds = ["--choosing_seeds", *map(str, choosing)] if choosing else []
+    assert compare_runs.main([f"--table={folder / 'runs.csv'}", *seeds, f"--output={tmp_path}"]) == 0
+    again, committed = ((each / "report.md").read_text().split("Made by")[0] for each in (tmp_path, folder))
     assert again == committed
-    assert (tmp_path / "runs.csv").read_text() == (STUDY / "runs.csv").read_text()
+    assert (tmp_path / "runs.csv").read_text() == (folder / "runs.csv").read_text()
+
+
+def test_the_look_back_changes_the_language_rate_and_nothing_else(comparison):
+    runs = {(run.scope, run.seed): run for result in comparison.scopes for run in result.runs}
+    for run in read_table(LOOK_BACK / "runs.csv"):
+        if run.scope == "language":
+            assert (run.learning_rate, run.seed in (3, 4, 5, 6, 7)) == (4e-4, True)
+        else:
+            assert run.final_episodes == runs[run.scope, run.seed].final_episodes
 
 
 def test_the_grid_was_run_as_planned_and_every_run_counts(comparison):
@@ -54,3 +64,7 @@ def test_results_say_what_the_report_says(comparison):
     for table in (compare_runs.scope_table, compare_runs.pair_table, compare_runs.split_table):
         for line in compare_runs.markdown_table(table(comparison)):
             assert line in results, f"{table.__name__}: {line}"
+    table = compare_runs.scope_table(compare(read_table(LOOK_BACK / "runs.csv")))
+    assert [line in results for line in compare_runs.markdown_table(table) if "language" in line] == [True]
+    pairs = compare_runs.markdown_table(compare_runs.pair_table(compare(read_table(LOOK_BACK / "runs.csv"))))
+    assert [line in results for line in pairs if "language" in line] == [True] * 4
