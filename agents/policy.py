@@ -141,6 +141,19 @@ class VLAPolicy:
                 return self._values(steps)
         return self._values(steps)
 
+    @torch.no_grad()
+    def look_ahead(self, steps: TensorDictBase) -> tuple[Tensor, TensorDictBase | None]:
+        """State values `[B, 1]` of observations that will be acted upon next, and their frozen features for then.
+
+        Returns:
+            the values; what the frozen stages wrote, for `StagedAct.go_on`, or None if there are no such stages.
+        """
+        if not self.frozen_stages:
+            return self._values(steps), None
+        step = self.prefix(TensorDict({OBSERVATION: steps.get(OBSERVATION)}, batch_size=steps.batch_size))
+        features = step.select(*self.prefix.out_keys)
+        return self.critic(self.actor.module[0](step)).get(VALUE), features
+
     def _values(self, steps: TensorDictBase) -> Tensor:
         if self.interface != "staged":
             with self._precision():
@@ -550,7 +563,10 @@ class StagedAct(TensorDictModuleBase):
         self.in_keys, self.out_keys = sequence.in_keys, sequence.out_keys
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        step = self.prefix(tensordict)
+        return self.go_on(self.prefix(tensordict))
+
+    def go_on(self, step: TensorDictBase) -> TensorDictBase:
+        """Act on observations that the frozen stages have seen: their outputs are in `step`."""
         if exploration_type() is not ExplorationType.RANDOM:
             return self.critic(self.actor(step))
         distribution = self.actor.get_dist(step)

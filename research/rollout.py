@@ -2,8 +2,9 @@
 
 What a rollout keeps of a step is decided here: what the update reads and nothing else. Observations that only frozen
 stages read are gone as soon as those stages have run, and next observations once they have been valued, which happens
-for the few states that no later step of the rollout values: those at truncations, and those at the rollout's end. GAE
-then runs once per rollout and never calls a network.
+for the few states that no later step of the rollout values: those at truncations, and those at the rollout's end, with
+which the next rollout begins and whose frozen features it takes over. GAE then runs once per rollout and never calls a
+network.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class Policy(Protocol):
     def values(self, steps: TensorDictBase) -> Tensor:
         """State values `[B, 1]` of the observations in `steps` `[B]`."""
 
+    def look_ahead(self, steps: TensorDictBase) -> tuple[Tensor, TensorDictBase | None]:
+        """As `values`, for observations that will be acted upon next, and what `act.go_on` can go on from then."""
+
 
 class CollectingPolicy(TensorDictModuleBase):
     """A policy at work in a collector: it says which weights acted, and stops at the first NaN or infinity.
@@ -49,19 +53,20 @@ class CollectingPolicy(TensorDictModuleBase):
 
     def __init__(self, policy: Policy, env_steps: int = 0):
         super().__init__()
-        self.act, self.values, self.env_steps = policy.act, policy.values, env_steps
+        self.act, self.values, self.look_ahead, self.env_steps = policy.act, policy.values, policy.look_ahead, env_steps
         self.register_buffer("version", torch.zeros((), dtype=torch.int64))
         self.before_step: Callable[[CollectingPolicy], None] | None = None  # in a worker: takes in new weights
         self.kept_keys = [*policy.kept_keys, ACTION, LOG_PROB, VALUE, POLICY_VERSION]
         self.in_keys, self.out_keys = policy.act.in_keys, [*policy.act.out_keys, POLICY_VERSION]
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def forward(self, tensordict: TensorDictBase, ahead: TensorDictBase | None = None) -> TensorDictBase:
+        """Act; `ahead` is what `look_ahead` made of these observations, if it did."""
         if self.before_step is not None:
             self.before_step(self)
         when = f"at env step {self.env_steps}"
         observation = tensordict.get(OBSERVATION)
         check_finite([(f"observation {key!r}", value) for key, value in observation.items()], when)
-        tensordict = self.act(tensordict)
+        tensordict = self.act(tensordict) if ahead is None else self.act.go_on(tensordict.update(ahead))
         check_finite([(key, tensordict.get(key)) for key in (ACTION, LOG_PROB, VALUE)], when)
         count = tensordict.batch_size[0]
         self.env_steps += count
@@ -72,9 +77,9 @@ class CollectingPolicy(TensorDictModuleBase):
 class RolloutCollector(Collector):
     """TorchRL's collector, whose rollouts keep what the update reads, and the values of final states.
 
-    Those values are computed by the very policy that acts, in one batch when the last step has been taken. `rollout`
-    replaces TorchRL's: policy and environment are on one device, so that no step is copied on its way between them.
-    Options that act upon single steps (random first frames, replay buffers, interruption) have no effect.
+    Those values are computed by the very policy that acts, when the last step has been taken. `rollout` replaces
+    TorchRL's: policy and environment are on one device, so that no step is copied on its way between them. Options
+    that act upon single steps (random first frames, replay buffers, interruption) have no effect.
     """
 
     def __init__(
@@ -83,35 +88,40 @@ class RolloutCollector(Collector):
         # No `device`: on a GPU the collector would act with a copy of the policy, because the version is on the CPU,
         # and that copy gets no versions and takes no weights. Trajectory ids it would seek in what a step dropped.
         super().__init__(create_env_fn, policy, **{**options, "track_traj_ids": False})
+        self._ahead: TensorDictBase | None = None  # frozen features of the states that the next rollout begins with
 
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:
         """Take T steps in every environment: `[N, T]`."""
-        steps, final = [], []
+        steps, truncated = [], []
         with set_exploration_type(self.exploration_type):
             for t in range(self.frames_per_batch):  # T: TorchRL has divided by N
-                step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
+                acted = self.policy(self._carrier, self._ahead)
+                self._ahead = None
+                step, self._carrier = self.env.step_and_maybe_reset(acted)
                 after = step.get("next")
-                unvalued = ~after.get("terminated")  # by any later step
-                if t < self.frames_per_batch - 1:
-                    unvalued &= after.get("done")
-                rows = unvalued.squeeze(-1).nonzero().squeeze(-1)
+                rows = (after.get("done") & ~after.get("terminated")).squeeze(-1).nonzero().squeeze(-1)
                 if len(rows):
-                    final.append((t, rows, after.get(OBSERVATION)[rows]))
+                    truncated.append((t, rows, after.get(OBSERVATION)[rows]))
                 kept = with_text_as(torch.uint8, step.select(*self.policy.kept_keys))
                 steps.append(kept.set("next", after.select(*KEPT_AFTER, strict=False)))
         rollout = torch.stack(steps, dim=1).refine_names(..., "time")
-        rollout["next"].set(FINAL_VALUE, self._final_values(final, rollout["next", "done"]))
+        rollout["next"].set(FINAL_VALUE, self._final_values(truncated, rollout["next", "done"]))
         return rollout
 
-    def _final_values(self, final: list[tuple[int, Tensor, TensorDictBase]], done: Tensor) -> Tensor:
-        """`[N, T, 1]` from steps, rows and observations of final states."""
+    def _final_values(self, truncated: list[tuple[int, Tensor, TensorDictBase]], done: Tensor) -> Tensor:
+        """`[N, T, 1]` from steps, rows and observations of truncations, and from where the environments are now."""
         values = torch.zeros_like(done, dtype=torch.float32)
-        if final:
-            observations = torch.cat([observation for _, _, observation in final])
+        if truncated:
+            observations = torch.cat([observation for _, _, observation in truncated])
             found = self.policy.values(TensorDict({OBSERVATION: observations}, observations.batch_size))
-            for (t, rows, _), part in zip(final, found.split([len(rows) for _, rows, _ in final]), strict=True):
+            for (t, rows, _), part in zip(truncated, found.split([len(r) for _, r, _ in truncated]), strict=True):
                 values[rows, t] = part
+        if done[:, -1].all():
+            return values
+        now = TensorDict({OBSERVATION: self._carrier.get(OBSERVATION)}, self._carrier.batch_size)
+        following, self._ahead = self.policy.look_ahead(now)
+        values[:, -1] = torch.where(done[:, -1], values[:, -1], following)
         return values
 
 

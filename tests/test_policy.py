@@ -227,6 +227,28 @@ def test_trunk_passes_are_counted(interface, per_step, per_minibatch):
     assert len(calls) == 2 * 2 * per_minibatch
 
 
+@pytest.mark.parametrize("scope", ["vision", "backbone"])
+def test_the_next_rollout_takes_over_the_frozen_features_of_where_the_last_one_ended(scope):
+    collected = []
+    for look_ahead in (True, False):
+        model = small_model()
+        freeze(model, scope)
+        policy = VLAPolicy(model)
+        if not look_ahead:
+            policy.look_ahead = lambda steps, policy=policy: (VLAPolicy.look_ahead(policy, steps)[0], None)
+        calls = count_calls(model.vision_encoder)
+        torch.manual_seed(1)
+        env = TabletopEnv(4, max_steps=13, modalities=["rgb", "proprio", "language"])
+        rollouts = Rollouts(env, policy, 4 * 8, make_gae(PPOConfig()))
+        for _ in range(2):
+            calls.clear()
+            collected.append(rollouts.next())
+        truncated = bool(collected[-1]["next", "truncated"].any())
+        assert truncated and len(calls) == 8 + 1 + (not look_ahead)
+    for ours, anew in zip(collected[:2], collected[2:], strict=True):
+        assert (ours == anew).all()
+
+
 SCOPES = [["vision_encoder"], ["language_encoder"], ["vision_encoder", "language_encoder"], "backbone", "none"]
 
 

@@ -83,6 +83,9 @@ class Valuing:
         self.asked.append(len(steps))
         return values_of(steps["observation", "proprio"])
 
+    def look_ahead(self, steps: TensorDict) -> tuple[torch.Tensor, None]:
+        return self.values(steps), None
+
 
 def collect(script: TensorDict, policy: Valuing, device: str | None = None) -> tuple[TensorDict, TensorDict]:
     """One rollout, and its batch."""
@@ -135,12 +138,11 @@ def test_the_second_rollout_goes_on_where_the_first_ended():
     torch.testing.assert_close(batch["advantage"].view(6, 12, 1), advantage, rtol=0, atol=1e-5)
 
 
-def test_values_are_asked_once_and_only_for_states_nobody_valued():
+def test_values_are_asked_of_truncated_states_and_of_those_that_the_rollout_ends_in():
     events, policy = script(), Valuing()
     collect(events, policy)
-    needs = events["truncated"].clone()
-    needs[:, -1] |= ~events["terminated"][:, -1]
-    assert policy.asked == [int(needs.sum())]
+    assert not events["done"][:, -1].all()
+    assert policy.asked == [int(events["truncated"].sum()), len(events)]
 
 
 def test_nothing_is_asked_when_every_episode_terminates_at_the_end():
@@ -223,7 +225,8 @@ def test_episode_statistics_cross_rollouts():
 class Broken:
     """A policy whose action, or value, is NaN from its third call on."""
 
-    in_keys, out_keys, kept_keys, values = ["observation"], ["action"], [], None
+    in_keys, out_keys, kept_keys = ["observation"], ["action"], []
+    values = look_ahead = None
 
     def __init__(self, key: str):
         self.key, self.calls, self.act = key, 0, self
