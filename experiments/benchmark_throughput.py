@@ -148,8 +148,8 @@ def compare(options: argparse.Namespace) -> int:
         if measured is None:
             failures += 1
             continue
-        fresh = {row["row"] for row in measured}
-        rows = [row for row in rows if row["row"] not in fresh] + measured
+        kept = [row for row in rows if row["row"] not in {new["row"] for new in measured}]
+        rows = sorted(kept + measured, key=lambda row: names.index(row["row"].replace("floor", "ours")))
         compare_with_peers(rows)
         save_table(rows, path)
         now = measured[0]
@@ -223,7 +223,7 @@ def draw_table(rows: list[dict]) -> Figure:
     axes.set(xscale="log", xlabel="environment steps per second (median)")
     where = rows[0]["machine"] if rows[0]["device"] == "cuda" else f"{rows[0]['threads']} threads"
     axes.set_title(f"{rows[0]['model']} on {rows[0]['env']}, {rows[0]['num_envs']} environments, {where}")
-    axes.margins(x=0.15)
+    axes.margins(x=0.15, y=0.01)
     axes.invert_yaxis()
     return figure
 
