@@ -176,6 +176,7 @@ class Rollouts:
         if exactly:
             carrier = TensorDict.from_dict(state["carrier"], batch_size=self.env.batch_size)
             self.collector._carrier.update(carrier.to(self.env.device))
+            self.collector._ahead = None  # of where the environments were before
         return exactly
 
     def shutdown(self) -> None:
