@@ -132,8 +132,8 @@ def test_a_failing_row_loses_no_other_and_append_keeps_the_table(tmp_path, monke
     assert "--append: the table has threads = 1, this run 7" in capsys.readouterr().err
     assert benchmark.main(["--rows=torchrl/none/*", "--append", f"--output={tmp_path}"]) == 0
     rows = benchmark.read_table(tmp_path / "small-tabletop-cpu.csv")
-    assert [row["row"] for row in rows] == [FULL, FROZEN, "torchrl/none/fp32/standard"]
-    assert [row["ratio_to_torchrl"] for row in rows] == [1.0, None, 1.0]
+    assert [row["row"] for row in rows] == ["torchrl/none/fp32/standard", FULL, FROZEN]  # peers first
+    assert [row["ratio_to_torchrl"] for row in rows] == [1.0, 1.0, None]
 
 
 def test_scaling_fits_a_power(tmp_path, monkeypatch, capsys):
