@@ -29,10 +29,10 @@ from tqdm import tqdm
 from agents.loading import load_vla_model
 from agents.policy import VLAPolicy, check_policy
 from envs import make_env
-from research.checkpoint import save_checkpoint
 from research.config import parse_config, to_dict
-from research.evaluation import evaluate
+from research.runs.checkpoint import save_checkpoint
 from research.schema import ACTION, OBSERVATION, UserError
+from research.training.evaluation import evaluate
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 WATCHED_STATES = range(5000, 5128)  # neither drawn in training (from 10000 on) nor evaluated by default (0 to 255)

@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import linregress
-from throughput_models import ENVIRONMENTS, MODELS
-from throughput_row import Settings, run
+from throughput.models import ENVIRONMENTS, MODELS
+from throughput.row import Settings, run
 
 from research.schema import UserError
 

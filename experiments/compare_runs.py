@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-from research import comparison_figures as figures
-from research.comparison import Comparison, compare
-from research.run_table import read_folders, read_table, read_wandb, write_table
 from research.schema import UserError
-from research.statistics import Estimate
+from research.study import figures
+from research.study.comparison import Comparison, compare
+from research.study.run_table import read_folders, read_table, read_wandb, write_table
+from research.study.statistics import Estimate
 
 LARGEST_VIDEO = 4 * 2**20  # bytes; a page holds one per scope
 
@@ -119,7 +119,7 @@ METHOD = (
     "interquartile mean (IQM) has a stratified bootstrap standard error. Differences are paired by initial state; two "
     "scopes are separable where the p-value, after Holm's correction for all pairs, is below 0.05. P(better) is how "
     "often a run of the first scope beats one of the second (Newcombe's interval). More seeds: for 80 % power at the "
-    "observed difference. `research/statistics.py` says what was measured about each."
+    "observed difference. `research/study/statistics.py` says what was measured about each."
 )
 SCALE = {"success": "t on the logit scale", "return": "t"}
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from agents.policy import VLAPolicy, check_policy
 from envs import make_env, splits_of
-from research.checkpoint import load_checkpoint, run_folder_of
 from research.config import ExperimentConfig, TrainerConfig, parse_config
-from research.evaluation import Evaluation, evaluate, write_episodes
-from research.freezing import freeze
+from research.runs.checkpoint import load_checkpoint, run_folder_of
+from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION, UserError
-from research.video import video_grid, write_video
+from research.training.evaluation import Evaluation, evaluate, write_episodes
+from research.training.freezing import freeze
 
 
 @dataclass

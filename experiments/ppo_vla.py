@@ -23,20 +23,20 @@ from tqdm import tqdm
 from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy, check_policy
 from envs import make_env
-from research.asynchronous import AsynchronousRollouts
-from research.audit import FreezeAudit
-from research.checkpoint import load_checkpoint, restore_rng, run_folder_of, save_checkpoint
 from research.config import ExperimentConfig, TrainerConfig, flatten, parse_config, to_dict
-from research.evaluation import Evaluation, evaluate, write_episodes
-from research.freezing import freeze, parameter_groups, split_switches
-from research.interruption import Interruption
-from research.ppo import PPO, make_gae, make_loss, value_head_parameters
-from research.reporting import describe, last_checkpoint, postfix, summarise
-from research.rollout import EpisodeStatistics, Rollouts
+from research.runs.checkpoint import load_checkpoint, restore_rng, run_folder_of, save_checkpoint
+from research.runs.reporting import describe, last_checkpoint, postfix, summarise
+from research.runs.tracking import Tracker, create_run_folder, resolve_wandb_mode
+from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION, FrozenWeightsChanged, NonFiniteError, UserError, check_observation
-from research.tracking import Tracker, create_run_folder, resolve_wandb_mode
-from research.utilisation import Utilisation, matmul_flops_per_second
-from research.video import video_grid, write_video
+from research.training.asynchronous import AsynchronousRollouts
+from research.training.audit import FreezeAudit
+from research.training.evaluation import Evaluation, evaluate, write_episodes
+from research.training.freezing import freeze, parameter_groups, split_switches
+from research.training.interruption import Interruption
+from research.training.ppo import PPO, make_gae, make_loss, value_head_parameters
+from research.training.rollout import EpisodeStatistics, Rollouts
+from research.training.utilisation import Utilisation, matmul_flops_per_second
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CONFIG = HERE / "configs" / "pick_place.json"

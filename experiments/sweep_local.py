@@ -33,10 +33,10 @@ from optuna.trial import FrozenTrial, TrialState
 from ppo_vla import with_default_config
 
 from research.config import ExperimentConfig, parse_config
-from research.interruption import Interruption
+from research.runs.tracking import read_metrics
 from research.schema import UserError
-from research.sweep import Sweep, SweepTrials, check_options, load_sweep
-from research.tracking import read_metrics
+from research.study.sweep_file import Sweep, SweepTrials, check_options, load_sweep
+from research.training.interruption import Interruption
 
 POLL_S = 0.5
 MOST_FAILURES = 3  # in a row: then more than one trial is wrong, and the sweep gives up

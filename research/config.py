@@ -30,9 +30,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from research.freezing import PRESETS
-from research.lora import LoRAConfig
 from research.schema import UserError
+from research.training.freezing import PRESETS
+from research.training.lora import LoRAConfig
 
 
 @dataclass

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+from worlds import ROOT
 
 from research.schema import NonFiniteError, UserError, check_finite, check_observation, decode_text, encode_text
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_text_round_trip():

@@ -1,0 +1,1 @@
+"""What many runs tell: sweeps, the table of runs, statistics, comparison. Never imported by a training run."""

@@ -1,0 +1,1 @@
+"""One training run: rollout, update, freezing and its audit, evaluation."""

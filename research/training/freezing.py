@@ -1,0 +1,201 @@
+"""What is frozen, and at which learning rate the rest learns.
+
+A model's *parts* are its named children that have parameters (`vision_encoder`, `action_head`, ...). Freezing and
+learning rates address parts, or anything below them by dotted path; freezing takes globs too. A weight that the model
+holds under several names (tied weights, a part that is also an attribute of a wrapper) answers to each of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from research.schema import UserError
+from research.training.lora import LoRAConfig, adaptable_layers, add_adapters, is_adapter
+
+# Names that a preset freezes, at any depth, so that a model within a wrapper has them as well.
+PRESETS = {
+    "none": (),
+    "vision": ("vision_encoder", "vision_backbone", "vision_tower", "vision_model"),
+    "language": ("language_encoder", "language_model"),
+    "backbone": ("*",),  # everything but the heads
+    "lora": ("*",),  # the same, with a trainable adapter in every layer that no other entry of the scope freezes
+}
+HEADS = ("action_head", "value_head")
+# Entries of model_config that mean the same as a preset, whatever the model.
+SWITCHES = {"freeze_vision_encoder": "vision", "freeze_language_model": "language"}
+
+
+def part_names(model: nn.Module) -> list[str]:
+    """Names of the model's parts, in order; parameters held by the model itself are parts of their own."""
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    return own + [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+
+
+def part_of(parameter_name: str) -> str:
+    """The part that a parameter belongs to: the first component of its dotted name."""
+    return parameter_name.split(".", 1)[0]
+
+
+def split_switches(
+    model_class: type[nn.Module], model_config: dict, scope: str | Sequence[str]
+) -> tuple[dict, str | list[str]]:
+    """Take `freeze_vision_encoder` and `freeze_language_model` out of a model's configuration and into the scope.
+
+    A model whose constructor names such a switch is still given it.
+
+    Returns:
+        the configuration for the model, and the scope for `freeze`.
+    """
+    accepted = inspect.signature(model_class.__init__).parameters
+    kept = {k: v for k, v in model_config.items() if k not in SWITCHES or k in accepted}
+    wanted = [preset for switch, preset in SWITCHES.items() if model_config.get(switch)]
+    if not wanted or scope == "backbone":
+        return kept, scope
+    if len(wanted) == 1 and scope in ("none", wanted[0]):
+        return kept, wanted[0]
+    chosen = [scope] if isinstance(scope, str) else list(scope)
+    return kept, [pattern for pattern in dict.fromkeys([*chosen, *wanted]) if pattern != "none"]
+
+
+def freeze(
+    model: nn.Module, scope: str | Sequence[str], heads: Sequence[str] = HEADS, lora: LoRAConfig | None = None
+) -> list[str]:
+    """Switch off the gradient of everything in `scope`, in place, and put frozen modules in eval mode.
+
+    Pretrained weights are loaded before, a training checkpoint after: "lora" puts adapters into layers, which renames
+    their weights.
+
+    Args:
+        model: the model.
+        scope: a preset ("none", "vision", "language", "backbone", "lora"), or a list of presets, part names, dotted
+            paths and globs. In a list with "lora", what the other entries name is frozen without adapters.
+        heads: parts that "backbone" and "lora" leave as they are.
+        lora: rank, scale and targets of the adapters.
+    Returns:
+        names of the frozen parameters.
+    Raises:
+        UserError: a pattern that matches nothing (the message lists the parts), or nothing left to train.
+    """
+    names = defaultdict(list)  # parameter -> all its names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    patterns = [scope] if isinstance(scope, str) else list(scope)
+    frozen = {p for pattern in patterns if pattern != "lora" for p in _frozen_by(model, names, pattern, heads)}
+    layers = []
+    if "lora" in patterns:
+        lora = lora or LoRAConfig()
+        backbone = _frozen_by(model, names, "lora", heads)
+        layers = _adapted_layers(model, lora, backbone - frozen)
+        frozen |= backbone
+    if not layers and not any(p.requires_grad and p not in frozen for p in names):
+        raise UserError(
+            f"policy.freeze: {scope!r} freezes every parameter, nothing is left to train "
+            f"(heads are {', '.join(heads)}; {_parts_line(model)})"
+        )
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    if layers:
+        add_adapters(model, layers, lora.rank, lora.alpha)
+    for module in frozen_modules(model).values():
+        module.eval()
+    return sorted(name for name, parameter in model.named_parameters() if parameter in frozen)
+
+
+def frozen_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose parameters are all frozen, low-rank adapters aside, and everything inside them; by name."""
+    found = {}
+    for name, module in model.named_modules():
+        own = [p for n, p in module.named_parameters(prefix=name) if not is_adapter(n)]
+        if (name and name.rpartition(".")[0] in found) or (own and not any(p.requires_grad for p in own)):
+            found[name] = module
+    return found
+
+
+def _frozen_by(
+    model: nn.Module, names: dict[nn.Parameter, list[str]], pattern: str, heads: Sequence[str]
+) -> set[nn.Parameter]:
+    """The parameters that one preset or pattern freezes."""
+    if pattern in ("backbone", "lora"):
+        return {p for p, aliases in names.items() if not any(_within(n, heads) for n in aliases)}
+    if pattern in PRESETS:
+        found = {p for p, aliases in names.items() if any(_within(n, PRESETS[pattern]) for n in aliases)}
+    else:
+        found = {p for p, aliases in names.items() if any(_matches(n, pattern) for n in aliases)}
+    if not found and pattern != "none":
+        raise UserError(f"policy.freeze: {_no_match(model, pattern, PRESETS)}")
+    return found
+
+
+def _adapted_layers(model: nn.Module, lora: LoRAConfig, backbone: set[nn.Parameter]) -> list[str]:
+    """The layers that `lora.targets` names among those whose weights are in `backbone`."""
+    layers = {name: m for name, m in adaptable_layers(model).items() if m.weight in backbone}
+    if lora.targets == "auto":
+        chosen = [n for n, m in layers.items() if m.weight.requires_grad and not isinstance(m, nn.Embedding)]
+        if not chosen:
+            raise UserError(f"policy.freeze: lora finds no trainable layer to adapt; {_parts_line(model)}")
+        return chosen
+    chosen = set()
+    for target in [lora.targets] if isinstance(lora.targets, str) else lora.targets:
+        found = {name for name in layers if _matches(name, target) or name.rpartition(".")[2] == target}
+        if not found:
+            raise UserError(f"policy.lora.targets: no layer to adapt: {_no_match(model, target, ['auto'], layers)}")
+        chosen |= found
+    return [name for name in layers if name in chosen]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    """Whether a dotted name has one of `modules` as a component."""
+    return not set(modules).isdisjoint(name.split("."))
+
+
+def _no_match(model: nn.Module, pattern: str, words: Sequence[str], layers: Sequence[str] = ()) -> str:
+    close = difflib.get_close_matches(pattern, [w for w in (*part_names(model), *words, *layers) if w != pattern], n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{pattern!r} matches nothing{hint}; {_parts_line(model)}"
+
+
+def _parts_line(model: nn.Module) -> str:
+    return f"{type(model).__name__} has the parts {', '.join(part_names(model))}"
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, learning_rates: dict[str, float]) -> list[dict]:
+    """Optimizer groups of the trainable parameters: one per part, and one per path that has its own learning rate.
+
+    Args:
+        model: the model, already frozen as wanted.
+        learning_rate: for what `learning_rates` does not name.
+        learning_rates: part name, or dotted path below a part -> learning rate; the longest path wins.
+    Returns:
+        groups with "name" (part or path), "params" and "lr".
+    Raises:
+        UserError: `learning_rates` names what the model lacks, or what is frozen.
+    """
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    groups: dict[str, dict] = {}
+    known, trained = set(), set()
+    for parameter, aliases in names.items():
+        paths = [path for path in learning_rates if any(f"{n}.".startswith(f"{path}.") for n in aliases)]
+        known.update(paths)
+        if parameter.requires_grad:
+            trained.update(paths)
+            group = max(paths, key=len, default=part_of(aliases[0]))
+            lr = learning_rates.get(group, learning_rate)
+            groups.setdefault(group, {"name": group, "params": [], "lr": lr})["params"].append(parameter)
+    for path in learning_rates:
+        if path not in known:
+            raise UserError(f"policy.learning_rates: no part {path!r}; {_parts_line(model)}")
+        if path not in trained:
+            raise UserError(f"policy.learning_rates: the part {path!r} is frozen")
+    return list(groups.values())

@@ -1,0 +1,180 @@
+"""The throughput benchmark: its table is complete, its floor is one, and what is frozen does not run in the update."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import benchmark_throughput as benchmark
+import pytest
+import torch
+from throughput.models import StandInEnv, build_model
+from throughput.peers import Floor
+from throughput.row import Settings, build_loop, measure
+from torchrl.envs.utils import check_env_specs
+
+from agents.policy import FlopCounter, VLAPolicy, check_policy
+from research.config import PPOConfig
+from research.training.freezing import part_names
+
+TINY = {"num_envs": 4, "steps": 4, "batch_size": 8, "iterations": 1}
+FULL, FROZEN = "ours/none/fp32/standard", "ours/backbone/fp32/standard"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> dict[str, dict]:
+    """Two rows of ours, as a user gets them."""
+    folder = tmp_path_factory.mktemp("throughput")
+    sizes = [f"--{name}={value}" for name, value in TINY.items()]
+    code = benchmark.main([*sizes, f"--rows={FULL},{FROZEN}", "--threads=1", "--profile", f"--output={folder}"])
+    assert code == 0
+    for freeze in ("none", "backbone"):
+        text = (folder / f"profile-ours-{freeze}-fp32-standard.txt").read_text()
+        for name in ("collect, ", "update, ", "torchrl", "tensordict", "envs", "tabletop.py", "ppo.py"):
+            assert name in text
+    assert (folder / "small-tabletop-cpu.png").stat().st_size > 0
+    return {row["row"]: row for row in benchmark.read_table(folder / "small-tabletop-cpu.csv")}
+
+
+def test_every_row_of_ours_has_its_columns_and_its_floor(table):
+    assert set(table) == {FULL, FROZEN, "floor/none/fp32/standard", "floor/backbone/fp32/standard"}
+    for name in (FULL, FROZEN):
+        row = table[name]
+        missing = [column for column in benchmark.COLUMNS if row[column] is None and not column.startswith("ratio_")]
+        assert not missing
+        assert row["env_steps_per_second"] == pytest.approx(16 / row["iteration_s"])
+        assert row["iteration_s"] == pytest.approx(row["collect_s"] + row["update_s"])
+        assert row["mfu"] == pytest.approx(row["model_flops_per_second"] / row["peak_flops_per_second"])
+        assert row["model_flops_per_second"] == pytest.approx(16 * row["flops_per_env_step"] / row["iteration_s"])
+        assert (row["num_envs"], row["threads"], row["torch"]) == ("4", "1", torch.__version__)
+
+
+@pytest.mark.parametrize("scope", ["none", "vision", "backbone"])
+def test_the_floor_does_the_work_of_the_loop_and_no_more(scope):
+    """In FLOPs, as times of so small an example say nothing; beyond the floor the loop values its final states."""
+    settings, cfg = Settings("ours", scope, **TINY), PPOConfig(n_epochs=2, batch_size=8)
+    loop = build_loop(settings, cfg)
+    floor = Floor(settings.build_env(), loop.policy, settings.steps, cfg, bf16=False)
+    work = []
+    for each in (loop, floor):
+        each.collect()  # frozen instruction features are known from here on
+        for part in (each.collect, each.update):
+            with FlopCounter() as counter:
+                part()
+            work.append(counter.get_total_flops())
+    collected, updated, least_collected, least_updated = work
+    # A trainable language encoder runs for the distinct instructions of a minibatch, and only the loop shuffles.
+    assert least_updated > 0 and least_updated == pytest.approx(updated, rel=0 if scope == "backbone" else 0.05)
+    step = least_collected / settings.steps
+    assert step * settings.steps < collected <= step * (settings.steps + 1.01)
+
+
+def test_the_floor_is_timed_by_turns_with_the_loop(table):
+    for name in (FULL, FROZEN):
+        assert table[name]["iteration_over_floor"] == pytest.approx(
+            table[name]["iteration_s"] / table[name]["floor_s"]
+        )  # of a single iteration
+        assert table[name.replace("ours", "floor")]["iteration_s"] == table[name]["floor_s"]
+
+
+def test_a_frozen_trunk_does_not_run_in_the_update(table):
+    assert table[FROZEN]["flops_per_minibatch"] < table[FULL]["flops_per_minibatch"] / 50
+    assert table[FROZEN]["flops_per_collected_step"] > table[FULL]["flops_per_collected_step"] / 2
+
+
+def test_bytes_of_a_transition(table):
+    pixels, features = 64 * 64 * 3, 128 * 4
+    assert pixels < table[FULL]["bytes_per_transition"] < 1.1 * pixels
+    assert features < table[FROZEN]["bytes_per_transition"] < features + 64
+
+
+def test_the_recipe_runs_two_trunks_and_keeps_next_observations(table):
+    row = measure(Settings("torchrl", "none", **TINY))[0]
+    assert row["flops_per_minibatch"] > 1.9 * table[FULL]["flops_per_minibatch"]
+    assert row["bytes_per_transition"] > 2 * 64 * 64 * 3
+
+
+def rows_of(*names: str, speed: float = 100.0) -> list[dict]:
+    settings = [Settings(*name.split("/")) for name in names]
+    return [{"row": s.row, **asdict(s), "env_steps_per_second": speed, "iteration_s": 2048 / speed} for s in settings]
+
+
+def test_ratios_are_to_the_same_scope_and_to_the_full_fine_tune():
+    rows = (
+        rows_of("sb3/none", speed=10.0) + rows_of("sb3/backbone", speed=20.0) + rows_of("torchrl/backbone", speed=5.0)
+    )
+    rows += rows_of("floor/backbone", speed=200.0) + rows_of("ours/backbone", "ours/backbone/fp32/vla")
+    benchmark.compare_with_peers(rows)
+    ours, vla = rows[-2:]
+    assert (ours["ratio_to_sb3"], ours["ratio_to_sb3_full"], ours["ratio_to_torchrl"]) == (5.0, 10.0, 20.0)
+    assert ours["ratio_to_torchrl_full"] is None
+    assert vla["iteration_over_floor"] == pytest.approx(2.0)
+
+
+def test_utilisation_is_of_the_fastest_product_that_any_row_saw_in_its_precision():
+    rows = rows_of("ours/none", "ours/vision", "ours/none/bf16", "floor/none")
+    for row, peak in zip(rows, (10.0, 40.0, 100.0), strict=False):  # the first row's process was disturbed
+        row |= {"model_flops_per_second": 20.0, "peak_flops_per_second": peak, "mfu": 20.0 / peak}
+    benchmark.compare_with_peers(rows)
+    assert [row.get("mfu") for row in rows] == [0.5, 0.5, 0.2, None]
+    assert [row.get("peak_flops_per_second") for row in rows] == [40.0, 40.0, 100.0, None]
+
+
+def test_a_failing_row_loses_no_other_and_append_keeps_the_table(tmp_path, monkeypatch, capsys):
+    def measured(settings: Settings) -> list[dict] | None:
+        return None if settings.freeze == "vision" else rows_of(settings.row)
+
+    monkeypatch.setattr(benchmark, "run", measured)
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    assert benchmark.main(["--rows=sb3/*,ours/*/fp32/standard", f"--output={tmp_path}"]) == 1
+    assert "skipped: rows of Stable-Baselines3" in capsys.readouterr().out
+    assert benchmark.main(["--rows=torchrl/none/*", "--append", "--threads=7", f"--output={tmp_path}"]) == 2
+    assert "--append: the table has threads = 1, this run 7" in capsys.readouterr().err
+    assert benchmark.main(["--rows=torchrl/none/*", "--append", f"--output={tmp_path}"]) == 0
+    rows = benchmark.read_table(tmp_path / "small-tabletop-cpu.csv")
+    assert [row["row"] for row in rows] == ["torchrl/none/fp32/standard", FULL, FROZEN]  # peers first
+    assert [row["ratio_to_torchrl"] for row in rows] == [1.0, 1.0, None]
+
+
+def test_scaling_fits_a_power(tmp_path, monkeypatch, capsys):
+    def measured(settings: Settings) -> list[dict]:
+        values = {"num_envs": settings.num_envs, "num_collectors": settings.num_collectors, "flops_per_env_step": 1e6}
+        return [rows_of(settings.row, speed=settings.num_envs**0.5)[0] | values]
+
+    monkeypatch.setattr(benchmark, "run", measured)
+    assert benchmark.main(["--scaling", f"--output={tmp_path}"]) == 0
+    assert "against envs: grows with the power -0.50 ± 0.00" in capsys.readouterr().out
+    assert (tmp_path / "scaling-tabletop-cpu.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--device=cuda", "no GPU here"),
+        ("--rows=sb4/*", "matches none of sb3/none/fp32/standard"),
+        ("--steps=0", "--steps: expected at least 1"),
+        ("--num_collectors=3", "does not divide --num_envs=64"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(flag, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main([flag, f"--output={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_stand_in_environment_keeps_the_contract_and_its_episodes_end_in_turn():
+    env = StandInEnv(num_envs=6, image_size=16, episode_length=3)
+    check_env_specs(env)
+    rollout = env.rollout(7, break_when_any_done=False)
+    done = rollout["next", "done"].squeeze(-1)
+    assert (done.sum(dim=1) >= 2).all() and (done.sum(dim=0) == 2).all()
+    assert not rollout["next", "terminated"].any()
+    assert rollout["observation", "rgb"].float().std() > 50
+
+
+def test_the_resnet_model_has_the_parts_that_scopes_name():
+    model = build_model("resnet18", {}, action_dim=3, device=torch.device("cpu"))
+    assert part_names(model) == ["vision_encoder", "language_encoder", "fusion", "action_head", "value_head"]
+    assert 11e6 < sum(p.numel() for p in model.parameters()) < 12e6
+    check_policy(VLAPolicy(model), StandInEnv(2).observation_spec["observation"].zero(), action_dim=3)

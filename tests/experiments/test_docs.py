@@ -1,0 +1,62 @@
+"""The documentation's example is complete and runs as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import evaluate_vla
+import ppo_vla
+import pytest
+import torch
+from worlds import ROOT
+
+from research.config import ExperimentConfig, parse_config
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def test_integration_example_trains_as_printed(tmp_path, monkeypatch, capsys):
+    """A model that is not in the repository, with its own checkpoint, rgb and language only, through JSON alone."""
+    guide = ROOT / "docs" / "vla_integration.md"
+    (tmp_path / "my_vla.py").write_text(blocks(guide, "python")[0])
+    (config,) = (block for block in blocks(guide, "json") if "my_vla.MyVLA" in block)
+    (tmp_path / "my.json").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import my_vla
+
+    model = my_vla.MyVLA(width=64)
+    torch.save({"state_dict": model.state_dict()}, "my_vla.pt")
+    assert ppo_vla.main(["--config", "my.json", "--trainer.progress_bar=False"]) == 0, capsys.readouterr().err
+    run = next((tmp_path / "runs").iterdir())
+    trained = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    assert any(not torch.equal(trained[name], weight) for name, weight in model.state_dict().items())
+    for name in ("config.json", "metrics.jsonl", "summary.json", "episodes.jsonl", "learning_curve.png"):
+        assert (run / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if "train/approx_kl" in row)
+    assert abs(first["train/approx_kl"]) < 0.1
+    assert evaluate_vla.main([f"--checkpoint={run}", "--output=out", "--trainer.progress_bar=False"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert json.loads(Path("out/summary.json").read_text())["eval/return"] == summary["eval/return"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/vla_integration.md"])
+def test_configurations_shown_are_accepted(page, tmp_path):
+    shown = blocks(ROOT / page, "json")
+    assert shown
+    for block in shown:
+        (tmp_path / "shown.json").write_text(block)
+        parse_config(ExperimentConfig, ["--config", str(tmp_path / "shown.json")])
+
+
+def test_files_that_the_documents_name_exist():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"`((?:research|agents|envs|experiments|tests|docs|sweeps)/[\w./]*)`", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name} links to {target}"

@@ -1,0 +1,278 @@
+"""The main job end to end: learning, reproducibility, resuming, interruption, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import evaluate_vla
+import ppo_vla
+import pytest
+import torch
+from worlds import ROOT, rows_without_times, run_folder, write_config
+
+from agents.small_vla import SmallVLA
+from research.runs.tracking import read_metrics
+
+SCRIPT = ROOT / "experiments" / "ppo_vla.py"
+
+
+def test_ppo_solves_reach_from_scratch(tmp_path):
+    config = write_config(
+        tmp_path,
+        trainer__env_config={
+            "task": "reach", "reward": "milestones", "num_blocks": 1, "image_size": 32,
+            "modalities": ["depth", "proprio"],
+        },
+        trainer__num_envs=64, trainer__buffer_size=1024, trainer__iterations=80, trainer__num_eval_envs=64,
+        trainer__num_eval_episodes=64, trainer__save_freq=0,
+        policy__vla_config={"model_class": "worlds.DepthReacher"},
+        policy__critic_gradient="trunk",
+        algorithm__cfg={"learning_rate": 1e-3, "batch_size": 256, "n_epochs": 6, "gamma": 0.95, "ent_coef": 0.0},
+    )  # fmt: skip
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    summary = json.loads((run_folder(tmp_path) / "summary.json").read_text())
+    assert summary["before/success_rate"] <= 0.3
+    assert summary["eval/success_rate"] >= 0.9
+
+
+def test_utilisation_is_the_models_arithmetic_over_what_the_machine_could_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_vla, "matmul_flops_per_second", lambda dtype, device: 1e9)
+    monkeypatch.setattr(ppo_vla.VLAPolicy, "flops", lambda self, observation, rows: (1e3, 5e3))
+    config = write_config(tmp_path, algorithm__cfg__value_warmup_iterations=1, algorithm__cfg__n_epochs=2)
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    first, *rest = [row for row in read_metrics(run_folder(tmp_path)) if "train/epochs" in row]
+    assert "time/mfu" not in first and rest
+    for row in rest:
+        assert row["train/epochs"] == 2
+        assert row["time/mfu"] == pytest.approx(row["time/env_steps_per_second"] * (1e3 + 2 * 5e3) / 1e9)
+
+
+@pytest.mark.parametrize("freeze", ["none", "vision"])
+def test_same_seed_gives_bit_equal_metrics(tmp_path, freeze):
+    rows = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        config = write_config(tmp_path / name, policy__freeze=freeze)
+        assert ppo_vla.main(["--config", str(config)]) == 0
+        rows.append(rows_without_times(run_folder(tmp_path / name)))
+    assert rows[0] == rows[1] and len(rows[0]) == 5
+    (tmp_path / "c").mkdir()
+    assert ppo_vla.main(["--config", str(write_config(tmp_path / "c", policy__freeze=freeze, trainer__seed=2))]) == 0
+    assert rows_without_times(run_folder(tmp_path / "c")) != rows[0]
+
+
+def test_resume_is_bit_exact(tmp_path):
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    assert ppo_vla.main(["--config", str(write_config(tmp_path / "whole", trainer__iterations=4))]) == 0
+    whole = run_folder(tmp_path / "whole")
+    assert ppo_vla.main(["--config", str(write_config(tmp_path / "halves", trainer__iterations=2))]) == 0
+    halves = run_folder(tmp_path / "halves")
+    torch.manual_seed(12345)  # whatever happened in between
+    argv = ["--config", str(halves / "config.json"), f"--trainer.resume={halves}", "--trainer.iterations=4"]
+    assert ppo_vla.main(argv) == 0
+
+    def training(run: Path) -> list[dict]:
+        return [row for row in rows_without_times(run) if "train/approx_kl" in row]
+
+    assert training(whole) == training(halves) and len(training(whole)) == 4
+    a, b = (torch.load(r / "checkpoints" / "last.pt", weights_only=True) for r in (whole, halves))
+    for key, weight in a["model_state_dict"].items():
+        assert torch.equal(weight, b["model_state_dict"][key]), key
+
+
+def test_evaluation_twice_gives_equal_episodes(tmp_path):
+    episodes = []
+    for name in ("a", "b"):
+        argv = [
+            f"--output={tmp_path / name}",
+            "--trainer.num_eval_episodes=24",
+            "--trainer.num_eval_envs=16",
+            "--film=2",
+        ]
+        assert evaluate_vla.main([*argv, "--trainer.progress_bar=False"]) == 0
+        episodes.append((tmp_path / name / "episodes.jsonl").read_text())
+    assert episodes[0] == episodes[1]
+    rows = [json.loads(line) for line in episodes[0].splitlines()]
+    assert [row["initial_state"] for row in rows] == list(range(24))
+    assert all("plate" in row["instruction"] for row in rows)
+    assert (tmp_path / "a" / "evaluation.mp4").stat().st_size > 1000
+
+
+def test_shipped_checkpoint_solves_about_half(tmp_path):
+    argv = [f"--output={tmp_path}", "--film=0", "--trainer.progress_bar=False"]
+    assert evaluate_vla.main(argv) == 0
+    assert 0.40 <= json.loads((tmp_path / "summary.json").read_text())["eval/success_rate"] <= 0.65
+    assert sum(p.stat().st_size for p in (ROOT / "experiments" / "checkpoints").iterdir()) < 2 * 2**20
+
+
+def test_a_gymnasium_environment_of_the_users_trains_through_json(tmp_path):
+    config = write_config(
+        tmp_path,
+        trainer__env="gym:user_package.reach_env:ReachEnv",
+        trainer__env_config={"keys": {"proprio": "state"}, "instruction": "reach the target", "max_episode_steps": 6},
+        policy__action_dim=2,
+        policy__vla_config={
+            "model_class": "agents.small_vla.SmallVLA",
+            "model_config": {"action_dim": 2, "modalities": ["proprio", "language"], "proprio_dim": 6},
+        },
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    rows = read_metrics(run_folder(tmp_path))
+    assert any("rollout/success_rate" in row for row in rows) and "eval/success_rate" in rows[-1]
+
+
+BAD = [
+    (["--trainer.iteratons=3"], "trainer.iterations"),
+    (["--trainer.iterations=-1"], "trainer.iterations"),
+    (["--trainer.num_envs=0"], "trainer.num_envs"),
+    (["--algorithm.cfg.learning_rate=fast"], "algorithm.cfg.learning_rate"),
+    (["--algorithm.cfg.batch_size=128"], "batch_size"),
+    (["--trainer.env=warehouse"], "unknown environment 'warehouse'"),
+    (["--policy.vla_config.model_class=agents.small_vla.SmolVLA"], "SmallVLA"),
+    (["--policy.vla_config.model_class=torch.nn.Identity"], "get_value, evaluate_actions"),
+    (["--policy.vla_config.model_path=nowhere.pt"], "nowhere.pt"),
+    (["--policy.action_dim=7"], "policy.action_dim is 7, but tabletop takes 3"),
+    (["--trainer.device=tpu9"], "trainer.device"),
+    (["--policy.freeze=[visoin_encoder]"], "vision_encoder"),
+    (["--policy.learning_rates.fusoin=1e-3"], "fusion"),
+    (["--policy.value_head=critic"], "value_head"),
+    (["--trainer.env_config.task=fly"], "fly"),
+    (["--trainer.resume=nowhere"], "nowhere"),
+    (["--policy.vla_config.model_config.modalities=[depth]"], "reads depth"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[flags[0] for flags, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, flags, message):
+    assert ppo_vla.main(["--config", str(write_config(tmp_path)), *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    assert message in error
+    assert not (tmp_path / "runs").exists()  # nothing was started
+
+
+def test_cuda_asked_for_and_absent(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ppo_vla.main(["--config", str(write_config(tmp_path)), "--trainer.device=cuda"]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_run_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = ["--config", str(write_config(tmp_path)), f"--trainer.run_dir={tmp_path / 'file' / 'runs'}"]
+    assert ppo_vla.main(argv) == 2
+    assert "cannot make the run folder" in capsys.readouterr().err
+
+
+def test_errors_reach_the_shell_as_one_line():
+    done = subprocess.run([sys.executable, str(SCRIPT), "--trainer.sed=3"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "trainer.seed" in done.stderr
+
+
+def test_nan_during_the_run_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+
+    calls = []
+
+    def value(self, hidden):
+        calls.append(1)
+        return self.value_head(hidden) * (float("nan") if len(calls) > 120 else 1.0)
+
+    monkeypatch.setattr(SmallVLA, "value", value)
+    assert ppo_vla.main(["--config", str(write_config(tmp_path)), "--trainer.iterations=50"]) == 1
+    error = capsys.readouterr().err
+    assert "state_value is nan" in error or "loss_critic is nan" in error
+    assert "at env step" in error and "last.pt" in error
+    saved = torch.load(run_folder(tmp_path) / "checkpoints" / "last.pt", weights_only=True)
+    assert all(torch.isfinite(w).all() for w in saved["model_state_dict"].values())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_a_checkpoint_and_a_summary(tmp_path, number, code):
+    config = write_config(tmp_path, trainer__iterations=100000, trainer__save_freq=0)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--config", str(config)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        runs = list((tmp_path / "runs").glob("*/metrics.jsonl"))
+        if runs and "train/approx_kl" in runs[0].read_text():
+            break
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    run = run_folder(tmp_path)
+    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    last = read_metrics(run)[-1]["global_step"]
+    assert saved["global_step"] == last > 0
+    assert str(run) in out and json.loads((run / "summary.json").read_text())["exit_code"] == code
+
+
+def test_a_frozen_weight_that_changes_stops_the_run(tmp_path, capsys):
+    keys = ["rgb", "proprio", "language"]
+    config = write_config(
+        tmp_path,
+        trainer__env_config={"task": "reach", "modalities": keys},
+        policy__freeze="language",
+        policy__vla_config={
+            "model_class": "worlds.Leaking",
+            "model_config": {"action_dim": 3, "modalities": keys, "hidden_size": 16},
+        },
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 1
+    assert "language_encoder.near.bias" in capsys.readouterr().err
+    summary = json.loads((run_folder(tmp_path) / "summary.json").read_text())
+    assert summary["audit/frozen_ok"] is False and summary["exit_code"] == 1
+
+
+@pytest.mark.parametrize("scope", ["none", "vision", "backbone", "lora"])
+def test_the_audit_is_in_the_summary_and_drift_in_the_metrics(tmp_path, scope):
+    config = write_config(tmp_path, policy__freeze=scope, trainer__iterations=2)
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    run = run_folder(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["audit/frozen_ok"] is True
+    assert (summary["audit/frozen_tensors"] > 0) == (scope != "none")
+    drift = {k: v for k, v in read_metrics(run)[-1].items() if k.startswith("audit/drift/")}
+    assert (drift["audit/drift/vision_encoder"] > 0) == (scope in ("none", "lora"))
+    assert (drift["audit/drift/fusion"] > 0) == (scope != "backbone")
+    assert drift["audit/drift/action_head"] > 0
+    argv = [f"--checkpoint={run}", f"--output={tmp_path / 'evaluation'}", "--trainer.num_eval_episodes=4"]
+    assert evaluate_vla.main(argv) == 0
+    argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=3"]
+    assert ppo_vla.main(argv) == 0
+    assert json.loads((run / "summary.json").read_text())["audit/hash"] == summary["audit/hash"]
+
+
+def test_a_gpt_style_model_trains_with_its_language_model_frozen(tmp_path, capsys):
+    """Gradients flow through the frozen language model to the projector, so it runs in the update; the encoder not."""
+    keys = ["rgb", "proprio", "language"]
+    config = write_config(
+        tmp_path,
+        trainer__env_config={"task": "reach", "modalities": keys, "image_size": 32},
+        trainer__iterations=2,
+        policy__freeze=["vision", "language", "readout", "proprio_projector"],
+        policy__vla_config={
+            "model_class": "agents.gpt_vla.GPTVLAModel",
+            "model_config": {
+                "action_dim": 3, "action_head_hidden_size": 16, "gradient_checkpointing": True,
+                "vision_encoder": {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8},
+                "language_model": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 256, "n_positions": 160},
+            },
+        },
+    )  # fmt: skip
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "feature reuse: vision_encoder runs once" in out
+    assert "feature reuse: not of hidden: it reads vision_tokens, which changes" in out
+    row = [row for row in read_metrics(run_folder(tmp_path)) if "train/approx_kl" in row][-1]
+    assert row["train/grad_norm/projector"] > 0 and "train/grad_norm/language_model" not in row

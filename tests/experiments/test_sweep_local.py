@@ -1,0 +1,473 @@
+"""Sweep files, and running them without a server: every point once, interruptions, early stopping, and wrong files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sweep_local
+import yaml
+from worlds import ROOT, write_config
+
+from research.runs.tracking import read_metrics
+from research.schema import UserError
+from research.study.sweep_file import Parameter, SweepTrials, arguments, check_options, load_sweep
+
+RATE = "algorithm.cfg.learning_rate"
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+
+# What ppo_vla.py does to a run folder, in a moment. Success is 1 / (1 + |rate - 1|), so the best rate is 1.
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+words = sys.argv[1:]
+flags = dict(word[2:].split("=", 1) for word in words)
+rate, iterations = float(flags["algorithm.cfg.learning_rate"]), int(flags.get("trainer.iterations", 3))
+if Path("refuse").exists() and rate == 7:
+    sys.exit("error: rate 7 is refused") or 2
+name = flags.get("trainer.exp_name", "pick_place_ppo") + "-" + os.environ["WANDB_RUN_ID"]
+folder = Path(flags.get("trainer.resume") or Path(flags["trainer.run_dir"], name))
+checkpoint, metrics = folder / "checkpoints" / "last.pt", folder / "metrics.jsonl"
+checkpoint.parent.mkdir(parents=True, exist_ok=True)
+resumed = "trainer.resume" in flags
+if metrics.exists() and not resumed:
+    sys.exit(f"{folder} is in the way")
+done = int(checkpoint.read_text()) if resumed else 0
+rows = metrics.read_text().splitlines()[:done] if resumed else []
+metrics.write_text("".join(row + "\\n" for row in rows))
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+with (folder / "starts.jsonl").open("a") as file:
+    threads = os.environ["OMP_NUM_THREADS"]
+    file.write(json.dumps({"time": time.time(), "words": words, "threads": threads, "from": done}) + "\\n")
+if rate == 13:
+    sys.exit("loss is nan")
+while done < iterations and not asked:
+    time.sleep(float(os.environ.get("PACE", 0)))
+    done += 1
+    with metrics.open("a") as file:
+        file.write(json.dumps({"global_step": done, "eval/success_rate": 1 / (1 + abs(rate - 1)) * done / 100}) + "\\n")
+    checkpoint.write_text(str(done))
+code = 143 if asked else 0
+(folder / "summary.json").write_text(json.dumps({"exit_code": code, "ended": time.time()}))
+sys.exit(code)
+""".replace('sys.exit("error: rate 7 is refused") or 2', 'print("error: rate 7 is refused"); sys.exit(2)')
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_a_quick_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep_local, "POLL_S", 0.02)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+
+def write_sweep(rates=(0.5, 1.0), **changes) -> str:
+    content = {
+        "program": "script.py", "method": "grid", "name": "s",
+        "metric": {"name": "eval/success_rate", "goal": "maximize"},
+        "parameters": {"trainer.seed": {"values": [1, 2]}, "algorithm.cfg.learning_rate": {"values": list(rates)}},
+    }  # fmt: skip
+    content["parameters"] |= changes.pop("parameters", {})
+    path = Path("s.yaml")
+    path.write_text(yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None}, sort_keys=False))
+    return str(path)
+
+
+def starts() -> dict[str, list[dict]]:
+    """What every run folder's processes noted at their start."""
+    found = sorted(Path("runs", "s").glob("*/starts.jsonl"))
+    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in found}
+
+
+def points() -> list[tuple[str, str]]:
+    """(seed, rate) of every start, over all run folders."""
+    found = []
+    for start in itertools.chain(*starts().values()):
+        flags = dict(word[2:].split("=", 1) for word in start["words"])
+        found.append((flags["trainer.seed"], flags["algorithm.cfg.learning_rate"]))
+    return sorted(found)
+
+
+def study(storage="sqlite:///runs/s/sweep.db"):
+    import optuna
+
+    return optuna.load_study(study_name="s", storage=storage)
+
+
+def states() -> list[str]:
+    return [trial.state.name for trial in study().trials]
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+    return found
+
+
+def rows() -> int:
+    return sum(len(path.read_text().splitlines()) for path in Path("runs").glob("s/*/metrics.jsonl"))
+
+
+def in_background(*argv, pace=0.2) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "experiments" / "sweep_local.py"), *argv]
+    environment = {**os.environ, "PACE": str(pace), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+# ---- what is run
+
+
+def test_a_grid_is_its_product_each_point_once_with_the_agents_arguments(capsys):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    fixed = {"trainer.use_wandb": {"value": False}, "policy.freeze": {"value": ["fusion"]}}
+    path = write_sweep(parameters=fixed)
+    assert sweep_local.main([path]) == 0
+    assert points() == [("1", "0.5"), ("1", "1.0"), ("2", "0.5"), ("2", "1.0")]
+    point = {
+        "trainer.seed": 1,
+        "algorithm.cfg.learning_rate": 0.5,
+        "trainer.use_wandb": False,
+        "policy.freeze": ["fusion"],
+    }
+    asked = create_sweep_command_args({"args": {k: {"value": v} for k, v in point.items()}})["args"]
+    first = next(iter(starts().values()))[0]["words"]
+    assert first[: len(asked)] == asked
+    assert first[len(asked) :] == [f"--trainer.run_dir={Path('runs/s')}", "--trainer.wandb_tags+=sweep:s"]
+    out = capsys.readouterr().out
+    assert out.count("done") == 9 and "4 done, of 4" in out  # a line as each ends, the table, its last line
+    assert "python experiments/compare_runs.py runs/s" in out
+    assert [trial.value for trial in study().trials] == pytest.approx([0.02, 0.03, 0.02, 0.03])
+
+    assert sweep_local.main([path]) == 0
+    assert len(points()) == 4  # nothing twice
+    assert sweep_local.main([write_sweep(rates=(0.5, 1.0, 2.0), parameters=fixed)]) == 0
+    assert points()[2] == ("1", "2.0") and len(points()) == 6  # and what is new in the file
+
+
+def test_a_trial_is_an_ordinary_run(tmp_path):
+    config = write_config(tmp_path, trainer__iterations=2, trainer__run_dir=str(tmp_path / "runs"))
+    sweep = {
+        "program": str(ROOT / "experiments" / "ppo_vla.py"), "method": "grid", "name": "s",
+        "command": ["${env}", "${interpreter}", "${program}", f"--config={config}", "${args}"],
+        "metric": {"name": "eval/success_rate", "goal": "maximize"},
+        "parameters": {"trainer.seed": {"value": 3}, "trainer.exp_name": {"value": "tiny"}},
+    }  # fmt: skip
+    Path("s.yaml").write_text(yaml.safe_dump(sweep))
+    assert sweep_local.main(["s.yaml"]) == 0, Path("runs/s/logs").iterdir().__next__().read_text()
+    (run,) = Path("runs/s").glob("tiny-*")
+    (trial,) = study().trials
+    saved = json.loads((run / "config.json").read_text())["trainer"]
+    assert (saved["seed"], saved["wandb_tags"]) == (3, ["sweep:s"])
+    assert trial.value == read_metrics(run)[-1]["eval/success_rate"] and trial.state.name == "COMPLETE"
+
+
+def test_workers_run_at_once_and_share_the_cores(monkeypatch):
+    monkeypatch.setenv("PACE", "0.3")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert sweep_local.main([write_sweep(), "--workers=2"]) == 0
+    found = starts()
+    assert {run[0]["threads"] for run in found.values()} == {"3"}
+    begun = sorted(run[0]["time"] for run in found.values())
+    ended = sorted(json.loads(path.read_text())["ended"] for path in Path("runs/s").glob("*/summary.json"))
+    assert begun[1] < ended[0] and begun[3] < ended[2]  # two at a time
+    assert begun[2] > ended[0]  # and no more
+
+
+def test_two_processes_share_a_sweep():
+    path = write_sweep(rates=[0.25, 0.5, 1.0])
+    both = [in_background(path, pace=0.1) for _ in range(2)]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert len(points()) == len(set(points())) == 6
+    assert states() == ["COMPLETE"] * 6
+
+
+def test_trials_are_handed_out_by_one_process_at_a_time():
+    sweep, entered = load_sweep(write_sweep()), threading.Event()
+    first, second = SweepTrials(sweep, Path("runs/s")), SweepTrials(sweep, Path("runs/s"))
+
+    def enter():
+        with second.alone():
+            entered.set()
+
+    with first.alone():
+        threading.Thread(target=enter).start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+
+
+def test_a_trial_that_ends_while_another_process_looks_at_it_is_not_put_back():
+    sweep = load_sweep(write_sweep())
+    first, second = SweepTrials(sweep, Path("runs/s")), SweepTrials(sweep, Path("runs/s"))
+    with first.alone():
+        ending, interrupted = (first.take(lambda number: True) for _ in range(2))
+
+    def is_alive(number: int) -> bool:  # between the look at the database and the look at the process, it is over
+        if number == ending.number:
+            first.tell(ending, 0.5)
+        return False
+
+    with second.alone():
+        assert second.take(is_alive).number == interrupted.number
+    assert second.all()[ending.number].state.name == "COMPLETE"
+
+
+def test_bayes_draws_within_its_ranges_until_its_cap():
+    ranges = {
+        "algorithm.cfg.learning_rate": {"distribution": "log_uniform_values", "min": 0.01, "max": 100.0},
+        "trainer.seed": {"min": 1, "max": 50},
+        "policy.freeze": {"values": ["none", ["fusion", "vision_encoder"]]},
+    }
+    path = write_sweep(method="bayes", run_cap=12, parameters=ranges)
+    assert sweep_local.main([path, "--workers=4"]) == 0
+    found = [trial.user_attrs["point"] for trial in study().trials]
+    assert len(found) == 12
+    assert all(0.01 <= p["algorithm.cfg.learning_rate"] <= 100 and 1 <= p["trainer.seed"] <= 50 for p in found)
+    assert {str(p["policy.freeze"]) for p in found} == {"none", "['fusion', 'vision_encoder']"}
+    assert len({p["algorithm.cfg.learning_rate"] for p in found}) == 12
+    assert len(starts()) == 12
+
+
+def test_the_target_ends_a_sweep():
+    path = write_sweep(metric={"name": "eval/success_rate", "goal": "maximize", "target": 0.03}, rates=[1.0, 2.0, 3.0])
+    assert sweep_local.main([path]) == 0
+    assert len(points()) == 1
+
+
+# ---- stopping early
+
+
+def test_hyperband_stops_what_is_worse_and_keeps_its_checkpoint(monkeypatch, capsys):
+    monkeypatch.setenv("PACE", "0.15")
+    path = write_sweep(
+        rates=[1.0, 9.0, 30.0],
+        early_terminate={"type": "hyperband", "min_iter": 2, "eta": 3},
+        parameters={"trainer.seed": {"value": 1}, "trainer.iterations": {"value": 40}},
+    )
+    monkeypatch.setattr(sweep_local, "POLL_S", 0.02)
+    assert sweep_local.main([path, "--workers=1"]) == 0
+    assert states() == ["COMPLETE", "PRUNED", "PRUNED"]
+    best, *worse = (Path("runs/s", name) for name in starts())
+    assert len(read_metrics(best)) == 40
+    for run in worse:
+        assert 3 <= len(read_metrics(run)) < 20  # min_iter counts from the value before training
+        assert json.loads((run / "summary.json").read_text())["exit_code"] == 143
+        assert (run / "checkpoints" / "last.pt").exists()
+    assert "2 stopped early" in capsys.readouterr().out
+    assert sweep_local.main([path]) == 0 and len(points()) == 3  # they stay stopped
+
+
+# ---- interruptions
+
+
+def test_after_a_kill_the_runs_go_on_from_their_checkpoints():
+    path = write_sweep(parameters={"trainer.iterations": {"value": 8}})
+    process = in_background(path, "--workers=2")
+    wait_for(lambda: rows() >= 6)
+    killed = [process.pid, *children(process.pid)]
+    assert len(killed) == 3
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert states() == ["RUNNING", "RUNNING"]  # nobody could write down more
+    assert sweep_local.main([path, "--workers=2"]) == 0
+    assert states() == ["COMPLETE"] * 4
+    found = starts()
+    assert len(found) == 4 and [len(run) for run in found.values()] == [2, 2, 1, 1]
+    resumed = [run for run in found.values() if len(run) == 2]
+    for first, second in resumed:
+        assert first["from"] == 0 < second["from"] and second["words"][-1].startswith("--trainer.resume=")
+    for name in found:
+        assert [row["global_step"] for row in read_metrics(Path("runs/s", name))] == list(range(1, 9))
+
+
+def test_a_run_that_outlives_its_sweep_is_not_started_twice():
+    path = write_sweep(rates=[1.0], parameters={"trainer.seed": {"value": 1}, "trainer.iterations": {"value": 20}})
+    process = in_background(path)
+    wait_for(lambda: rows() >= 2)
+    process.kill()
+    process.wait()
+    assert sweep_local.main([path]) == 0  # nothing to do while it runs
+    assert states() == ["RUNNING"]
+    wait_for(lambda: list(Path("runs/s").glob("*/summary.json")))
+    time.sleep(0.5)
+    assert sweep_local.main([path]) == 0
+    assert states() == ["COMPLETE"] and len(points()) == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew():
+    path = write_sweep(rates=[1.0], parameters={"trainer.seed": {"value": 1}})
+    process = in_background(path, pace=3)
+    wait_for(lambda: starts())
+    for pid in [process.pid, *children(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert sweep_local.main([path]) == 0
+    ((name, (start,)),) = starts().items()
+    assert start["from"] == 0 and len(read_metrics(Path("runs/s", name))) == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_cleanly_and_the_next_start_goes_on(number, code):
+    path = write_sweep(parameters={"trainer.iterations": {"value": 8}})
+    process = in_background(path, "--workers=2")
+    wait_for(lambda: rows() >= 4)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C reaches all that the terminal started
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "2 interrupted" in out and "goes on from here" in out
+    summaries = [json.loads(path.read_text()) for path in Path("runs/s").glob("*/summary.json")]
+    assert [summary["exit_code"] for summary in summaries] == [143, 143]  # each wrote its checkpoint
+    assert sweep_local.main([path, "--workers=2"]) == 0
+    assert states() == ["COMPLETE"] * 4 and len(points()) == 6
+
+
+# ---- runs that fail
+
+
+def test_a_crash_is_kept_and_not_repeated_and_a_refusal_is_tried_again(capsys):
+    Path("refuse").write_text("")
+    path = write_sweep(rates=[13.0, 1.0, 7.0, 2.0], parameters={"trainer.seed": {"value": 1}})
+    assert sweep_local.main([path]) == 0
+    assert states() == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    out = capsys.readouterr().out
+    assert "exit code 1: loss is nan" in out and "exit code 2: error: rate 7 is refused" in out
+    Path("refuse").unlink()
+    assert sweep_local.main([path]) == 0
+    assert states() == ["FAIL", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [rate for _, rate in points()].count("13.0") == 1
+
+
+def test_three_failures_in_a_row_end_the_sweep(capsys):
+    path = write_sweep(rates=[13.0, 1.0], parameters={"trainer.seed": {"values": [1]}, "algorithm.cfg.gamma": {
+        "values": [0.1, 0.2, 0.3, 0.4]}, "algorithm.cfg.learning_rate": {"values": [13.0]}})  # fmt: skip
+    assert sweep_local.main([path]) == 1
+    assert states() == ["FAIL"] * 3
+    error = capsys.readouterr().err
+    assert "3 runs in a row failed" in error and "loss is nan" in error and ".log" in error
+
+
+def test_another_sweep_of_the_same_name_is_refused(capsys):
+    assert sweep_local.main([write_sweep()]) == 0
+    assert sweep_local.main([write_sweep(method="random", run_cap=2)]) == 2
+    assert "has trials of another sweep" in capsys.readouterr().err
+    assert len(points()) == 4
+
+
+# ---- sweep files
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
+    sweep = load_sweep(path)
+    check_options(sweep, sweep_local.config_of)
+    assert (ROOT / sweep.program).is_file() and sweep.metric == "eval/success_rate" and sweep.maximize
+    runs = {"freeze": 15, "learning_rate": 15, "bayes": 40}
+    runs |= {"freeze_learning_rate": 50, "freeze_learning_rate_confirm": 25, "language_rate": 5}
+    assert (sweep.run_cap or len(sweep.grid())) == runs[path.stem]
+    assert sweep.name == path.stem and sweep.project == "vla-rl"
+
+
+def test_each_scope_has_its_own_range_and_the_ranges_share_their_rates():
+    rates = {}
+    for point in load_sweep(ROOT / "sweeps" / "freeze_learning_rate.yaml").grid():
+        config = sweep_local.config_of(arguments(point))
+        rates.setdefault(config.policy.freeze, set()).add(config.algorithm.cfg.learning_rate)
+    assert set(rates) == {"none", "vision", "language", "backbone", "lora"}
+    assert all(len(r) == 5 for r in rates.values())
+    assert max(rates["none"]) < max(rates["vision"]) < max(rates["backbone"])
+    assert 1e-4 in set.intersection(*rates.values())  # bit-equal, so a heat map has common columns
+    assert len(set.union(*rates.values())) == 7
+
+
+def test_values_are_drawn_as_wandb_draws_them():
+    assert Parameter("a", low=0.1, high=10.0, log=True).distribution().log
+    assert Parameter("a", low=0, high=100, q=5).value(12.6) == 15
+    assert Parameter("a", low=0.0, high=1.0, q=0.25).value(0.6) == 0.5
+    listed = Parameter("a", choices=("none", ["x"], True))
+    assert [listed.value(drawn) for drawn in listed.distribution().choices] == ["none", ["x"], True]
+    whole = Parameter("a", low=1, high=9, integer=True).distribution()
+    assert (whole.low, whole.high) == (1, 9)
+
+
+BAD = [
+    ({"metod": "grid"}, "unknown key 'metod'; did you mean method?"),
+    ({"method": "annealing"}, "'annealing' is none of grid, random, bayes"),
+    ({"parameters": {RATE: {"value": "1e-5"}}}, "1e-5 is text to YAML, not a number; write 1.0e-5"),
+    ({"parameters": {RATE: {"values": [1.0, "1.5e5"]}}}, "1.5e5 is text to YAML, not a number; write 1.5e+5"),
+    ({"parameters": {RATE: {"min": "1e-5", "max": 1.0}}, "method": "random"}, "write 1.0e-5"),
+    ({"parameters": {RATE: {"min": 0.1, "max": 1.0}}}, "a grid needs values, not a range"),
+    ({"parameters": {RATE: {"values": []}}}, "expected a list that is not empty"),
+    ({"parameters": {RATE: {}}}, "needs values, value, or min and max"),
+    ({"parameters": {RATE: None}}, "expected keys and values"),
+    ({"parameters": {RATE: {"values": [1.0, 1.0]}}}, "listed twice"),
+    ({"parameters": {RATE: {"values": [1.0], "min": 1}}}, "values leaves no room for min"),
+    ({"parameters": {RATE: {"vales": [1.0]}}}, "did you mean values?"),
+    ({"parameters": {"policy.freez": {"value": "none"}}}, "did you mean --policy.freeze?"),
+    ({"parameters": {"policy.freeze": {"values": ["none", "visoin"]}}}, "'visoin' is none of the presets"),
+    ({"parameters": {"trainer.seed": {"values": [1, -1]}}}, "trainer.seed"),
+    ({"parameters": {"policy": {"parameters": {"freeze": {"value": "none"}}}}}, "write dotted names"),
+    ({"parameters": {RATE: {"distribution": "normal", "mu": 1}}}, "unknown key 'mu'"),
+    ({"parameters": {RATE: {"distribution": "normal"}}, "method": "random"}, "distribution 'normal' is not supported"),
+    ({"parameters": {RATE: {"min": 1.0}}, "method": "random"}, "max is missing"),
+    ({"parameters": {RATE: {"min": 2.0, "max": 1.0}}, "method": "random"}, "needs min < max"),
+    ({"parameters": {RATE: {"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}}, "method": "random"},
+     "greater than 0"),
+    ({"method": "random"}, "give it a run_cap, or --trials=N"),
+    ({"early_terminate": {"type": "envelope"}}, "use hyperband"),
+    ({"early_terminate": {"type": "hyperband"}}, "needs min_iter, or max_iter and s"),
+    ({"metric": None}, "metric is missing"),
+    ({"metric": {"name": "x", "goal": "max"}}, "minimize or maximize"),
+    ({"command": ["python", "${program}"]}, "${args} at its end"),
+    ({"command": ["python", "${program}", "${args_json}"]}, "${args_json} is not supported"),
+    ({"program": "nowhere.py"}, "nowhere.py is not to be seen from this folder"),
+    ({"run_cap": 0}, "run_cap: expected a whole number of at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_sweep_files_are_one_line_and_start_nothing(capsys, changes, message):
+    assert sweep_local.main([write_sweep(**changes)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: s.yaml: ") and "\n" not in error
+    assert message in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not YAML"), ("", "expected keys and values"), (None, "cannot be read")]
+)
+def test_files_that_are_no_sweep(text, message):
+    if text is not None:
+        Path("s.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_sweep("s.yaml")
+
+
+def test_a_storage_that_cannot_be_opened(capsys):
+    assert sweep_local.main([write_sweep(), "--storage=nosuch://x"]) == 2
+    error = capsys.readouterr().err
+    assert "the storage nosuch://x cannot be opened" in error and error.count("\n") == 1

@@ -1,0 +1,501 @@
+"""Run folders, W&B modes, the JSONL mirror, learning curves, and videos."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import wandb
+
+from research.runs import tracking
+from research.runs.tracking import Tracker, create_run_folder, plot_learning_curve, read_metrics, resolve_wandb_mode
+from research.runs.video import FAILURE_COLOR, SUCCESS_COLOR, frame_strip, video_grid, write_video
+from research.schema import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+NESTED, FLAT = {"trainer": {"seed": 1}}, {"trainer.seed": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch, tmp_path):
+    """No W&B account, settings or session from outside the test, and none left behind."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_settings"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # `wandb offline` writes its setting into the working directory
+    yield
+    wandb.teardown()
+
+
+def start(folder, mode="disabled", **options):
+    return Tracker(folder, NESTED, FLAT, project="test", group="env-ppo-none", mode=mode, **options)
+
+
+def inspect(folder, *flags):
+    (run,) = Path(folder, "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, run]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ---- run folder
+
+
+def test_run_folders_are_unique_sorted_by_time_and_complete(tmp_path, monkeypatch):
+    clock = iter(["20250101_120000", "20250101_120000", "20250101_120001"])
+    monkeypatch.setattr(tracking.time, "strftime", lambda _: next(clock))
+    folders = [create_run_folder(tmp_path / "runs", "my-exp") for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert sorted(folders)[-1] == folders[-1]
+    for folder in folders:
+        assert folder.name.startswith("my-exp-2025")
+        assert (folder / "checkpoints").is_dir() and (folder / "videos").is_dir()
+
+
+def test_run_folder_that_cannot_be_made_names_the_path(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match=r"cannot make the run folder .*file"):
+            create_run_folder(run_dir, "exp")
+    for name in ("", "a/b"):
+        with pytest.raises(UserError, match="exp_name"):
+            create_run_folder(tmp_path, name)
+
+
+def test_wandb_run_id_names_the_folder_and_only_a_sweep_gets_it_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    folder = create_run_folder(tmp_path, "exp")
+    assert folder.name == "exp-abc123"
+    with pytest.raises(UserError, match="exp-abc123 is there already"):
+        create_run_folder(tmp_path, "exp")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert create_run_folder(tmp_path, "exp") == folder
+
+
+# ---- W&B mode
+
+
+@pytest.mark.parametrize(
+    ("wandb_mode", "use_wandb", "key", "expected", "why"),
+    [
+        (None, True, None, "offline", "no API key"),
+        (None, True, "k" * 40, "online", "an API key is configured"),
+        (None, False, "k" * 40, "disabled", "use_wandb is false"),
+        (None, False, None, "disabled", "use_wandb is false"),
+        ("offline", False, "k" * 40, "offline", "WANDB_MODE=offline"),
+        ("disabled", True, "k" * 40, "disabled", "WANDB_MODE=disabled"),
+        ("online", False, "k" * 40, "online", "WANDB_MODE=online"),
+        ("shared", True, "k" * 40, "shared", "WANDB_MODE=shared"),
+        ("online", True, None, "offline", "no API key"),
+        ("shared", True, None, "offline", "no API key"),
+    ],
+)
+def test_wandb_mode(monkeypatch, capfd, wandb_mode, use_wandb, key, expected, why):
+    for name, value in (("WANDB_MODE", wandb_mode), ("WANDB_API_KEY", key)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    mode, reason = resolve_wandb_mode(use_wandb)
+    assert mode == expected
+    assert why in reason
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wandb_mode_finds_a_key_in_netrc_and_respects_wandb_offline(tmp_path):
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
+    assert resolve_wandb_mode(True)[0] == "online"
+    wandb.teardown()
+    subprocess.run([sys.executable, "-m", "wandb", "offline"], check=True, capture_output=True)
+    mode, reason = resolve_wandb_mode(True)
+    assert mode == "offline"
+    assert "wandb offline" in reason
+
+
+def test_wrong_wandb_mode_and_malformed_key_are_refused(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    with pytest.raises(UserError, match="WANDB_API_KEY"):
+        resolve_wandb_mode(True)
+    for wrong in ("ofline", ""):
+        monkeypatch.setenv("WANDB_MODE", wrong)
+        with pytest.raises(UserError, match=f"WANDB_MODE is '{wrong}'.*offline"):
+            resolve_wandb_mode(False)
+
+
+# ---- tracker
+
+
+def test_disabled_run_mirrors_metrics_and_starts_no_wandb(tmp_path, capfd):
+    with start(tmp_path, reason="trainer.use_wandb is false") as tracker:
+        tracker.log({"train/entropy": 1.5}, step=0)
+        tracker.log({"train/entropy": torch.tensor(1.25), "train/approx_kl": math.nan, "bad": math.inf}, step=64)
+        tracker.log_video("eval/video", "missing.mp4", step=64)
+        assert tracker.run is None and tracker.sync_command is None
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is not JSON")) for line in lines]
+    assert strict[1].pop("time/elapsed_s") >= strict[0]["time/elapsed_s"] >= 0
+    assert strict[1] == {"global_step": 64, "train/entropy": 1.25, "train/approx_kl": None, "bad": None}
+    assert math.isnan(read_metrics(tmp_path)[1]["train/approx_kl"])
+    assert json.loads((tmp_path / "config.json").read_text()) == NESTED
+    assert not (tmp_path / "wandb").exists()
+    assert capfd.readouterr() == ("W&B: disabled (trainer.use_wandb is false)\n", "")
+
+
+def test_offline_run_is_silent_and_readable(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(tracking, "git_commit", lambda: "c0ffee1")
+    folder = create_run_folder(tmp_path / "runs", "exp")
+    write_video(np.zeros((3, 16, 16, 3), np.uint8), folder / "videos" / "eval.mp4", fps=5)
+    iio.imwrite(folder / "curve.png", np.zeros((8, 8, 3), np.uint8))
+    with start(folder, "offline", reason="no API key is configured", tags=["vision"]) as tracker:
+        tracker.log({"eval/success_rate": 0.40625, "bad": math.nan}, step=4096)
+        tracker.log_video("eval/video", folder / "videos" / "eval.mp4", step=4096)
+        tracker.log_image("eval/curve", folder / "curve.png", step=4096)
+        tracker.summary({"final/success_rate": 0.9375, "final/return": math.nan})
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out == (
+        "W&B: offline (no API key is configured); upload later with: "
+        f"wandb sync {folder}/wandb/offline-run-*\n"
+    )  # fmt: skip
+    assert json.loads((folder / "summary.json").read_text()) == {"final/success_rate": 0.9375, "final/return": None}
+
+    records = [json.loads(line) for line in inspect(folder).splitlines()]
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert history[0]["eval/success_rate"] == 0.40625 and history[0]["global_step"] == 4096
+    assert history[1]["eval/video.path"].endswith(".mp4") and history[2]["eval/curve.path"].endswith(".png")
+    (run,) = [record["run"] for record in records if record["type"] == "run"]
+    assert {k: v for k, v in run["config"]["update"].items() if k != "_wandb"} == FLAT
+    assert run["run_id"] == folder.name.removeprefix("exp-")
+    assert (run["run_group"], run["job_type"], run["tags"]) == ("env-ppo-none", "train", ["vision", "c0ffee1"])
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    assert any(m.get("glob_name") == "*" and m["step_metric"] == "global_step" for m in metrics)
+    assert json.loads(inspect(folder, "--summary"))["summary"]["final/success_rate"] == 0.9375
+
+
+def test_metrics_survive_kill_and_nothing_prompts(tmp_path):
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from research.runs.tracking import Tracker, create_run_folder, resolve_wandb_mode
+mode, reason = resolve_wandb_mode(True)
+folder = create_run_folder("runs", "exp")
+tracker = Tracker(folder, {{}}, {{}}, project="test", group="g", mode=mode, reason=reason)
+for step in range(20):
+    tracker.log({{"train/entropy": 0.5 * step}}, step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout.startswith("W&B: offline (no API key") and done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [row["train/entropy"] for row in read_metrics(folder)] == [0.5 * step for step in range(20)]
+
+
+def test_online_without_a_network_becomes_offline(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    folder = create_run_folder(tmp_path, "exp")
+    mode, reason = resolve_wandb_mode(True)
+    assert mode == "online"
+    with start(folder, mode, reason=reason) as tracker:
+        assert tracker.mode == "offline"
+        tracker.log({"train/entropy": 0.625}, step=1)
+    out, err = capfd.readouterr()
+    assert out.startswith("W&B: offline (online failed: ") and out.count("\n") == 1
+    assert err == ""
+    assert '"train/entropy":0.625' in inspect(folder)
+
+
+@pytest.mark.parametrize(("sweep", "project"), [("sweep", "of-the-sweep"), (None, "test")])
+def test_run_takes_the_id_from_the_environment_and_a_sweep_its_project(tmp_path, monkeypatch, sweep, project):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc-123")
+    if sweep:
+        monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    folder = create_run_folder(tmp_path, "exp")
+    with start(folder, "offline") as tracker:
+        assert tracker.run.settings.sweep_id == sweep
+    summary = json.loads(inspect(folder, "--summary"))
+    assert (summary["run_id"], summary["project"]) == ("abc-123", project)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(128, [0, 64, 128]), (100, [0, 64]), (-1, []), (10**9, [0, 64, 128, 192])])
+def test_resume_drops_the_rows_after_its_checkpoint(tmp_path, monkeypatch, step, kept):
+    clock = iter([0, 10, 20, 30, 40, 1000, 1005])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
+    with start(tmp_path) as tracker:
+        for at in (0, 64, 128, 192):
+            tracker.log({"train/entropy": at}, at)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 256, "train/ent')  # the process was killed in the middle of a row
+    with start(tmp_path, resume_step=step) as tracker:
+        tracker.log({"train/entropy": -1}, 500)
+    rows = read_metrics(tmp_path)
+    assert [row["global_step"] for row in rows] == [*kept, 500]
+    assert rows[-1]["time/elapsed_s"] == 10 * len(kept) + 5
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_resumed_run_keeps_its_wandb_id_and_summary(tmp_path):
+    folder = create_run_folder(tmp_path, "exp")
+    with start(folder) as tracker:
+        tracker.summary({"before": 0.5})
+    with start(folder, "offline", resume_id="abcdefgh", resume_step=0) as tracker:
+        tracker.summary({"after": 0.9})
+    assert json.loads(inspect(folder, "--summary"))["run_id"] == "abcdefgh"
+    assert json.loads((folder / "summary.json").read_text()) == {"before": 0.5, "after": 0.9}
+
+
+def test_a_run_left_open_is_not_mixed_with_the_next(tmp_path):
+    folders = [create_run_folder(tmp_path, name) for name in ("first", "second")]
+    start(folders[0], "offline").log({"left/open": 1}, 0)
+    with start(folders[1], "offline") as tracker:
+        tracker.log({"next/one": 2}, 0)
+    assert '"next/one":2' in inspect(folders[1]) and "left/open" not in inspect(folders[1])
+
+
+def test_metrics_of_another_run_are_not_overwritten(tmp_path):
+    with start(tmp_path) as tracker:
+        tracker.log({"a": 1}, 0)
+    with pytest.raises(UserError, match="resume that run"):
+        start(tmp_path)
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_tracker_refuses_a_missing_folder_and_names_wandb_does_not_take(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write to the run folder .*nowhere"):
+        start(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="project name 'a/b'"):
+        Tracker(tmp_path, {}, {}, project="a/b", group="g", mode="offline")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 0), (ValueError(), 1), (KeyboardInterrupt(), 130), (SystemExit(3), 3), (SystemExit(), 0)]
+)
+def test_exit_code_reaches_wandb(tmp_path, error, code):
+    class Run:
+        def finish(self, exit_code):
+            finished.append(exit_code)
+
+    finished = []
+    try:
+        with start(tmp_path) as tracker:
+            tracker.run = Run()
+            if error:
+                raise error
+    except BaseException as raised:
+        assert raised is error
+    tracker.finish()
+    assert finished == [code]
+
+
+def test_upload_that_does_not_finish_says_how_to_sync(tmp_path, capsys):
+    class Run:
+        def finish(self, exit_code):
+            raise TimeoutError
+
+    with start(tmp_path) as tracker:
+        tracker.run = Run()
+    assert f"wandb sync {tmp_path}/wandb/run-*" in capsys.readouterr().out
+    assert tracker.sync_command == f"wandb sync {tmp_path}/wandb/run-*"
+
+
+def test_a_row_costs_less_than_a_millisecond(tmp_path):
+    with start(tmp_path) as tracker:
+        metrics = {f"train/metric_{i}": i / 7 for i in range(30)}
+        times = [time.perf_counter()]
+        for step in range(500):
+            tracker.log(metrics, step)
+            times.append(time.perf_counter())
+    assert np.median(np.diff(times)) < 1e-3  # the median: other processes may take the CPU now and then
+
+
+def test_git_commit_is_short_marks_changes_and_is_none_outside_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert tracking.git_commit() is None
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "tracking.py").write_text("1")
+    git("add", "tracking.py")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "v1")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert tracking.git_commit() == commit
+    (tmp_path / "tracking.py").write_text("2")
+    assert tracking.git_commit() == f"{commit}-dirty"
+
+
+# ---- reading and plotting
+
+
+def test_read_metrics_tolerates_a_torn_last_line_only(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        read_metrics(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"global_step": 0}\n{"global_step": 1}\n{"glob')
+    assert read_metrics(tmp_path) == [{"global_step": 0}, {"global_step": 1}]
+    path.write_text('{"global_step": 0}\n{"glob\n{"global_step": 2}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(tmp_path)
+
+
+def _write_rows(folder, rows):
+    text = "".join(json.dumps({"time/elapsed_s": 0.1 * r["global_step"]} | r) + "\n" for r in rows)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved during the test."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    return figures
+
+
+def test_learning_curve_shows_success_with_its_interval_and_wall_time(tmp_path, drawn):
+    rows = [{"global_step": 100 * i, "rollout/success_rate": i / 40, "rollout/return": i} for i in range(1, 40)]
+    rows[3]["rollout/success_rate"] = None
+    rows.append(
+        {"global_step": 4000, "eval/success_rate": 0.9, "eval/success_low": 0.8, "eval/success_high": 0.95}
+    )  # fmt: skip
+    _write_rows(tmp_path, rows)
+    path = plot_learning_curve(tmp_path)
+    assert path == tmp_path / "learning_curve.png"
+    assert iio.imread(path).shape[:2] == (630, 1080)
+    axes, time_axis = drawn[0].axes
+    assert axes.get_ylabel() == "success rate" and axes.get_xlabel() == "environment steps"
+    assert len(axes.lines[0].get_xdata()) == 38  # the rollout without a finished episode is left out
+    (bar,) = axes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(bar, [[4000, 0.8], [4000, 0.95]])
+    assert time_axis.get_xlabel() == "wall time (min)"
+    minutes = [float(label.get_text()) for label in time_axis.get_xticklabels()]
+    assert len(minutes) > 2
+    np.testing.assert_allclose(time_axis.get_xticks(), [m * 60 / 0.1 for m in minutes])  # a step took 0.1 s
+    assert time_axis.get_xlim() == axes.get_xlim()
+
+
+def test_learning_curve_falls_back_to_the_return_or_draws_nothing(tmp_path, drawn):
+    _write_rows(tmp_path, [{"global_step": i, "rollout/return": 2.0 * i, "eval/return": 3.0} for i in range(5)])
+    assert plot_learning_curve(tmp_path, tmp_path / "curve.svg") == tmp_path / "curve.svg"
+    assert (tmp_path / "curve.svg").exists()
+    assert drawn[0].axes[0].get_ylabel().startswith("return")
+    assert list(drawn[0].axes[0].lines[0].get_ydata()) == [0, 2, 4, 6, 8]
+    _write_rows(tmp_path, [{"global_step": 0, "train/entropy": 1.0}])
+    assert plot_learning_curve(tmp_path) is None
+
+
+# ---- video
+
+
+def _gradient(length, height, width):
+    """Frames that differ from each other and from left to right."""
+    frames = np.zeros((length, height, width, 3), np.uint8)
+    frames[..., 0] = (np.arange(length) * 20)[:, None, None]
+    frames[..., 1] = np.linspace(0, 200, width).astype(np.uint8)
+    return frames
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_video_reads_back_padded_to_even_sizes(tmp_path, as_tensor):
+    frames = _gradient(9, 33, 47)
+    path = tmp_path / "new" / "clip.mp4"
+    write_video(torch.from_numpy(frames) if as_tensor else frames, path, fps=12)
+    assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+    back = iio.imread(path, plugin="FFMPEG")
+    assert back.shape == (9, 34, 48, 3)
+    assert np.abs(back[:, :33, :47].astype(int) - frames).mean() < 6
+    metadata = iio.immeta(path, plugin="FFMPEG")
+    assert metadata["fps"] == 12 and metadata["codec"] == "h264" and metadata["pix_fmt"].startswith("yuv420p")
+
+
+@pytest.mark.parametrize(
+    ("frames", "name", "fps", "message"),
+    [
+        (np.zeros((2, 3, 8, 8), np.uint8), "a.mp4", 5, r"\[T, H, W, 3\].*\[2, 3, 8, 8\]"),
+        (np.zeros((2, 8, 8, 3), np.float32), "a.mp4", 5, "uint8.*float32"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "a.mp4", 5, "T > 0"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "a.mp4", 0, "fps"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "a.avi", 5, "mp4"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "file/a.mp4", 5, "cannot write the video .*file"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "folder.mp4", 5, "cannot write the video .*folder"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "x" * 248 + ".mp4", 5, "cannot write the video .*x.mp4"),
+        (np.zeros((9, 640, 640, 3), np.uint8), "x" * 248 + ".mp4", 5, "cannot write the video .*x.mp4"),
+    ],
+)
+def test_video_refuses_what_it_cannot_write(tmp_path, frames, name, fps, message):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(UserError, match=message) as caught:
+        write_video(frames, tmp_path / name, fps)
+    assert "\n" not in str(caught.value)
+
+
+def test_grid_places_episodes_and_holds_their_last_frame():
+    episodes = [np.full((length, 4, 6, 3), 10 * i, np.uint8) for i, length in enumerate((2, 5, 3), start=1)]
+    for i, episode in enumerate(episodes, start=1):
+        episode[-1] = 10 * i + 1
+    grid = video_grid(episodes, columns=2, gap=1)
+    assert grid.shape == (5, 4 + 1 + 4, 6 + 1 + 6, 3) and grid.dtype == np.uint8
+    assert (grid[0, :4, :6] == 10).all() and (grid[0, :4, 7:] == 20).all() and (grid[0, 5:, :6] == 30).all()
+    assert (grid[4, :4, :6] == 11).all() and (grid[4, :4, 7:] == 21).all() and (grid[4, 5:, :6] == 31).all()
+    assert (grid[:, 5:, 7:] == 255).all() and (grid[:, 4] == 255).all() and (grid[:, :, 6] == 255).all()
+
+
+def test_grid_borders_tell_the_outcome_from_the_moment_an_episode_ends():
+    episodes = [np.full((length, 4, 6, 3), 7, np.uint8) for length in (2, 4)]
+    grid = video_grid(episodes, columns=2, success=[True, False], gap=1, border=2)
+    assert grid.shape == (4, 4 + 4, (6 + 4) * 2 + 1, 3)
+    left, right = grid[:, :, :10], grid[:, :, 11:]
+    for tile, end, color in ((left, 1, SUCCESS_COLOR), (right, 3, FAILURE_COLOR)):
+        assert (tile[:, 2:-2, 2:-2] == 7).all()
+        outside = np.ones((8, 10), bool)
+        outside[2:-2, 2:-2] = False
+        assert (tile[:end, outside] == 255).all()
+        assert (tile[end:, outside] == color).all()
+
+
+def test_grid_refuses_mixed_sizes_and_missing_outcomes():
+    episodes = [np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 5, 4, 3), np.uint8)]
+    with pytest.raises(UserError, match="one size"):
+        video_grid(episodes, columns=2)
+    with pytest.raises(UserError, match="one size"):
+        video_grid([], columns=2)
+    with pytest.raises(UserError, match="1 episodes but 2 outcomes"):
+        video_grid(episodes[:1], columns=2, success=[True, False])
+
+
+def test_strip_shows_first_and_last_evenly():
+    frames = _gradient(11, 4, 6)
+    strip = frame_strip(torch.from_numpy(frames), count=3, gap=2)
+    assert strip.shape == (4, 3 * 6 + 2 * 2, 3) and strip.dtype == np.uint8
+    for i, expected in enumerate((0, 5, 10)):
+        assert (strip[:, 8 * i : 8 * i + 6] == frames[expected]).all()
+    assert (strip[:, 6:8] == 255).all()
+    assert frame_strip(frames[:1], count=4, gap=0).shape == (4, 24, 3)
+    with pytest.raises(UserError, match="at least 2"):
+        frame_strip(frames, count=1)

@@ -1,0 +1,192 @@
+"""Collection during the update: workers get new weights and prove it, and stale transitions are treated as such."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import ppo_vla
+import pytest
+import torch
+from tensordict import TensorDict, assert_close
+from worlds import run_folder, write_config
+
+from agents.policy import VLAPolicy
+from agents.small_vla import SmallVLA
+from envs.tabletop import TabletopEnv
+from research.config import PPOConfig
+from research.runs.tracking import read_metrics
+from research.training.asynchronous import AsynchronousRollouts, prepare_stale_batch, vtrace
+from research.training.freezing import freeze
+from research.training.ppo import make_gae, make_loss
+from research.training.rollout import Rollouts
+
+GAMMA, LAMBDA = 0.9, 0.8
+CFG = PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA)
+
+
+def steps(n: int = 4, t: int = 9) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    terminated = torch.rand(n, t, 1, generator=g) < 0.15
+    done = terminated | (torch.rand(n, t, 1, generator=g) < 0.15)
+    assert (done & ~terminated)[:, :-1].any() and terminated[:, :-1].any()
+    value, following, reward = (torch.randn(n, t, 1, generator=g, dtype=torch.float64) for _ in range(3))
+    following = torch.where(terminated, 0.0, following)
+    return {"reward": reward, "value": value, "next_value": following, "done": done, "terminated": terminated}
+
+
+def test_without_staleness_vtrace_is_gae():
+    s = steps()
+    advantage = vtrace(**s, log_ratio=torch.zeros_like(s["reward"]), gamma=GAMMA, gae_lambda=LAMBDA)
+    after = {k: s[k] for k in ("reward", "done", "terminated")} | {"state_value": s["next_value"]}
+    td = TensorDict({"state_value": s["value"], "next": after}, batch_size=s["value"].shape[:2])
+    make_gae(CFG)(td)
+    torch.testing.assert_close(advantage, td["advantage"], rtol=0, atol=1e-6)  # TorchRL discounts in float32
+
+
+def test_vtrace_is_the_sum_in_the_paper():
+    """Espeholt et al. 2018, equation 1: the sum over the rest of the episode, written out."""
+    s = steps()
+    log_ratio = torch.randn(s["reward"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert (log_ratio > 0).any() and (log_ratio < 0).any()
+    advantage = vtrace(**s, log_ratio=log_ratio, gamma=GAMMA, gae_lambda=LAMBDA)
+    weight = log_ratio.exp().clamp(max=1.0)
+    n, t = s["reward"].shape[:2]
+    for i in range(n):
+        for first in range(t):
+            total, product = 0.0, 1.0
+            for k in range(first, t):
+                v, following = s["value"][i, k, 0], 0.0 if s["terminated"][i, k] else s["next_value"][i, k, 0]
+                total += product * weight[i, k, 0] * (s["reward"][i, k, 0] + GAMMA * following - v)
+                product *= GAMMA * LAMBDA * weight[i, k, 0]
+                if s["done"][i, k]:
+                    break
+            assert advantage[i, first, 0].item() == pytest.approx(float(total), abs=1e-12)
+
+
+def make_policy(scope: str = "none") -> VLAPolicy:
+    torch.manual_seed(0)
+    model = SmallVLA(3, modalities=["rgb", "proprio"], token_size=8, hidden_size=16).eval()
+    freeze(model, scope)
+    return VLAPolicy(model)
+
+
+def make_env(worker: int = 0, num_envs: int = 4) -> TabletopEnv:
+    return TabletopEnv(num_envs, "reach", image_size=16, max_steps=6, modalities=["rgb", "proprio"], seed=worker)
+
+
+def test_a_fresh_rollout_is_prepared_as_without_staleness():
+    policy = make_policy()
+    rollouts = Rollouts(make_env(), policy, 4 * 8, make_gae(CFG))
+    rollout = rollouts.next()
+    expected, _ = rollouts.prepare(rollout)
+    batch, metrics = prepare_stale_batch(rollout, policy.actor, policy.critic, CFG, policy.kept_keys)
+    assert metrics["rollout/importance_weight"] == pytest.approx(1, abs=1e-5)
+    assert metrics["rollout/behaviour_kl"] == pytest.approx(0, abs=1e-6)
+    assert set(batch.keys()) == set(expected.keys())
+    for key in ("advantage", "value_target", "action_log_prob", "state_value", "action"):
+        torch.testing.assert_close(batch[key], expected[key], rtol=0, atol=1e-5)
+
+
+def test_a_stale_rollout_is_scored_by_the_current_policy_and_weighted():
+    policy = make_policy()
+    rollouts = Rollouts(make_env(), policy, 4 * 8, make_gae(CFG))
+    rollout = rollouts.next()
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch, metrics = prepare_stale_batch(rollout, policy.actor, policy.critic, CFG, policy.kept_keys)
+    assert metrics["rollout/importance_weight"] < 0.999 and metrics["rollout/behaviour_kl"] > 1e-4
+    losses = make_loss(policy.actor, policy.critic, CFG)(batch.clone())
+    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)  # around the current policy
+    small = PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA, micro_batch_size=5)
+    pieces, _ = prepare_stale_batch(rollout, policy.actor, policy.critic, small, policy.kept_keys)
+    torch.testing.assert_close(pieces["advantage"], batch["advantage"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def asynchronous():
+    rollouts = AsynchronousRollouts(make_env, make_policy(), 2, 8 * 6, CFG, max_staleness=3, seed=0)
+    yield rollouts
+    rollouts.shutdown()
+
+
+def test_workers_prove_that_they_got_new_weights(asynchronous):
+    """What a transition says of the weights that acted is true: under them its action is as likely as it says."""
+    weights = {0: copy.deepcopy(asynchronous.actor)}
+    rollout = asynchronous.next()
+    assert rollout.shape == (8, 6) and (rollout["policy_version"] == 0).all()
+    assert "hidden" not in rollout.keys() and "observation" not in rollout["next"].keys()
+    # Two workers, two streams of episodes and of noise.
+    assert not torch.equal(rollout["observation", "proprio"][:4], rollout["observation", "proprio"][4:])
+    assert not torch.equal(rollout["action"][:4, 0], rollout["action"][4:, 0])
+    seen = set()
+    for version in (1, 2, 3):
+        with torch.no_grad():
+            for p in asynchronous.policy.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        weights[version] = copy.deepcopy(asynchronous.actor)
+        asynchronous.publish()
+        rollout = asynchronous.next()
+        for v in rollout["policy_version"].unique().tolist():
+            seen.add(v)
+            rows = (rollout["policy_version"] == v).reshape(-1)
+            part = rollout.reshape(-1)[rows]
+            for other, actor in weights.items():
+                score = actor.get_dist(part.select(("observation", "rgb"), ("observation", "proprio"))).log_prob(
+                    part["action"]
+                )
+                error = (score - part["action_log_prob"]).abs().max().item()
+                assert (error < 1e-4) == (other == v), (v, other, error)
+    assert max(seen) >= 2  # they keep up
+
+
+def test_what_is_too_stale_is_thrown_away_and_reported(asynchronous):
+    asynchronous.max_staleness = 0
+    discarded = asynchronous.discarded
+    asynchronous.publish()
+    rollout = asynchronous.next()  # what was on its way is older than that
+    _, metrics = asynchronous.prepare(rollout)
+    assert asynchronous.discarded > discarded
+    assert metrics["rollout/staleness_max"] == 0 and metrics["rollout/discarded"] == asynchronous.discarded
+    asynchronous.max_staleness = 3
+
+
+def test_workers_send_what_the_update_reads_and_nothing_else():
+    """What arrives, before the main process has touched it, is what `Rollouts` keeps of the same steps."""
+    policy = make_policy("backbone")
+    asynchronous = AsynchronousRollouts(make_env, policy, 1, 4 * 8, CFG, max_staleness=0, seed=5)
+    try:
+        arriving = iter(asynchronous.collector)
+        arrived = [next(arriving), next(arriving)]
+    finally:
+        asynchronous.shutdown()
+    rollouts = Rollouts(make_env(), policy, 4 * 8, make_gae(CFG))
+    rollouts.collector.set_seed(5)
+    rollouts.collector.reset()
+    torch.manual_seed(5)
+    for rollout in arrived:
+        assert set(rollout.keys()) == {"hidden", "action", "action_log_prob", "state_value", "policy_version", "next"}
+        assert "observation" not in rollout["next"].keys()
+        sent = sum(v.untyped_storage().nbytes() for v in rollout.values(True, True)) / rollout.numel()
+        assert sent == 104  # the features are 64 of them; pixels would be 768
+        expected = rollouts.next()
+        assert (expected["next", "truncated"][:, :-1] & (expected["next", "final_value"][:, :-1] != 0)).any()
+        assert_close(rollout, expected, rtol=1e-4, atol=1e-5)
+        score = policy.actor.get_dist(rollout.select("hidden")).log_prob(rollout["action"])
+        torch.testing.assert_close(score, rollout["action_log_prob"], rtol=0, atol=1e-5)
+
+
+def test_the_main_job_collects_while_it_updates(tmp_path):
+    config = write_config(tmp_path, trainer__buffer_type="vla", trainer__num_collectors=2, trainer__iterations=4)
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    run = run_folder(tmp_path)
+    rows = [row for row in read_metrics(run) if "train/approx_kl" in row]
+    assert [row["global_step"] for row in rows] == [64, 128, 192, 256]
+    assert all(0 <= row["rollout/staleness_mean"] <= row["rollout/staleness_max"] <= 2 for row in rows)
+    assert max(row["rollout/staleness_max"] for row in rows) >= 1
+    assert json.loads((run / "summary.json").read_text())["exit_code"] == 0
+    argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=5"]
+    assert ppo_vla.main(argv) == 0
+    rows = [row for row in read_metrics(run) if "train/approx_kl" in row]
+    assert [row["global_step"] for row in rows] == [64, 128, 192, 256, 320]
