@@ -1,4 +1,4 @@
-"""Action heads: from `hidden` to a distribution over actions `[B, A]`.
+"""Action heads: from `hidden` to a distribution over actions `[B, A]`, or over chunks of them, `[B, H, A]`.
 
 Both store what was sampled, unclamped, so that the ratio of the first PPO minibatch is exactly 1.
 """
@@ -9,8 +9,40 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, constraints
+from torch.distributions import Categorical, Distribution, Independent, TransformedDistribution, constraints
 from torchrl.modules import IndependentNormal
+
+from research.schema import UserError
+
+
+def mode_of(distribution: Distribution) -> Tensor:
+    """What a policy does when asked for its mode: the likeliest action, or what comes nearest in closed form.
+
+    TorchRL's distributions say it themselves (`deterministic_sample`). Of torch's it is the mode where there is one;
+    for a transformed distribution (a squashed Gaussian) the transform of its base's mode; for a mixture its mean.
+    """
+    if hasattr(distribution, "deterministic_sample"):
+        return distribution.deterministic_sample
+    if isinstance(distribution, Independent):
+        return mode_of(distribution.base_dist)
+    if isinstance(distribution, TransformedDistribution):
+        action = mode_of(distribution.base_dist)
+        for transform in distribution.transforms:
+            action = transform(action)
+        return action
+    try:
+        return distribution.mode
+    except NotImplementedError:
+        return distribution.mean
+
+
+def entropy_of(distribution: Distribution) -> Tensor:
+    """Entropy `[B]`, in nats; estimated from one sample where the distribution has no formula for it."""
+    try:
+        return distribution.entropy()
+    except NotImplementedError:
+        sample = distribution.rsample() if distribution.has_rsample else distribution.sample()
+        return -distribution.log_prob(sample)
 
 
 class GaussianHead(nn.Module):
@@ -24,13 +56,24 @@ class GaussianHead(nn.Module):
         action_dim: A.
         width: units of the one hidden layer.
         init_std, min_std, max_std: standard deviation at the start, and its bounds.
+        horizon: H, for chunks; None for single actions.
     """
 
-    def __init__(self, hidden_size: int, action_dim: int, width: int = 128, init_std=0.3, min_std=0.05, max_std=1.0):
+    def __init__(
+        self,
+        hidden_size: int,
+        action_dim: int,
+        width: int = 128,
+        init_std=0.3,
+        min_std=0.05,
+        max_std=1.0,
+        horizon: int | None = None,
+    ):
         super().__init__()
         if not 0 < min_std < init_std < max_std:
             raise ValueError(f"need 0 < min_std < init_std < max_std, got {min_std}, {init_std}, {max_std}")
-        self.mean = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, action_dim))
+        self.event = (action_dim,) if horizon is None else (horizon, action_dim)
+        self.mean = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, math.prod(self.event)))
         self.min_log_std, self.max_log_std = math.log(min_std), math.log(max_std)
         self.raw_std = nn.Parameter(torch.zeros(action_dim))
         self.set_std(init_std)
@@ -47,8 +90,8 @@ class GaussianHead(nn.Module):
         return torch.exp(self.min_log_std + span * torch.sigmoid(self.raw_std))
 
     def forward(self, hidden: Tensor) -> IndependentNormal:
-        mean = self.mean(hidden).float()
-        return IndependentNormal(mean, self.std().expand_as(mean))
+        mean = self.mean(hidden).float().unflatten(-1, self.event)
+        return IndependentNormal(mean, self.std().expand_as(mean), event_dim=len(self.event))
 
 
 class TokenHead(nn.Module):
@@ -60,18 +103,42 @@ class TokenHead(nn.Module):
         bins: tokens per dimension.
         width: units of the one hidden layer.
         temperature: sampling temperature; log-probabilities are taken at the same one.
+        horizon: H, for chunks; None for single actions.
     """
 
-    def __init__(self, hidden_size: int, action_dim: int, bins: int = 32, width: int = 128, temperature: float = 1.0):
+    def __init__(
+        self,
+        hidden_size: int,
+        action_dim: int,
+        bins: int = 32,
+        width: int = 128,
+        temperature: float = 1.0,
+        horizon: int | None = None,
+    ):
         super().__init__()
         if bins < 2 or temperature <= 0:
             raise ValueError(f"need bins >= 2 and temperature > 0, got {bins} and {temperature}")
-        self.action_dim, self.bins, self.temperature = action_dim, bins, temperature
-        self.logits = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, action_dim * bins))
+        self.temperature = temperature
+        self.tokens = (action_dim, bins) if horizon is None else (horizon, action_dim, bins)
+        self.logits = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, math.prod(self.tokens)))
 
     def forward(self, hidden: Tensor) -> ActionTokens:
-        logits = self.logits(hidden).float().unflatten(-1, (self.action_dim, self.bins))
-        return ActionTokens(logits / self.temperature)
+        logits = self.logits(hidden).float().unflatten(-1, self.tokens)
+        return ActionTokens(logits / self.temperature, event_dim=len(self.tokens) - 1)
+
+
+HEADS = {"gaussian": GaussianHead, "tokens": TokenHead}
+
+
+def make_action_head(kind: str, hidden_size: int, action_dim: int, **options) -> nn.Module:
+    """The action head of that name.
+
+    Raises:
+        UserError: there is no head of that name, or it has no such option.
+    """
+    if kind not in HEADS:
+        raise UserError(f"action_head is {' or '.join(map(repr, HEADS))}, got {kind!r}")
+    return HEADS[kind](hidden_size, action_dim, **options)
 
 
 class ActionTokens(Distribution):
@@ -80,17 +147,20 @@ class ActionTokens(Distribution):
     A sample is the tokens' values, not their ids: environments take it as it is, and the id is recovered exactly.
 
     Args:
-        logits: `[*B, A, K]`.
+        logits: `[*B, A, K]`, or `[*B, H, A, K]` with two event dimensions.
         low, high: values of the first and the last token.
+        event_dim: how many dimensions one action has: 1, or 2 for a chunk.
     """
 
     arg_constraints = {}  # noqa: RUF012
     support = constraints.independent(constraints.real, 1)
 
-    def __init__(self, logits: Tensor, low: float = -1.0, high: float = 1.0):
+    def __init__(self, logits: Tensor, low: float = -1.0, high: float = 1.0, event_dim: int = 1):
         self.tokens = Categorical(logits=logits, validate_args=False)
         self.low, self.high, self.bins = low, high, logits.shape[-1]
-        super().__init__(logits.shape[:-2], logits.shape[-2:-1], validate_args=False)
+        self._event = tuple(range(-event_dim, 0))
+        batch = logits.shape[: -1 - event_dim]
+        super().__init__(batch, logits.shape[len(batch) : -1], validate_args=False)
 
     def _value(self, token: Tensor) -> Tensor:
         return self.low + token * ((self.high - self.low) / (self.bins - 1))
@@ -109,7 +179,7 @@ class ActionTokens(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         token = ((value - self.low) * ((self.bins - 1) / (self.high - self.low))).round().long()
-        return self.tokens.log_prob(token.clamp(0, self.bins - 1)).sum(dim=-1)
+        return self.tokens.log_prob(token.clamp(0, self.bins - 1)).sum(dim=self._event)
 
     def entropy(self) -> Tensor:
-        return self.tokens.entropy().sum(dim=-1)
+        return self.tokens.entropy().sum(dim=self._event)

@@ -13,7 +13,6 @@ Weights come from local files; no hub is asked for anything.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -43,9 +42,19 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agents.action_heads import GaussianHead, TokenHead
+from agents.action_heads import make_action_head
 from agents.vla import StagedVLA
-from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB, UserError, decode_text
+from research.schema import (
+    HIDDEN,
+    LANGUAGE,
+    OBSERVATION,
+    PROPRIO,
+    RGB,
+    UserError,
+    decode_text,
+    describe_error,
+    did_you_mean,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +99,6 @@ class GPTVLAModel(StagedVLA):
         head: further arguments of the action head, see `agents/action_heads.py`.
         gradient_checkpointing: keep the inputs of the encoder's and the language model's blocks only, and compute the
             rest again in the backward pass: less memory, about a third more time.
-        freeze_vision_encoder, freeze_language_model: switch off the gradients of that part.
     Raises:
         UserError: an unknown name or argument, or weights or a tokenizer that are absent, damaged or do not fit.
     """
@@ -111,16 +119,11 @@ class GPTVLAModel(StagedVLA):
         action_head_hidden_size: int = 512,
         head: dict | None = None,
         gradient_checkpointing: bool = False,
-        freeze_vision_encoder: bool = False,
-        freeze_language_model: bool = False,
     ):
         super().__init__()
         unknown = [m for m in modalities if m not in READS]
         if unknown or not modalities:
             raise UserError(f"GPTVLAModel: modalities are {', '.join(READS)}, got {list(modalities)!r}")
-        heads = {"gaussian": GaussianHead, "tokens": TokenHead}
-        if action_head not in heads:
-            raise UserError(f"GPTVLAModel: action_head is 'gaussian' or 'tokens', got {action_head!r}")
         self.reads_rgb, self.reads_proprio, self.reads_language = (m in modalities for m in READS)
         self.observation_keys = tuple(modalities)
         self.proprio_dim = proprio_dim
@@ -138,7 +141,9 @@ class GPTVLAModel(StagedVLA):
         elif self.reads_language and vocabulary < 256:
             raise UserError(f"GPTVLAModel: bytes need a vocab_size of 256 or more, language_model has {vocabulary}")
         self.readout = nn.Parameter(0.02 * torch.randn(size))  # as GPT-2's own embeddings start
-        self.action_head = heads[action_head](size, action_dim, width=action_head_hidden_size, **(head or {}))
+        self.action_head = make_action_head(
+            action_head, size, action_dim, width=action_head_hidden_size, **(head or {})
+        )
         self.value_head = nn.Sequential(
             nn.Linear(size, action_head_hidden_size), nn.ReLU(), nn.Linear(action_head_hidden_size, 1)
         )
@@ -147,12 +152,6 @@ class GPTVLAModel(StagedVLA):
             recompute_in_backward(m for m in self.language_model.modules() if isinstance(m, GradientCheckpointingLayer))
             if self.reads_rgb:
                 self.vision_encoder.checkpoint_gradients()
-        if freeze_vision_encoder:
-            if not self.reads_rgb:
-                raise UserError("GPTVLAModel: freeze_vision_encoder is set, but modalities lack rgb")
-            self.vision_encoder.requires_grad_(False)
-        if freeze_language_model:
-            self.language_model.requires_grad_(False)
         self._report_weights(vision_weights, language_weights, tokenizer)
 
     def _report_weights(self, vision_weights: str | None, language_weights: str | None, tokenizer: str | None) -> None:
@@ -338,7 +337,7 @@ class InstructionTokenizer(nn.Module):
         try:
             self.words = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
-            raise UserError(f"GPTVLAModel: tokenizer: {path} cannot be read: {_one_line(error)}") from error
+            raise UserError(f"GPTVLAModel: tokenizer: {path} cannot be read: {describe_error(error)}") from error
         largest = max(self.words.get_vocab().values(), default=0)
         if largest == 0:
             raise UserError(f"GPTVLAModel: tokenizer: {path} has no vocabulary")
@@ -413,7 +412,7 @@ def _timm_model(spec: str, weights: str | None) -> nn.Module:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise UserError(
-            f"GPTVLAModel: vision_encoder {spec!r} needs timm, which cannot be imported ({_one_line(error)}); "
+            f"GPTVLAModel: vision_encoder {spec!r} needs timm, which cannot be imported ({describe_error(error)}); "
             "pip install 'vla-rl[timm]', with a torchvision of the same build (CPU or CUDA) as torch"
         ) from error
     name = spec.removeprefix("timm:")
@@ -425,7 +424,7 @@ def _timm_model(spec: str, weights: str | None) -> nn.Module:
         try:
             missing = model.load_state_dict(_read(path), strict=False).missing_keys
         except Exception as error:  # a damaged file stops with nearly any exception
-            raise UserError(f"GPTVLAModel: vision_weights: {path} cannot be loaded: {_one_line(error)}") from error
+            raise UserError(f"GPTVLAModel: vision_weights: {path} cannot be loaded: {describe_error(error)}") from error
         _refuse_missing(missing, path, name, "vision_weights")
     return model
 
@@ -439,7 +438,7 @@ def _language_model(spec: str | dict, weights: str | None) -> PreTrainedModel:
         try:
             config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever the library's own checks raise
-            raise UserError(f"GPTVLAModel: language_model: {path} cannot be read: {_one_line(error)}") from error
+            raise UserError(f"GPTVLAModel: language_model: {path} cannot be read: {describe_error(error)}") from error
     else:
         others = "a local directory with a config.json or a dict of GPT2Config arguments"
         raise UserError(_unknown("language_model", spec, LANGUAGE_MODELS, others))
@@ -470,7 +469,9 @@ def _config(cls: type[PreTrainedConfig], arguments: dict, setting: str) -> PreTr
     try:
         return cls(**arguments)
     except Exception as error:  # whatever the library's own checks raise
-        raise UserError(f"GPTVLAModel: {setting}: {cls.__name__} refuses {arguments}: {_one_line(error)}") from error
+        raise UserError(
+            f"GPTVLAModel: {setting}: {cls.__name__} refuses {arguments}: {describe_error(error)}"
+        ) from error
 
 
 def _load(
@@ -490,7 +491,7 @@ def _load(
             **options,
         )
     except Exception as error:  # a damaged file stops with nearly any exception
-        raise UserError(f"GPTVLAModel: {setting}: {path} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"GPTVLAModel: {setting}: {path} cannot be loaded: {describe_error(error)}") from error
     for name, got, expected in sorted(report["mismatched_keys"]):
         raise UserError(
             f"GPTVLAModel: {setting}: {path} does not fit {cls.__name__}: {name} should be {list(expected)}, "
@@ -522,11 +523,8 @@ def _existing(path: str, setting: str) -> Path:
 def _unknown(setting: str, name: str, known: Iterable[str], others: str = "", limit: int | None = None) -> str:
     """The message for a name that is not known: the nearest one, and the first `limit` of those there are."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     choices = ", ".join([*known[:limit], *[others] * bool(others)])
-    return f"GPTVLAModel: {setting}: {name!r} is not known{hint}" + f"; there are {choices}" * bool(choices)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return (
+        f"GPTVLAModel: {setting}: {name!r} is not known{did_you_mean(name, known)}"
+        + f"; there are {choices}" * bool(choices)
+    )

@@ -27,11 +27,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from research.schema import UserError
+from research.schema import UserError, describe_error
 
 log = logging.getLogger(__name__)
 
-REQUIRED_METHODS = ("forward", "get_value", "evaluate_actions")
+REQUIRED_METHODS = ("forward", "get_value", "evaluate_actions")  # which a `DecidingVLA` derives
 # Where a `torch.save`d dict may keep its state dict, in the order tried; none of them: the dict is the state dict.
 STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -122,7 +122,7 @@ def import_model_class(model_class: str) -> type[nn.Module]:
         if absent and f"{module_name}.".startswith(f"{absent}."):
             where = f"neither installed nor in the current directory {Path.cwd()}"
             raise UserError(f"model_class {model_class!r}: there is no module {absent!r}, {where}") from error
-        why = f"imports {absent!r}, which cannot be found" if absent else f"fails with {_one_line(error)}"
+        why = f"imports {absent!r}, which cannot be found" if absent else f"fails with {describe_error(error)}"
         raise UserError(f"model_class {model_class!r}: the module {module_name!r} exists, but {why}") from error
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -159,7 +159,7 @@ def _construct(cls: type[nn.Module], config: dict[str, Any]) -> nn.Module:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model_config: {cls.__name__} cannot be constructed: {_one_line(error)}") from error
+        raise UserError(f"model_config: {cls.__name__} cannot be constructed: {describe_error(error)}") from error
 
 
 def _weights_files(path: Path) -> list[tuple[Path, list[str] | None]]:
@@ -189,7 +189,7 @@ def _read_index(path: Path) -> list[tuple[Path, list[str] | None]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {_one_line(error)}") from error
+        raise UserError(f"{path} is not valid JSON: {describe_error(error)}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f'{path} is not an index of shards: it has no "weight_map" from weight names to file names')
@@ -218,7 +218,9 @@ def _read(path: Path, names: list[str] | None, trust_checkpoint: bool) -> dict[s
         raise
     except Exception as error:
         # A damaged pickle stops with nearly any exception: KeyError, EOFError, RuntimeError, ...
-        raise UserError(f"{path} cannot be read; is it truncated, or another format? {_one_line(error)}") from error
+        raise UserError(
+            f"{path} cannot be read; is it truncated, or another format? {describe_error(error)}"
+        ) from error
     absent = [name for name in names or [] if name not in weights]
     if absent:
         raise UserError(f"{path} lacks {len(absent)} of the weights that its index puts there: {_some(absent)}")
@@ -338,7 +340,3 @@ def _dimensions(value: Any) -> str:
 def _some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + ", …" * (len(names) > limit)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

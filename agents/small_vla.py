@@ -19,9 +19,9 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from agents.action_heads import GaussianHead, TokenHead
+from agents.action_heads import make_action_head
 from agents.vla import StagedVLA
-from research.schema import DEPTH, HIDDEN, LANGUAGE, MODALITIES, OBSERVATION, PROPRIO, RGB, UserError
+from research.schema import DEPTH, HIDDEN, LANGUAGE, MODALITIES, OBSERVATION, PROPRIO, RGB, UserError, base_modality
 
 
 class SmallVLA(StagedVLA):
@@ -29,7 +29,8 @@ class SmallVLA(StagedVLA):
 
     Args:
         action_dim: A.
-        modalities: which observations to read; leave out what the environment does not have.
+        modalities: which observations to read, further cameras (`rgb_wrist`, ...) of one size among them; leave out
+            what the environment does not have.
         proprio_dim: P of `proprio` `[B, P]`.
         token_size: F, numbers per visual token.
         language_size: E.
@@ -52,17 +53,14 @@ class SmallVLA(StagedVLA):
         random_shift: int = 0,
     ):
         super().__init__()
-        unknown = [m for m in modalities if m not in MODALITIES]
-        if unknown or not modalities:
+        bases = {m: base_modality(m) for m in modalities}
+        if None in bases.values() or not bases:
             raise UserError(f"SmallVLA: modalities are {', '.join(MODALITIES)}, got {list(modalities)!r}")
-        heads = {"gaussian": GaussianHead, "tokens": TokenHead}
-        if action_head not in heads:
-            raise UserError(f"SmallVLA: action_head is 'gaussian' or 'tokens', got {action_head!r}")
-        self.images = [m for m in (RGB, DEPTH) if m in modalities]
+        self.images = [m for image in (RGB, DEPTH) for m in modalities if bases[m] == image]
         self.reads_language, self.reads_proprio = LANGUAGE in modalities, PROPRIO in modalities
         self.observation_keys = tuple(modalities)
         if self.images:
-            channels = 3 * (RGB in self.images) + (DEPTH in self.images)
+            channels = sum(3 if bases[image] == RGB else 1 for image in self.images)
             self.vision_encoder = VisionEncoder(channels, token_size)
         self.random_shift = RandomShift(random_shift) if random_shift and RGB in self.images else None
         if self.reads_language:
@@ -73,7 +71,7 @@ class SmallVLA(StagedVLA):
             proprio_dim if self.reads_proprio else 0,
             hidden_size,
         )
-        self.action_head = heads[action_head](hidden_size, action_dim, **(head or {}))
+        self.action_head = make_action_head(action_head, hidden_size, action_dim, **(head or {}))
         self.value_head = nn.Sequential(nn.Linear(hidden_size, 128), nn.ReLU(), nn.Linear(128, 1))
 
     def stages(self) -> list[TensorDictModule]:
@@ -81,8 +79,9 @@ class SmallVLA(StagedVLA):
         if self.images:
             keys = [(OBSERVATION, image) for image in self.images]
             if self.random_shift is not None:
-                stages.append(TensorDictModule(self.random_shift, in_keys=keys[:1], out_keys=["shifted_rgb"]))
-                keys[0] = "shifted_rgb"
+                rgb = keys.index((OBSERVATION, RGB))
+                stages.append(TensorDictModule(self.random_shift, in_keys=[keys[rgb]], out_keys=["shifted_rgb"]))
+                keys[rgb] = "shifted_rgb"
             stages.append(TensorDictModule(self.vision_encoder, in_keys=keys, out_keys=["vision_features"]))
             features.append("vision_features")
         if self.reads_language:

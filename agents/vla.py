@@ -1,50 +1,130 @@
-"""The contract of a VLA model: three methods, and two refinements that make it fast.
+"""The contract of a VLA model: what a model developer writes, and what the rest of the project asks of it.
 
-A model is an `nn.Module` with
+**Three methods are enough.** An `nn.Module` over a TensorDict of observations (`research/schema.py` has the table):
 
-    forward(observations) -> action                              [B, A], in [-1, 1] as the env understands it
+    forward(observations) -> action                              [B, A], or a chunk [B, H, A]; as the env understands it
     get_value(observations) -> value                             [B, 1]
     evaluate_actions(observations, actions) -> (log_prob, entropy)   [B], [B]
 
-over a TensorDict of observations (`research/schema.py` has the table). That is enough to train, sweep, checkpoint and
-evaluate it. `forward` samples; a `forward(observations, deterministic=False)` is asked for its mode in evaluation.
+`forward` samples; a `forward(observations, deterministic=False)` is asked for its mode in evaluation.
 
-Two optional refinements, either of which brings a collected step or a minibatch down to one pass through the trunk:
+**Two refinements** bring a collected step or a minibatch down to one pass through the model. Fused methods:
 
     act(observations, deterministic=False) -> (action, log_prob, value)
     evaluate(observations, actions) -> (log_prob, entropy, value)
 
-or the trunk as named stages, from which frozen ones can be run once per transition instead of once per epoch:
+or the trunk as named stages, from which frozen ones run once per transition instead of once per epoch (`StagedVLA`).
 
-    stages() -> list of TensorDict modules, reading ("observation", key) or earlier outputs, ending in "hidden"
-    action_distribution(hidden) -> torch Distribution over [B, A]
-    value(hidden) -> [B, 1]
-
-`StagedVLA` derives everything above from the stages.
+**Below all of them is one contract**, `DecidingVLA`: stages for what depends on the observation alone, and three
+    functions
+of a step, `decide`, `score` and `state_value`. A model whose distribution runs a network on what was sampled (tokens
+one after the other, a denoising chain) implements it directly; for every other model it is derived, here, without work
+for its author. `agents/policy.py` knows nothing else.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
+from typing import Protocol
 
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from research.schema import HIDDEN, OBSERVATION
+from agents.action_heads import entropy_of, mode_of
+from agents.stages import run_stage
+from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VALUE, UserError, decode_text
 
-REQUIRED_METHODS = ("forward", "get_value", "evaluate_actions")
 FUSED_METHODS = ("act", "evaluate")
 STAGED_METHODS = ("stages", "action_distribution", "value")
+DECIDING_METHODS = ("stages", "decide", "score", "state_value")
 
 
-class StagedVLA(nn.Module):
-    """A VLA given by its stages; the three methods and the fused forms follow from them.
+class Contract(Protocol):
+    """What a policy asks of a model; see `DecidingVLA`."""
+
+    interface: str
+    decision_keys: tuple
+    context_keys: tuple
+
+    def stages(self) -> list[TensorDictModuleBase]: ...
+
+    def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase: ...
+
+    def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def state_value(self, step: TensorDictBase) -> Tensor: ...
+
+
+class DecidingVLA(nn.Module):
+    """A VLA given by its stages and by what it does with their outputs.
 
     A subclass names its parts as attributes (`vision_encoder`, `action_head`, ...): these are the names that freezing,
     learning rates and metrics use.
+
+    Attributes:
+        decision_keys: what `decide` drew and `score` needs; kept in the rollout as it is.
+        context_keys: stage outputs and observations that `decide`, `score` and `state_value` read.
+        heads: the parts that the freeze scope "backbone" leaves trainable, as dotted names; None for `action_head` and
+            whatever the value alone depends on.
+        interface: what this form of the contract is called in messages.
     """
+
+    interface = "deciding"
+    decision_keys: tuple = (ACTION,)
+    context_keys: tuple = ()
+    heads: tuple[str, ...] | None = None
+
+    def stages(self) -> list[TensorDictModuleBase]:
+        """What depends on the observation alone, in order: modules that read `("observation", key)` or each other."""
+        return []
+
+    @abstractmethod
+    def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
+        """Act on what the stages made of an observation `[B]`.
+
+        Writes `action` `[B, A]` or `[B, H, A]`, `action_log_prob` `[B]`, `state_value` `[B, 1]` and `decision_keys`
+        into `step`, and returns it. Draws from torch's global generator, unless `deterministic`.
+        """
+
+    @abstractmethod
+    def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability `[B]` and entropy `[B]` of the stored decision, and state value `[B, 1]`, with gradients."""
+
+    @abstractmethod
+    def state_value(self, step: TensorDictBase) -> Tensor:
+        """The state value `[B, 1]` alone, with nothing decided."""
+
+    def run_stages(self, observations: TensorDictBase) -> TensorDictBase:
+        """A step `[B]` with the observations and all that the stages make of them."""
+        step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
+        for stage in self.stages():
+            step = run_stage(stage, step)
+        return step
+
+    def forward(self, observations: TensorDictBase, deterministic: bool = False) -> Tensor:
+        return self.decide(self.run_stages(observations), deterministic).get(ACTION)
+
+    def get_value(self, observations: TensorDictBase) -> Tensor:
+        return self.state_value(self.run_stages(observations))
+
+    def evaluate_actions(self, observations: TensorDictBase, actions: Tensor) -> tuple[Tensor, Tensor]:
+        if tuple(self.decision_keys) != (ACTION,):
+            raise UserError(
+                f"{type(self).__name__}.evaluate_actions: an action alone does not say what was decided; score a step "
+                f"that holds {', '.join(map(str, self.decision_keys))}"
+            )
+        log_prob, entropy, _ = self.score(self.run_stages(observations).set(ACTION, actions))
+        return log_prob, entropy
+
+
+class StagedVLA(DecidingVLA):
+    """A VLA whose trunk ends in a vector `hidden`, from which a distribution over actions and the value follow."""
+
+    interface = "staged"
+    context_keys = (HIDDEN,)
 
     @abstractmethod
     def stages(self) -> list[TensorDictModuleBase]:
@@ -52,50 +132,105 @@ class StagedVLA(nn.Module):
 
     @abstractmethod
     def action_distribution(self, hidden: Tensor) -> Distribution:
-        """The policy at `hidden` `[B, D]`: batch shape `[B]`, event shape `[A]`."""
+        """The policy at `hidden` `[B, D]`: batch shape `[B]`, event shape `[A]` or `[H, A]`."""
 
     @abstractmethod
     def value(self, hidden: Tensor) -> Tensor:
         """The state value at `hidden` `[B, D]`: `[B, 1]`."""
 
+    def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
+        hidden = step.get(HIDDEN)
+        distribution = self.action_distribution(hidden)
+        if deterministic:
+            action = mode_of(distribution)
+        else:
+            action = distribution.rsample() if distribution.has_rsample else distribution.sample()
+        step.set(ACTION, action).set(LOG_PROB, distribution.log_prob(action))
+        return step.set(VALUE, self.value(hidden).float())
+
+    def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = step.get(HIDDEN)
+        distribution = self.action_distribution(hidden)
+        return distribution.log_prob(step.get(ACTION)), entropy_of(distribution), self.value(hidden).float()
+
+    def state_value(self, step: TensorDictBase) -> Tensor:
+        return self.value(step.get(HIDDEN)).float()
+
     def encode(self, observations: TensorDictBase) -> Tensor:
         """One pass through the trunk: `hidden`, `[B, D]`."""
-        step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
-        for stage in self.stages():
-            step = run_stage(stage, step)
-        return step.get(HIDDEN)
+        return self.run_stages(observations).get(HIDDEN)
 
-    def forward(self, observations: TensorDictBase, deterministic: bool = False) -> Tensor:
-        distribution = self.action_distribution(self.encode(observations))
-        return distribution.deterministic_sample if deterministic else distribution.sample()
 
-    def get_value(self, observations: TensorDictBase) -> Tensor:
-        return self.value(self.encode(observations))
+# ------------------------------------------------------------------------------- the contract of every other model
 
-    def evaluate_actions(self, observations: TensorDictBase, actions: Tensor) -> tuple[Tensor, Tensor]:
-        log_prob, entropy, _ = self.evaluate(observations, actions)
-        return log_prob, entropy
 
-    def act(self, observations: TensorDictBase, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """One trunk pass: action `[B, A]`, its log-probability `[B]`, state value `[B, 1]`."""
-        hidden = self.encode(observations)
-        distribution = self.action_distribution(hidden)
-        action = distribution.deterministic_sample if deterministic else distribution.sample()
-        return action, distribution.log_prob(action), self.value(hidden)
+def contract_of(model: nn.Module) -> Contract:
+    """The one contract, as this model fulfils it: the model itself, or an adapter around its methods."""
+    if all(hasattr(model, m) for m in DECIDING_METHODS):
+        return model
+    if all(hasattr(model, m) for m in STAGED_METHODS):
+        return _Staged(model)
+    return _Fused(model) if all(hasattr(model, m) for m in FUSED_METHODS) else _ThreeMethods(model)
+
+
+class _Staged:
+    """A model with the methods of a `StagedVLA` that does not derive from it."""
+
+    interface = "staged"
+    decision_keys, context_keys = StagedVLA.decision_keys, StagedVLA.context_keys
+    decide, score, state_value = StagedVLA.decide, StagedVLA.score, StagedVLA.state_value
+
+    def __init__(self, model: nn.Module):
+        self.stages, self.action_distribution, self.value = model.stages, model.action_distribution, model.value
+
+
+class _ThreeMethods:
+    """A model of which nothing is known but its three methods: one pass for each of them."""
+
+    interface = "methods"
+    decision_keys, context_keys = (ACTION,), (OBSERVATION,)
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.takes_deterministic = "deterministic" in inspect.signature(model.forward).parameters
+
+    def stages(self) -> list[TensorDictModuleBase]:
+        return []
+
+    def act(self, observations: TensorDictBase, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+        options = {"deterministic": deterministic} if self.takes_deterministic else {}
+        action = self.model(observations, **options)
+        log_prob, _ = self.model.evaluate_actions(observations, action)
+        return action, log_prob, self.model.get_value(observations)
 
     def evaluate(self, observations: TensorDictBase, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One trunk pass: log-probability `[B]` and entropy `[B]` of `actions` `[B, A]`, state value `[B, 1]`."""
-        hidden = self.encode(observations)
-        distribution = self.action_distribution(hidden)
-        return distribution.log_prob(actions), distribution.entropy(), self.value(hidden)
+        log_prob, entropy = self.model.evaluate_actions(observations, actions)
+        return log_prob, entropy, self.model.get_value(observations)
+
+    def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
+        action, log_prob, value = self.act(for_model(self.model, step.get(OBSERVATION)), deterministic=deterministic)
+        return step.update({ACTION: action.float(), LOG_PROB: log_prob.float(), VALUE: value.float()})
+
+    def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        return self.evaluate(for_model(self.model, step.get(OBSERVATION)), step.get(ACTION))
+
+    def state_value(self, step: TensorDictBase) -> Tensor:
+        return self.model.get_value(for_model(self.model, step.get(OBSERVATION))).float()
 
 
-def run_stage(stage: TensorDictModuleBase, tensordict: TensorDictBase) -> TensorDictBase:
-    """`stage(tensordict)`; for a plain `TensorDictModule` without what its call costs in Python, 0.1 to 0.2 ms."""
-    if type(stage) is not TensorDictModule:
-        return stage(tensordict)
-    outputs = stage.module(*[tensordict.get(key) for key in stage.in_keys])
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    for key, output in zip(stage.out_keys, outputs, strict=True):
-        tensordict.set(key, output)
-    return tensordict
+class _Fused(_ThreeMethods):
+    """A model with `act` and `evaluate`: one pass for a decision, one for its score."""
+
+    interface = "fused"
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.act, self.evaluate = model.act, model.evaluate
+
+
+def for_model(model: nn.Module, observations: TensorDictBase) -> TensorDictBase:
+    """Observations as the model wants them: with the instruction as a list of strings if it declares so."""
+    if getattr(model, "language_format", "bytes") == "strings" and LANGUAGE in observations.keys():
+        text = NonTensorData(decode_text(observations.get(LANGUAGE)), batch_size=observations.batch_size)
+        observations = observations.copy().set(LANGUAGE, text)
+    return observations

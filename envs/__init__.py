@@ -7,16 +7,19 @@ import inspect
 import torch
 from torchrl.envs import EnvBase
 
+from envs.tabletop import SPLITS, TabletopEnv
 from research.schema import UserError
 
-ENVIRONMENTS = ("tabletop", "gym:<id or entry point>")
+ENVIRONMENTS = ("tabletop", "gym:<id or entry point>", "gym_vec:<id>")
+_SPLITS = {"tabletop": SPLITS}
 
 
 def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | str = "cpu", seed: int = 0) -> EnvBase:
     """Build a batched TorchRL environment by name.
 
     Args:
-        name: "tabletop", or "gym:" and a Gymnasium id or entry point ("gym:InvertedPendulum-v5").
+        name: "tabletop"; "gym:" and a Gymnasium id or entry point ("gym:InvertedPendulum-v5"); or "gym_vec:" and the id
+            of an environment that steps its rows together by itself.
         num_envs: N.
         env_config: the environment's own options.
         device: where observations are made (or moved to).
@@ -25,8 +28,6 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
         UserError: an unknown name, or an option that the environment does not have.
     """
     if name == "tabletop":
-        from envs.tabletop import TabletopEnv
-
         known = [
             p
             for p in inspect.signature(TabletopEnv.__init__).parameters
@@ -42,13 +43,13 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
         from envs.gym import make_gym_env
 
         return make_gym_env(name.removeprefix("gym:"), num_envs, device, seed, **env_config)
+    if name.startswith("gym_vec:"):
+        from envs.gym_vector import make_gym_vector_env
+
+        return make_gym_vector_env(name.removeprefix("gym_vec:"), num_envs, device, seed, **env_config)
     raise UserError(f"trainer.env: unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}")
 
 
 def splits_of(name: str) -> tuple[str, ...]:
     """The values of an environment's option `split`, by which generalisation is evaluated; none without the option."""
-    if name == "tabletop":
-        from envs.tabletop import SPLITS
-
-        return SPLITS
-    return ()
+    return _SPLITS.get(name, ())

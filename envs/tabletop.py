@@ -48,6 +48,24 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from envs.simulator import HELD_OUT_STATES
+from envs.tabletop_painter import Painter
+from envs.tabletop_scene import (
+    BLOCK_RADIUS,
+    CAMERA,
+    COLOURS,
+    HOLDING,
+    OPEN,
+    PLATE_RADIUS,
+    PUSHER_RADIUS,
+    REACH,
+    SHAPES,
+    SHUT,
+    TABLE,
+    State,
+    hashed_uniform,
+    lowbias32,
+)
 from research.schema import (
     ACTION,
     DEPTH,
@@ -65,15 +83,6 @@ from research.schema import (
 TASKS = ("reach", "push", "pick_place")
 REWARDS = ("sparse", "milestones")
 SPLITS = ("train", "vision", "semantics", "execution")
-COLOURS = {
-    "red": (214, 39, 40),
-    "green": (44, 150, 60),
-    "blue": (40, 90, 200),
-    "yellow": (240, 200, 40),
-    "purple": (136, 60, 170),
-    "orange": (245, 130, 30),
-}
-SHAPES = {"cube": 4, "prism": 3, "hexagon": 6, "cylinder": 0}  # name -> corners seen from above; 0 is a disc
 PHRASINGS = {
     "reach": ("move to the {block}", "go to the {block}", "reach for the {block}", "touch the {block}"),
     "push": (
@@ -110,43 +119,17 @@ UNSEEN_PHRASINGS = {
     ),
 }
 MAX_STEPS = {"reach": 25, "push": 80, "pick_place": 40}
-HELD_OUT_STATES = 10_000
 MAX_PLATES = 4
 TRIES = 16  # places considered for an object, so that it fits between the others
 
-# Metres. The camera sees the square [-TABLE, TABLE]^2; the gripper stays within [-REACH, REACH]^2.
-TABLE, REACH = 0.25, 0.235
+# Metres, as in envs/tabletop_scene.py.
 STEP = 0.04
 GRIPPER_START = 0.9  # of REACH, in both directions
 CLEARANCE = 0.01
 GRASP_RADIUS = 0.025
 REACH_RADIUS = 0.02
 PLACE_RADIUS = 0.04
-PLATE_RADIUS, BLOCK_RADIUS = 0.05, 0.03
-PUSHER_RADIUS = 0.02
-OPEN, HOLDING, SHUT = 0.08, 0.05, 0.0
 HOLD_STEPS = 3  # a block held this long has been held, not touched in passing
-CAMERA, PLATE_TOP, BLOCK_TOP, GRIPPER_TOP, LIFT = 0.80, 0.01, 0.05, 0.12, 0.07
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijective 32-bit integer hash ("lowbias32", C. Wellons, 2018), in int64 so that no sign bit interferes."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def hashed_uniform(ids: Tensor, draws: int) -> Tensor:
-    """`draws` numbers in [0, 1) for each id: the same on every machine and device.
-
-    Args:
-        ids: int64 `[M]`, each in [0, 2^32).
-        draws: D.
-    Returns:
-        float32 `[M, D]`, multiples of 2^-24.
-    """
-    columns = _mix(torch.arange(draws, device=ids.device) + 0x9E3779B9)
-    return (_mix(_mix(ids & 0xFFFFFFFF)[:, None] ^ columns) >> 8).float() * 2.0**-24
 
 
 @lru_cache(maxsize=16)
@@ -162,10 +145,6 @@ def _instructions(task: str, unseen: bool, length: int) -> Tensor:
     ]
     table = encode_text(texts, length)
     return table.view(len(phrasings), len(SHAPES), len(COLOURS), len(COLOURS), length)
-
-
-# Everything about M tables, each entry with M rows. A plain dict: a TensorDict's checks cost a third of a step.
-State = dict[str, Tensor]
 
 
 class TabletopEnv(EnvBase):
@@ -191,6 +170,7 @@ class TabletopEnv(EnvBase):
 
     batch_locked = True
     resumes_exactly = True
+    held_out = HELD_OUT_STATES
 
     def __init__(
         self,
@@ -231,12 +211,12 @@ class TabletopEnv(EnvBase):
         self._extra_blocks = min(2, len(COLOURS) - num_blocks) if split == "semantics" else 0
         self._extra_plates = min(1, MAX_PLATES - num_plates) if split == "semantics" else 0
         self._instruction_table = _instructions(task, split == "semantics", instruction_length).to(self.device)
-        self._painter = _Painter(image_size, RGB in modalities, DEPTH in modalities, split == "vision", self.device)
+        self._painter = Painter(image_size, RGB in modalities, DEPTH in modalities, split == "vision", self.device)
         self._make_specs(num_envs, image_size, instruction_length)
         self._rows = torch.arange(num_envs, device=self.device)
         self._block_numbers = torch.arange(num_blocks + self._extra_blocks, device=self.device)
         self._state: State | None = None
-        self._film_painter: _Painter | None = None
+        self._film_painter: Painter | None = None
         self._set_seed(seed)
 
     def _make_specs(self, n: int, size: int, length: int) -> None:
@@ -266,7 +246,7 @@ class TabletopEnv(EnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         """Choose the stream of training states: it starts at a hash of the seed and wraps past the held-out ids."""
-        self._next_id = int(_mix(torch.tensor((int(seed or 0) + 1) & 0xFFFFFFFF)))
+        self._next_id = int(lowbias32(torch.tensor((int(seed or 0) + 1) & 0xFFFFFFFF)))
         self._upcoming: State | None = None
 
     def _draw_training_states(self, count: int) -> State:
@@ -275,7 +255,7 @@ class TabletopEnv(EnvBase):
         if left < count:
             fresh = max(256, 2 * self.batch_size[0], count)
             ids = self._next_id + torch.arange(fresh, device=self.device)
-            ids = HELD_OUT_STATES + ids % (2**32 - HELD_OUT_STATES)
+            ids = self.held_out + ids % (2**32 - self.held_out)
             self._next_id += fresh
             made = self._make_states(ids)
             if left:
@@ -323,7 +303,7 @@ class TabletopEnv(EnvBase):
             "block_colour": block_colour,
             "block_shape": block_shape,
             "plate_colour": plate_colour,
-            "block_yaw": (yaw * _Painter.YAWS).long(),
+            "block_yaw": (yaw * Painter.YAWS).long(),
             "looks": looks,
             "language": self._instruction_table[phrasing, block_shape[:, 0], block_colour[:, 0], plate_colour[:, 0]],
         }
@@ -396,7 +376,7 @@ class TabletopEnv(EnvBase):
         added = self._scatter(layout.view(m, TRIES, len(kinds), 2), kinds, standing)[:, p + k :]
         state["plates"] = torch.cat([state["plates"], added[:, : self._extra_plates]], dim=1)
         state["blocks"] = torch.cat([state["blocks"], added[:, self._extra_plates :]], dim=1)
-        state["block_yaw"] = torch.cat([state["block_yaw"], (yaw * _Painter.YAWS).long()], dim=1)
+        state["block_yaw"] = torch.cat([state["block_yaw"], (yaw * Painter.YAWS).long()], dim=1)
         shapes = torch.cat([state["block_shape"], (shape * len(SHAPES)).long()], dim=1)
         # The first distractor may have the named colour and then has another shape; every second one has the shape.
         colours, target, first = state["block_colour"], shapes[:, 0], shapes[:, 1]
@@ -604,7 +584,7 @@ class TabletopEnv(EnvBase):
     def render_frames(self, size: int = 256) -> Tensor:
         """The tables as a person would want to see them: uint8 `[N, size, size, 3]`."""
         if self._film_painter is None or self._film_painter.size != size:
-            self._film_painter = _Painter(size, True, False, self.split == "vision", self.device)
+            self._film_painter = Painter(size, True, False, self.split == "vision", self.device)
         painter, state = self._film_painter, dict(self._state)
         state.update(painter.tables(state))
         state.update(painter.scenes(state))
@@ -627,256 +607,3 @@ class TabletopEnv(EnvBase):
         if state_dict["state"] is not None:
             self._state = {key: value.to(self.device, copy=True) for key, value in state_dict["state"].items()}
             self._images = self._painter.frames(self._state)
-
-
-class _Painter:
-    """Draws states seen from straight above, from an atlas of anti-aliased sprites.
-
-    Shapes are signed distances, rasterised once for every shape, orientation and sub-pixel position. A frame is the
-    episode's scene (table, plates and resting blocks, repainted only where a block moved) with the held block and the
-    gripper laid over it, so that only small patches are touched at every step.
-
-    Args:
-        size: S, pixels per side.
-        colour: paint `rgb`.
-        depth: paint `depth`.
-        unseen: with the `vision` split's table tops, light and noise.
-    """
-
-    YAWS = 24  # orientations per full turn of a block's sprite
-
-    WOOD = (203.0, 178.0, 148.0)
-    GRAIN = 64  # noisy pixels per side, in pictures of any size
-
-    def __init__(self, size: int, colour: bool, depth: bool, unseen: bool, device: torch.device):
-        self.size, self.colour, self.depth, self.unseen, self.device = size, colour, depth, unseen, device
-        self.metre = size / (2 * TABLE)  # pixels per metre
-        self.phases = max(1, min(8, 512 // size))  # sub-pixel positions per axis
-        self.palette = torch.tensor([*COLOURS.values(), (255, 255, 255)], dtype=torch.float32, device=device)
-        blocks = [self._block(corners, yaw) for corners in SHAPES.values() for yaw in self._turns()]
-        self.blocks = self._atlas(1.25 * BLOCK_RADIUS, [*blocks, self._nothing])
-        self.grippers = self._atlas(0.062, [self._gripper(opening) for opening in (OPEN, HOLDING, SHUT)])
-        self.plates = self._atlas(1.05 * PLATE_RADIUS, [self._plate(tinted) for tinted in (False, True)])
-
-    # ---------------------------------------------------------------- sprites
-
-    def _turns(self) -> list[float]:
-        return [2 * math.pi * i / self.YAWS for i in range(self.YAWS)]
-
-    @staticmethod
-    def _block(corners: int, yaw: float):
-        """Distance to the edge (metres, negative inside) and brightness of a regular polygon; 0 corners is a disc."""
-        # In-radii that give all shapes about the area of a disc of 0.85 BLOCK_RADIUS.
-        inner = {0: 0.85, 3: 0.66, 4: 0.76, 6: 0.81}[corners] * BLOCK_RADIUS
-
-        def shape(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            if corners:
-                angles = [yaw + 2 * math.pi * i / corners for i in range(corners)]
-                reach = torch.stack([x * math.cos(a) + y * math.sin(a) for a in angles]).amax(dim=0)
-            else:
-                reach = (x.square() + y.square()).sqrt()
-            # A darker rim sets blocks off from plates of the same colour.
-            return reach - inner, 1 - 0.55 * ((reach - inner + 0.004) * 600).clamp(0.0, 1.0)
-
-        return shape
-
-    @staticmethod
-    def _gripper(opening: float):
-        """Two fingers beside the block and the bar behind it that joins them, as a U."""
-
-        def shape(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            x = x.abs()
-            finger = torch.maximum((x - opening / 2 - 0.006).abs() - 0.006, (y - 0.012).abs() - 0.028)
-            bar = torch.maximum(x - opening / 2 - 0.012, (y - 0.046).abs() - 0.007)
-            return torch.minimum(finger, bar), torch.where(y > 0.038, 0.18, 0.31)
-
-        return shape
-
-    @staticmethod
-    def _plate(tinted: bool):
-        """A plate is a white disc with its colour laid thinly over it, thinner on the rim."""
-
-        def shape(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            radius = (x.square() + y.square()).sqrt()
-            return radius - (0.80 if tinted else 1.0) * PLATE_RADIUS, torch.full_like(radius, 0.88)
-
-        return shape
-
-    @staticmethod
-    def _nothing(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """In the place of a block that is not there."""
-        return torch.ones_like(x + y), torch.ones_like(x + y)
-
-    def _atlas(self, radius: float, shapes: list) -> dict[str, Tensor]:
-        """Rasterise `shapes` (functions of x and y in metres) at every sub-pixel position.
-
-        Returns:
-            `keep` and `tone` float32 `[shapes * phases * phases, P]`: a pixel becomes `keep * below + tone * colour`;
-            `window` int64, alike: flat offsets of these pixels from the patch's corner, P being the number of pixels
-            that the largest sprite covers; `half`: pixels from corner to centre.
-        """
-        half = min(math.ceil(radius * self.metre), (self.size - 1) // 2)
-        steps = torch.arange(2 * half + 1, device=self.device)
-        phase = (torch.arange(self.phases, device=self.device) + 0.5) / self.phases
-        along = (steps + 0.5 - half - phase[:, None]) / self.metre  # [phases, side]
-        y, x = torch.broadcast_tensors(-along[:, None, :, None], along[None, :, None, :])
-        covers, tones = [], []
-        for shape in shapes:
-            distance, brightness = shape(x, y)
-            cover = (0.5 - distance * self.metre).clamp(0.0, 1.0).reshape(self.phases**2, -1)
-            covers.append(cover)
-            tones.append(cover * brightness.reshape(self.phases**2, -1))
-        cover, tone = torch.cat(covers), torch.cat(tones)
-        # Most of a patch is not covered: covered pixels first, and no more of the others than it takes to fill a row.
-        covered = int((cover > 0).sum(dim=1).max())
-        pixels = (cover == 0).sort(dim=1, stable=True).indices[:, :covered]
-        window = (steps[:, None] * self.size + steps).reshape(-1)[pixels]
-        return {"keep": 1 - cover.gather(1, pixels), "tone": tone.gather(1, pixels), "window": window, "half": half}
-
-    def _lay(
-        self,
-        canvas: dict[str, Tensor],
-        atlas: dict,
-        rows: Tensor,
-        at: Tensor,
-        sprite: Tensor,
-        colour: Tensor,
-        depth: float,
-    ) -> None:
-        """Paint into each of some images, in place, the first layer first.
-
-        Args:
-            canvas: `rgb` uint8 `[M * S * S, 3]` and / or `depth` float32 `[M * S * S]`, M images one after the other.
-            atlas: the sprites to choose from.
-            rows: int64 `[R]`, the images to paint into.
-            at: float32 `[layers, R, 2]`, the objects' centres (x right, y up) in metres.
-            sprite: int64 `[layers, R]`, which shapes of the atlas.
-            colour: int64 `[layers, R]`, which entries of the palette.
-            depth: metres from the camera to the objects' tops.
-        """
-        size, half = self.size, atlas["half"]
-        place = torch.stack([TABLE - at[..., 1], at[..., 0] + TABLE], dim=-1) * self.metre  # row, column in pixels
-        pixel = place.floor()
-        phase = ((place - pixel) * self.phases).long()
-        sprite = (sprite * self.phases + phase[..., 0]) * self.phases + phase[..., 1]
-        corner = (pixel.long() - half).clamp_(0, size - 2 * half - 1)
-        first = (rows * size + corner[..., 0]) * size + corner[..., 1]
-        shape = (*sprite.shape, atlas["window"].shape[1])  # layers, R, P
-        keep, tone, window = (
-            atlas[key].index_select(0, sprite.reshape(-1)).view(shape) for key in ("keep", "tone", "window")
-        )
-        indices = (first[..., None] + window).flatten(1)
-        if self.colour:
-            layers = zip(indices, keep[..., None], tone[..., None], self.palette[colour][:, :, None], strict=True)
-            for index, kept, toned, tint in layers:
-                below = canvas[RGB].index_select(0, index).view(*kept.shape[:2], 3)
-                painted = torch.addcmul(below * kept, toned, tint)
-                canvas[RGB].index_copy_(0, index, painted.add_(0.5).to(torch.uint8).view(-1, 3))
-        if self.depth:
-            for index, solid in zip(indices, (keep < 0.5).flatten(1), strict=True):
-                below = canvas[DEPTH].index_select(0, index)
-                canvas[DEPTH].index_copy_(0, index, below.masked_fill_(solid, depth))
-
-    # ---------------------------------------------------------------- frames
-
-    def tables(self, state: State) -> dict[str, Tensor]:
-        """Bare tables with their plates, which stay as they are for an episode: `table_*` `[M, S, S, …]`."""
-        m, size, canvas = len(state["id"]), self.size, {}
-        if self.colour:
-            top = self._cloth if self.unseen else self._wood
-            canvas[RGB] = top(state).view(m * size * size, 3)
-        if self.depth:
-            canvas[DEPTH] = torch.full((m * size * size,), CAMERA, device=self.device)
-        if canvas:
-            rows = torch.arange(m, device=self.device)
-            white = torch.full_like(state["plate_colour"], len(COLOURS))
-            tint = torch.stack([white, state["plate_colour"]], dim=-1).flatten(1).T  # a layer of white, then of colour
-            layer = (torch.arange(len(tint), device=self.device) % 2)[:, None].expand(-1, m)
-            at = state["plates"].repeat_interleave(2, dim=1).transpose(0, 1)
-            self._lay(canvas, self.plates, rows, at, layer, tint, CAMERA - PLATE_TOP)
-        return {f"table_{key}": value for key, value in self._shape(canvas, m).items()}
-
-    def _wood(self, state: State) -> Tensor:
-        """A wooden table top, its tone and grain varied by `looks` [M, 4] in [0, 1): uint8 `[M, S, S, 3]`."""
-        looks = state["looks"]
-        line = torch.linspace(-1, 1, self.size, device=self.device)
-        phase = (looks[:, 0] * 6.28)[:, None, None]
-        bend = 0.15 * torch.sin(2.5 * line[None, None, :] + phase)
-        grain = torch.sin((14 + 6 * looks[:, 1])[:, None, None] * (line[None, :, None] + bend) + phase)
-        light = 1.0 + 0.025 * grain + (looks[:, 2] - 0.5)[:, None, None] * 0.16
-        warm = torch.tensor(self.WOOD, device=self.device)
-        tint = (looks[:, 3:] - 0.5) * torch.tensor([10.0, 0.0, -14.0], device=self.device)
-        channels = [light * channel[:, None, None] for channel in (warm + tint).unbind(dim=1)]
-        return torch.stack([channel.clamp_(0, 255).to(torch.uint8) for channel in channels], dim=-1)
-
-    def _cloth(self, state: State) -> Tensor:
-        """A table cloth with stripes either way or checks; from wood's colour to grey, white or mauve."""
-        looks, strange = state["looks"], state["strangeness"][:, :1]
-        line = torch.linspace(-1, 1, self.size, device=self.device)
-        dyes = torch.tensor([[140.0, 150.0, 160.0], [222.0, 219.0, 210.0], [170.0, 150.0, 175.0]], device=self.device)
-        wood = torch.tensor(self.WOOD, device=self.device)
-        cloth = wood + strange * (dyes[(looks[:, 0] * len(dyes)).long()] - wood)  # [M, 3]
-        pattern = (looks[:, 1] * 3).long()  # stripes across, along, or both: checks
-        wave = torch.cos((10 + 15 * looks[:, 3:]) * line)  # [M, S]
-        across = torch.where((pattern == 1)[:, None], 1.0, wave)[:, :, None]
-        along = torch.where((pattern == 0)[:, None], 1.0, wave)[:, None, :]
-        light = 1 + torch.where(across * along > 0, 0.08, -0.14) * strange[:, :, None]
-        return (cloth[:, None, None] * light[..., None]).clamp_(0, 255).to(torch.uint8)
-
-    def _bad_light(self, rgb: Tensor, state: State) -> Tensor:
-        """The picture uint8 `[M, S, S, 3]` as a noisy camera sees it when a lamp stands on one side of the table."""
-        line = torch.linspace(-1, 1, self.size, device=self.device)
-        angle = (state["looks"][:, 2] * 6.28)[:, None, None]
-        slope = angle.cos() * line[None, None, :] + angle.sin() * line[None, :, None]
-        light = 1 + state["strangeness"][:, 1, None, None] * (0.2 * slope - 0.1)
-        noise = hashed_uniform(_mix(state["id"]) + state["steps"], self.GRAIN**2).view(-1, self.GRAIN, self.GRAIN)
-        grain = torch.arange(self.size, device=self.device) * self.GRAIN // self.size
-        noise = 40 * (noise[:, grain[:, None], grain] - 0.5)
-        return (rgb * light[..., None] + noise[..., None]).clamp_(0, 255).to(torch.uint8)
-
-    def scenes(self, state: State, rows: Tensor | None = None) -> dict[str, Tensor]:
-        """Tables with their resting blocks, all or those of some rows int64 `[M]`: `scene_*` `[M, S, S, …]`."""
-        if rows is None:
-            rows = torch.arange(len(state["id"]), device=self.device)
-        canvas = self._copy(state, "table_", rows)
-        if canvas:
-            shape, yaw, colour, held = (
-                state[key][rows] for key in ("block_shape", "block_yaw", "block_colour", "held")
-            )
-            resting = torch.arange(shape.shape[1], device=self.device) != held[:, None]
-            sprite = torch.where(resting, shape * self.YAWS + yaw, len(SHAPES) * self.YAWS)
-            at = state["blocks"][rows].transpose(0, 1)
-            images = torch.arange(len(rows), device=self.device)
-            self._lay(canvas, self.blocks, images, at, sprite.T, colour.T, CAMERA - BLOCK_TOP)
-        return {f"scene_{key}": value for key, value in self._shape(canvas, len(rows)).items()}
-
-    def frames(self, state: State) -> dict[str, Tensor]:
-        """Scenes with held blocks and grippers: `rgb` uint8 `[M, S, S, 3]` and / or `depth` float32 `[M, S, S]`."""
-        m, held = len(state["id"]), state["held"]
-        canvas = self._copy(state, "scene_")
-        if canvas:
-            holding = held >= 0
-            rows = holding.nonzero()[:, 0]
-            if len(rows):
-                which = held[rows]
-                sprite = state["block_shape"][rows, which] * self.YAWS + state["block_yaw"][rows, which]
-                at, colour = state["blocks"][rows, which], state["block_colour"][rows, which]
-                self._lay(canvas, self.blocks, rows, at[None], sprite[None], colour[None], CAMERA - BLOCK_TOP - LIFT)
-            opening = torch.where(state["shut"], torch.where(holding, 1, 2), 0)
-            white = torch.full_like(opening, len(COLOURS))
-            rows = torch.arange(m, device=self.device)
-            gripper = state["gripper"]
-            self._lay(canvas, self.grippers, rows, gripper[None], opening[None], white[None], CAMERA - GRIPPER_TOP)
-        images = self._shape(canvas, m)
-        if self.unseen and self.colour:
-            images[RGB] = self._bad_light(images[RGB], state)
-        return images
-
-    def _copy(self, state: State, layer: str, rows: Tensor | None = None) -> dict[str, Tensor]:
-        """A layer of all tables, or of some, to paint on."""
-        layers = {key: state[f"{layer}{key}"] for key, wanted in ((RGB, self.colour), (DEPTH, self.depth)) if wanted}
-        copies = {key: image.clone() if rows is None else image.index_select(0, rows) for key, image in layers.items()}
-        return {key: copy.view(-1, *copy.shape[3:]) for key, copy in copies.items()}
-
-    def _shape(self, canvas: dict[str, Tensor], m: int) -> dict[str, Tensor]:
-        return {key: value.view(m, self.size, self.size, *value.shape[1:]) for key, value in canvas.items()}

@@ -4,7 +4,7 @@ First the model learns to point at what an instruction names, on many scenes wit
 models inside of large VLAs have; then it imitates the expert, and stops half-way: reinforcement learning is to do the
 rest. (Success jumps from a tenth to nine tenths within a few hundred steps, so it is watched, on states of its own.)
 
-    python experiments/bc_vla.py                                  # remakes the checkpoint of the repository
+    python experiments/bc_vla.py                                  # as the checkpoint of the repository was made
     python experiments/bc_vla.py --stop_at=1 --output=my.pt       # imitates to the end: a better one
 
 The expert acts with noise, so that the data shows how to recover; what is imitated is what it would have done without.
@@ -26,15 +26,15 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from agents.checking import check_policy
 from agents.loading import load_vla_model
-from agents.policy import VLAPolicy, check_policy
+from agents.policy import VLAPolicy
 from envs import make_env
-from research.config import parse_config, to_dict
+from research.options import parse_config, to_dict
 from research.runs.checkpoint import save_checkpoint
-from research.schema import ACTION, OBSERVATION, UserError
+from research.schema import ACTION, HIDDEN, OBSERVATION, UserError
 from research.training.evaluation import evaluate
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 WATCHED_STATES = range(5000, 5128)  # neither drawn in training (from 10000 on) nor evaluated by default (0 to 255)
 WATCH_EVERY = 25  # gradient steps
 
@@ -81,8 +81,8 @@ class BCConfig:
     """Held-out initial states for the final evaluation."""
     device: str = "cpu"
     """Where to train."""
-    output: str = str(CHECKPOINTS / "tabletop_pick_place.pt")
-    """Checkpoint to write; a .json of the same name goes beside it."""
+    output: str = "runs/imitation/tabletop_pick_place.pt"
+    """Checkpoint to write; a .json of the same name goes beside it. The shipped one is in experiments/checkpoints/."""
 
 
 def collect_demonstrations(config: BCConfig) -> TensorDict:
@@ -158,9 +158,9 @@ def imitate(model: nn.Module, policy: VLAPolicy, data: TensorDict, config: BCCon
             rows = iter(torch.randperm(len(data)).split(config.batch_size))
             chosen = next(rows)
         batch = data[chosen]
-        distribution = policy.actor.get_dist(batch)
-        action_loss = (distribution.mean - batch[ACTION]).square().mean()
-        value_loss = (policy.critic(batch)["state_value"] - batch["return"]).square().mean()
+        hidden = policy.rest(batch)[HIDDEN]
+        action_loss = (model.action_distribution(hidden).mean - batch[ACTION]).square().mean()
+        value_loss = (model.value(hidden) - batch["return"]).square().mean()
         optimizer.zero_grad()
         (action_loss + config.value_weight * value_loss).backward()
         optimizer.step()
@@ -178,8 +178,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(config.seed)
     model = load_vla_model(None, config.model_class, config.model_config, config.device, expect_fresh=True)
     data = collect_demonstrations(config)
-    policy = VLAPolicy(model, interface="staged")
-    check_policy(policy, data[OBSERVATION][:2], data[ACTION].shape[-1])
+    policy = VLAPolicy(model)
+    if policy.interface != "staged":
+        raise UserError(
+            f"model_class: imitation needs stages and action_distribution, which {config.model_class} lacks"
+        )
+    check_policy(policy, data[OBSERVATION][:2], data[ACTION].shape[1:])
     normalise_proprio(model, data)
     if config.pointing_steps:
         learn_to_point(model, config)

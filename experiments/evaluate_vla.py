@@ -12,23 +12,23 @@ split, and of every split under "splits") and a video grid per split. An initial
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ppo_vla import choose_device, load_model, with_default_config
+from assembling import choose_device, make_model, make_policy
+from configuration import with_default_config
 from tqdm import tqdm
 
-from agents.policy import VLAPolicy, check_policy
 from envs import make_env, splits_of
-from research.config import ExperimentConfig, TrainerConfig, parse_config
-from research.runs.checkpoint import load_checkpoint, run_folder_of
+from research.config import ExperimentConfig, TrainerConfig
+from research.options import parse_config
+from research.runs.checkpoint import load_checkpoint
+from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION, UserError
-from research.training.evaluation import Evaluation, evaluate, write_episodes
-from research.training.freezing import freeze
+from research.training.evaluation import Evaluation, evaluate
 
 
 @dataclass
@@ -58,9 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
     trained = None
-    if config.checkpoint and is_of_a_run(Path(config.checkpoint)):
-        own = run_folder_of(config.checkpoint) / "config.json"
-        config = parse_config(EvaluationConfig, [f"--config={own}", *argv], __doc__)
+    if config.checkpoint and (run := RunFolder.containing(config.checkpoint)).is_run:
+        config = parse_config(EvaluationConfig, [f"--config={run.config}", *argv], __doc__)
         trained = load_checkpoint(Path(config.checkpoint))["model_state_dict"]
         config.policy.vla_config.model_path = None  # what the run started from
     elif config.checkpoint:
@@ -75,22 +74,20 @@ def run(argv: list[str]) -> int:
         split: make_env(trainer.env, num_envs, options, device, seed=trainer.seed)
         for split, options in options_of_splits(trainer, config.split).items()
     }
-    model, scope = load_model(config, device, expect_fresh=trained is not None)
-    # As in training, where frozen stages run at other batch shapes and layers may have adapters.
-    freeze(model, scope, heads=("action_head", config.policy.value_head), lora=config.policy.lora)
+    first = next(iter(envs.values()))
+    observations, action_shape = first.observation_spec[OBSERVATION].zero()[:2], first.action_spec.shape[1:]
+    # Frozen as in training, where frozen stages run at other batch shapes and layers may have adapters.
+    model, _ = make_model(config, observations, action_shape, device, expect_fresh=trained is not None)
     if trained is not None:
         load_trained(model, trained, config.checkpoint)
-    model.eval()
-    policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast)
-    first = next(iter(envs.values()))
-    check_policy(policy, first.observation_spec[OBSERVATION].zero(), first.action_spec.shape[-1])
+    policy = make_policy(config, model, observations, action_shape)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: cannot write to {output}: {error.strerror}") from error
 
     states = range(config.first_state, config.first_state + trainer.num_eval_episodes)
-    (output / "episodes.jsonl").unlink(missing_ok=True)
+    RunFolder(output).episodes.unlink(missing_ok=True)
     metrics = {}
     for split, env in envs.items():
         with tqdm(total=len(states), unit="episode", desc=split, disable=not trainer.progress_bar) as bar:
@@ -99,12 +96,12 @@ def run(argv: list[str]) -> int:
         env.close()
         print(f"{split:<10}{result.summary()}" if split else result.summary())
         metrics[split] = result.metrics()
-        write_episodes(output / "episodes.jsonl", result.episodes, **({"split": split} if split else {}))
+        append_rows(RunFolder(output).episodes, result.rows(**({"split": split} if split else {})))
         write_film(result, output / ("evaluation.mp4" if len(envs) == 1 else f"evaluation_{split}.mp4"))
     facts = {"checkpoint": config.checkpoint or config.policy.vla_config.model_path, **next(iter(metrics.values()))}
     if None not in metrics:
         facts["splits"] = metrics
-    (output / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(RunFolder(output).summary, facts)
     print(f"episodes, summary{' and video' if result.frames else ''} in {output}/")
     return 0
 
@@ -125,12 +122,6 @@ def write_film(result: Evaluation, path: Path) -> None:
     """Write the filmed episodes as a grid, framed in green or red; nothing if none were filmed."""
     if result.frames:
         write_video(video_grid(result.frames, columns=4, success=result.filmed_success), path, fps=10)
-
-
-def is_of_a_run(path: Path) -> bool:
-    """Whether a path is a run folder or a checkpoint in it, and not bare weights."""
-    folder = run_folder_of(path)
-    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
 def load_trained(model: torch.nn.Module, weights: dict, source: str) -> None:

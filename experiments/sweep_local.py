@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -29,13 +28,16 @@ from pathlib import Path
 from typing import TextIO
 
 import optuna
+from configuration import with_default_config
 from optuna.trial import FrozenTrial, TrialState
-from ppo_vla import with_default_config
 
-from research.config import ExperimentConfig, parse_config
+from research.config import ExperimentConfig
+from research.options import parse_config
+from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 from research.schema import UserError
-from research.study.sweep_file import Sweep, SweepTrials, check_options, load_sweep
+from research.study.sweep_file import Sweep, check_options, load_sweep
+from research.study.trials import SweepTrials
 from research.training.interruption import Interruption
 
 POLL_S = 0.5
@@ -66,7 +68,7 @@ class LocalSweep:
     def __init__(self, sweep: Sweep, workers: int, most: int | None, storage: str | None):
         self.sweep, self.workers = sweep, workers
         if not Path(sweep.program).is_file():
-            raise UserError(f"{sweep.path}: program: {sweep.program} is not to be seen from this folder")
+            raise UserError(f"{sweep.path}: program: {sweep.program} does not exist (current directory: {Path.cwd()})")
         check_options(sweep, config_of)
         self.folder = Path(config_of(sweep.flags(sweep.corners()[0])).trainer.run_dir) / sweep.name
         self.trials = SweepTrials(sweep, self.folder, most, storage)
@@ -94,7 +96,7 @@ class LocalSweep:
 
     def start(self) -> bool:
         """Start the next run; False where there is none."""
-        with self.trials.alone():
+        with self.trials.locked():
             trial = self.trials.take(self.is_alive)
             if trial is None:
                 return False
@@ -107,17 +109,17 @@ class LocalSweep:
         if self.sweep.project:
             extra.append(f"--trainer.wandb_project_name={self.sweep.project}")
         folder = self.run_folder(trial.number)
-        if folder and (folder / "checkpoints" / "last.pt").exists():
+        if folder and folder.last_checkpoint.exists():
             extra.append(f"--trainer.resume={folder}")
         elif folder:
-            shutil.rmtree(folder)  # stopped before its first checkpoint: it begins anew
+            shutil.rmtree(folder.path)  # stopped before its first checkpoint: it begins anew
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         defaults = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": str(max(1, cores // self.workers))}
         environment = defaults | os.environ | {"WANDB_RUN_ID": run_id}
         environment.pop("WANDB_SWEEP_ID", None)
         trial.set_user_attr("starts", trial.user_attrs.get("starts", 0) + 1)
         run = Run(trial, lock, reported=len(self.trials.all()[trial.number].intermediate_values))
-        if folder and has_finished(folder):  # while nobody watched
+        if folder and folder.finished:  # while nobody watched
             self.conclude(run, 0)
             return True
         with log.open("a") as output:
@@ -191,13 +193,14 @@ class LocalSweep:
         print(f"compare with: python experiments/compare_runs.py {self.folder}")
         return interruption.code or int(self.failures >= MOST_FAILURES)
 
-    def run_folder(self, number: int) -> Path | None:
-        return next(self.folder.glob(f"*-{self.run_id(number)}"), None)
+    def run_folder(self, number: int) -> RunFolder | None:
+        """Where a trial's run lies; None where it has not begun."""
+        return next(map(RunFolder, self.folder.glob(f"*-{self.run_id(number)}")), None)
 
     def metric_values(self, number: int) -> list[float]:
         """What the run has logged of the sweep's metric, oldest first."""
         folder = self.run_folder(number)
-        rows = read_metrics(folder) if folder and (folder / "metrics.jsonl").exists() else []
+        rows = read_metrics(folder) if folder and folder.metrics.exists() else []
         return [row[self.sweep.metric] for row in rows if math.isfinite(row.get(self.sweep.metric, math.nan))]
 
     def row(self, trial: FrozenTrial) -> list[str]:
@@ -231,11 +234,6 @@ def config_of(flags: list[str]) -> ExperimentConfig:
     return parse_config(ExperimentConfig, with_default_config(flags))
 
 
-def has_finished(folder: Path) -> bool:
-    summary = folder / "summary.json"
-    return summary.exists() and json.loads(summary.read_text()).get("exit_code") == 0
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", help="W&B sweep file (YAML)")
@@ -244,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--storage", help="database that keeps the trials, default sqlite:///<sweep's folder>/sweep.db")
     options = parser.parse_args(argv)
     if options.workers < 1 or (options.trials is not None and options.trials < 1):
-        parser.error("--workers and --trials are at least 1")
+        parser.error("--workers and --trials must be at least 1")
     try:
         return LocalSweep(load_sweep(options.sweep), options.workers, options.trials, options.storage).run()
     except UserError as error:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from research.schema import UserError
+from research.schema import UserError, one_line
+from research.study.run_table import MEASURES
 
 NAME = "VLA-RL: what to freeze, at which rate"
-MEASURES = {"success": ("success_rate", (0.0, 1.0)), "return": ("return", None)}  # the metric's name, and its range
 
 
 def workspace(entity: str, project: str, name: str, measure: str = "success"):
-    """The workspace, not saved yet; `measure` is what its first section compares, see `MEASURES`."""
+    """The workspace, not saved yet; `measure` is what its first section compares, "success" or "return"."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
@@ -39,7 +39,7 @@ def workspace(entity: str, project: str, name: str, measure: str = "success"):
         )  # fmt: skip
 
     scope, rate = wr.Config("scope"), wr.Config("learning_rate")
-    metric, extent = MEASURES[measure]
+    metric, _, extent = MEASURES[measure]
     bounds = {} if extent is None else {"range_y": extent}
     final = wr.SummaryMetric(f"eval/{metric}")
     Column = wr.ParallelCoordinatesPlotColumn
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             saved.save()
         except (wandb.Error, ValueError) as error:
-            raise UserError(f"W&B did not take the workspace: {' '.join(str(error).split())}") from None
+            raise UserError(f"W&B did not take the workspace: {one_line(error)}") from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,20 +3,23 @@
 The one module of `research` that `agents` and `envs` may import, so that the three packages agree on names
 without knowing each other.
 
-Observation, batch `[B]`, under the key `"observation"`; any of the four may be missing:
+Observation, batch `[B]`, under the key `"observation"`; any of them may be missing:
 
-| key        | dtype   | shape                              | unit                        |
-|------------|---------|------------------------------------|-----------------------------|
-| `rgb`      | uint8   | `[B, H, W, 3]` (or `[B, 3, H, W]`) | 0..255                      |
-| `depth`    | float32 | `[B, H, W]`                        | metres                      |
-| `proprio`  | float32 | `[B, P]`                           | documented by each env      |
-| `language` | int64   | `[B, L]`                           | UTF-8 bytes, zero-padded    |
+| key                       | dtype   | shape                              | unit                     |
+|---------------------------|---------|------------------------------------|--------------------------|
+| `rgb`, `rgb_<camera>`     | uint8   | `[B, H, W, 3]` (or `[B, 3, H, W]`) | 0..255                   |
+| `depth`, `depth_<camera>` | float32 | `[B, H, W]`                        | metres                   |
+| `proprio`                 | float32 | `[B, P]`                           | documented by each env   |
+| `language`                | int64   | `[B, L]`                           | UTF-8 bytes, zero-padded |
+
+An action is float32 `[B, A]`, or `[B, H, A]` for a chunk of H control steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 
 import torch
@@ -49,6 +52,36 @@ class NonFiniteError(RuntimeError):
 
 class FrozenWeightsChanged(RuntimeError):
     """A tensor that policy.freeze froze is not what it was at the start; the message names the first such tensors."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line, for a `UserError`."""
+    return " ".join(str(error).split())
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception's class and text on one line of at most 200 characters, for a `UserError` about somebody's code."""
+    return f"{type(error).__name__}: {one_line(error)}"[:200]
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "; ") -> str:
+    """The end of a message about a word that is not known: "; did you mean 'x'?", or nothing where none is close.
+
+    Args:
+        word: what was given.
+        known: what could have been meant.
+        prefix: what stands before the question where there is one.
+    """
+    close = get_close_matches(word, list(known), 1)
+    return f"{prefix}did you mean {close[0]!r}?" if close else ""
+
+
+def base_modality(key: str) -> str | None:
+    """The modality whose layout an observation key has: `rgb` for `rgb` and `rgb_wrist`; None for an unknown key."""
+    if key in MODALITIES:
+        return key
+    base, _, camera = key.partition("_")
+    return base if base in (RGB, DEPTH) and camera else None
 
 
 def encode_text(text: str | Sequence[str], length: int) -> Tensor:
@@ -110,9 +143,13 @@ def check_observation(observation: TensorDictBase, source: str) -> None:
         UserError: an unknown key, or a known one with another dtype or number of dimensions.
     """
     for key in observation.keys():
-        if key not in _LAYOUT:
-            raise UserError(f"{source}: observation has the key {key!r}; the schema knows {', '.join(MODALITIES)}")
-        dtype, dims = _LAYOUT[key]
+        base = base_modality(key)
+        if base is None:
+            raise UserError(
+                f"{source}: observation has the key {key!r}; the schema knows {', '.join(MODALITIES)}, and "
+                f"{RGB}_<camera> and {DEPTH}_<camera>"
+            )
+        dtype, dims = _LAYOUT[base]
         value = observation.get(key)
         if value.dtype != dtype or value.ndim != dims:
             raise UserError(

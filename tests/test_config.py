@@ -1,25 +1,17 @@
-"""research/config.py: what a JSON file and the flags of `wandb agent` become, and how bad input is refused."""
+"""research/config.py and options.py: what JSON and the flags of `wandb agent` become, and how bad input is refused."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 from jsonargparse.typing import PositiveInt
 
-from research.config import (
-    AlgorithmConfig,
-    ExperimentConfig,
-    PolicyConfig,
-    PPOConfig,
-    TrainerConfig,
-    VLAConfig,
-    flatten,
-    parse_config,
-    to_dict,
-)
+from research.config import AlgorithmConfig, ExperimentConfig, PolicyConfig, PPOConfig, TrainerConfig, VLAConfig
+from research.options import flatten, parse_config, to_dict
 from research.schema import UserError
 
 MODEL_CONFIG = "--policy.vla_config.model_config"
@@ -89,7 +81,8 @@ def test_flags_of_wandb_agent() -> None:
         ),
         AlgorithmConfig(cfg=PPOConfig(learning_rate=1e-5, normalize_advantage=False)),
     )
-    assert config.policy.vla_config.model_config["freeze_vision_encoder"] is True
+    assert config.policy.freeze == ["vision_encoder", "fusion", "vision"]  # what the switch of the model means
+    assert config.policy.vla_config.model_config == {}
     assert config.trainer.resume is None
 
 
@@ -413,3 +406,88 @@ def test_a_sweeps_rate_is_the_scopes_reference_times_the_factor(tmp_path: Path) 
     assert again == config  # as a resumed run reads it
     assert "no rate for the scope 'backbone', only vision, none" in refusal(*flags, "--policy.freeze=backbone")
     assert "learning_rate_by_scope, which is not set" in refusal("--policy.learning_rate_factor=2")
+
+
+BY_SCOPE = ["--policy.freeze=vision", "--policy.learning_rate_by_scope.vision=4e-4"]
+
+
+def test_a_rate_is_given_once(tmp_path: Path) -> None:
+    """Beside reference rates per scope another rate is refused, unless a flag's references go before a file's rate."""
+    rate = {"algorithm": {"cfg": {"learning_rate": 1e-5}}}
+    assert "give one of the two" in refusal(*BY_SCOPE, "--algorithm.cfg.learning_rate=1e-5")
+    assert parse(*BY_SCOPE, "--algorithm.cfg.learning_rate=4e-4").algorithm.cfg.learning_rate == 4e-4
+    assert parse("--config", write(tmp_path, rate), *BY_SCOPE).algorithm.cfg.learning_rate == 4e-4
+    references = {"policy": {"freeze": "vision", "learning_rate_by_scope": {"vision": 4e-4}}}
+    assert "algorithm.cfg.learning_rate: is 1e-05" in refusal("--config", write(tmp_path, references | rate))
+    path = write(tmp_path, references)
+    assert "make it 0.0004" in refusal("--config", path, "--algorithm.cfg.learning_rate=1e-5")
+    unset = ["--policy.learning_rate_by_scope={}", "--algorithm.cfg.learning_rate=1e-5"]
+    assert parse("--config", path, *unset).algorithm.cfg.learning_rate == 1e-5
+
+
+def test_switches_of_the_model_become_the_scope(tmp_path: Path) -> None:
+    """So that config.json and a table of runs hold scopes alone."""
+    config = parse(f"{MODEL_CONFIG}.freeze_vision_encoder=True", f"{MODEL_CONFIG}.width=3")
+    assert config.policy.freeze == "vision" and config.policy.vla_config.model_config == {"width": 3}
+    assert parse("--config", write(tmp_path, to_dict(config))) == config
+    assert parse(f"{MODEL_CONFIG}.freeze_vision_encoder=False").policy.freeze == "none"
+
+
+# --- a group whose options depend on a name
+
+
+@dataclass
+class FirstConfig:
+    """One algorithm."""
+
+    name: ClassVar[str] = "first"
+
+    rate: float = 0.1
+    """How fast."""
+
+
+@dataclass
+class SecondConfig:
+    """Another."""
+
+    name: ClassVar[str] = "second"
+
+    groups: PositiveInt = 8
+    """How many."""
+
+
+@dataclass
+class EitherConfig:
+    """Either of the two."""
+
+    name: Literal["first", "second"] = "first"
+    """Which."""
+    cfg: FirstConfig | SecondConfig = field(default_factory=FirstConfig)
+
+
+@dataclass
+class OuterConfig:
+    """What holds it."""
+
+    algorithm: EitherConfig = field(default_factory=EitherConfig)
+
+
+def test_a_name_chooses_what_its_group_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parse_either = lambda *argv: parse_config(OuterConfig, list(argv), "test").algorithm.cfg  # noqa: E731
+    assert parse_either("--algorithm.cfg.rate=0.2") == FirstConfig(0.2)
+    assert parse_either("--algorithm.name=second", "--algorithm.cfg.groups=3") == SecondConfig(3)
+    assert parse_either("--algorithm.cfg.groups", "4", "--algorithm.name", "second") == SecondConfig(4)
+    path = write(tmp_path, {"algorithm": {"name": "second", "cfg": {"groups": 5}}})
+    assert parse_either("--config", path) == SecondConfig(5)
+    assert parse_either(f"--config={path}", "--algorithm.cfg.groups=6") == SecondConfig(6)
+    config = parse_config(OuterConfig, ["--config", path], "test")
+    assert parse_either("--config", write(tmp_path, to_dict(config))) == SecondConfig(5)
+    assert "algorithm.cfg.groups" in refusal("--algorithm.cfg.groups=3", config_class=OuterConfig)
+    assert "algorithm.cfg.rate" in refusal(
+        "--algorithm.name=second", "--algorithm.cfg.rate=1", config_class=OuterConfig
+    )
+    assert '"first" or "second"' in refusal("--algorithm.name=third", config_class=OuterConfig)
+    with pytest.raises(SystemExit):
+        parse_config(OuterConfig, ["--algorithm.name=second", "--help"], "test")
+    text = capsys.readouterr().out
+    assert "--algorithm.cfg.groups" in text and "--algorithm.cfg.rate" not in text

@@ -1,16 +1,23 @@
-"""Text as tensors, boundary checks, and the direction of imports."""
+"""Text as tensors, boundary checks, and what messages are made of."""
 
 from __future__ import annotations
-
-import ast
-from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
-from worlds import ROOT
 
-from research.schema import NonFiniteError, UserError, check_finite, check_observation, decode_text, encode_text
+from research.schema import (
+    NonFiniteError,
+    UserError,
+    base_modality,
+    check_finite,
+    check_observation,
+    decode_text,
+    describe_error,
+    did_you_mean,
+    encode_text,
+    one_line,
+)
 
 
 def test_text_round_trip():
@@ -61,35 +68,18 @@ def test_numbers_whose_sum_overflows_are_finite():
         check_finite([("a", torch.full((4,), largest)), ("b", torch.tensor([float("nan")]))], "now")
 
 
-def imports_of(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
+def test_every_camera_has_the_layout_of_its_kind():
+    names = {"rgb": "rgb", "rgb_wrist": "rgb", "depth_front": "depth", "proprio": "proprio", "language": "language"}
+    assert {name: base_modality(name) for name in names} == names
+    assert not any(map(base_modality, ("rgb_", "proprio_left", "wrist_rgb", "touch")))
+    pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    check_observation(TensorDict({"rgb_wrist": pixels, "depth_front": torch.zeros(2, 8, 8)}, [2]), "env 'x'")
+    with pytest.raises(UserError, match="rgb_wrist"):
+        check_observation(TensorDict({"rgb_wrist": pixels.float()}, [2]), "env 'x'")
 
 
-@pytest.mark.parametrize(
-    ("package", "forbidden"),
-    [
-        ("research", ("agents", "envs", "ppo_vla")),
-        ("agents", ("envs", "research", "ppo_vla")),
-        ("envs", ("agents", "research", "ppo_vla")),
-    ],
-)
-def test_imports_point_one_way(package, forbidden):
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        for name in imports_of(path):
-            allowed = package != "research" and (name == "research.schema" or name.startswith("research.schema."))
-            if not allowed:
-                assert name.split(".")[0] not in forbidden, f"{path.name} imports {name}"
-
-
-def test_no_grab_bag_files():
-    names = {p.stem for p in ROOT.rglob("*.py") if ".venv" not in p.parts} | {p.name for p in ROOT.iterdir()}
-    assert not names & {"utils", "helpers", "common", "misc", "core"}
+def test_errors_and_words_on_one_line():
+    assert one_line(ValueError("a\n  b")) == "a b" and describe_error(KeyError("a\nb")).startswith("KeyError: ")
+    assert len(describe_error(ValueError("x" * 500))) == 200
+    assert did_you_mean("visoin", ["vision", "language"]) == "; did you mean 'vision'?"
+    assert did_you_mean("quux", ["vision", "language"]) == ""

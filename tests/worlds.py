@@ -17,7 +17,9 @@ from agents.vla import StagedVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
 from research.runs.tracking import read_metrics
-from research.training.ppo import make_gae, make_loss
+from research.training.advantages import GAEAdvantages
+from research.training.freezing import named_parameters_within
+from research.training.loss import make_loss
 from research.training.rollout import Rollouts
 
 ROOT = Path(__file__).parent.parent
@@ -105,17 +107,6 @@ def small_model(head: str = "gaussian", options: dict | None = None, seed: int =
     return SmallVLA(3, token_size=8, hidden_size=32, action_head=head, head=options or {}).eval()
 
 
-class Fused(nn.Module):
-    """The same weights, offered through `act` and `evaluate` and the three methods, without stages."""
-
-    def __init__(self, model: SmallVLA):
-        super().__init__()
-        self.model = model
-        self.value_head = model.value_head
-        self.forward, self.get_value = model.forward, model.get_value
-        self.evaluate_actions, self.act, self.evaluate = model.evaluate_actions, model.act, model.evaluate
-
-
 class ThreeMethods(nn.Module):
     """The same weights behind the three methods alone."""
 
@@ -134,14 +125,47 @@ class ThreeMethods(nn.Module):
         return self.model.evaluate_actions(observations, actions)
 
 
+class Fused(ThreeMethods):
+    """The same weights, offered through `act` and `evaluate` and the three methods, without stages."""
+
+    def forward(self, observations, deterministic=False):
+        return self.model(observations, deterministic)
+
+    def act(self, observations, deterministic=False):
+        hidden = self.model.encode(observations)
+        distribution = self.model.action_distribution(hidden)
+        action = distribution.deterministic_sample if deterministic else distribution.sample()
+        return action, distribution.log_prob(action), self.model.value(hidden)
+
+    def evaluate(self, observations, actions):
+        hidden = self.model.encode(observations)
+        distribution = self.model.action_distribution(hidden)
+        return distribution.log_prob(actions), distribution.entropy(), self.model.value(hidden)
+
+
 WRAP = {"staged": lambda m: m, "fused": Fused, "methods": ThreeMethods}
+INTERFACES = tuple(WRAP)
+
+
+def scores(model: StagedVLA, observations: TensorDict, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Log-probability, entropy and value, in one pass."""
+    return model.score(model.run_stages(observations).set("action", actions))
+
+
+def gae(policy: VLAPolicy, cfg: PPOConfig | None = None) -> GAEAdvantages:
+    cfg = cfg or PPOConfig()
+    return GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda)
+
+
+def value_head(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in named_parameters_within(model, ["value_head"]).values() if p.requires_grad]
 
 
 def rollout_batch(policy: VLAPolicy, num_envs: int = 4, steps: int = 8) -> TensorDict:
     torch.manual_seed(1)
     env = TabletopEnv(num_envs, max_steps=5, modalities=["rgb", "proprio", "language"])
-    rollouts = Rollouts(env, policy, num_envs * steps, make_gae(PPOConfig()))
-    return rollouts.prepare(rollouts.next())[0]
+    rollouts = Rollouts(env, policy, num_envs * steps)
+    return gae(policy)(rollouts.next())[0]
 
 
 def total_loss(policy: VLAPolicy, batch: TensorDict, **cfg) -> TensorDict:

@@ -49,7 +49,7 @@ class Floor:
 
     def __init__(self, env: EnvBase, policy: VLAPolicy, steps: int, cfg: PPOConfig, bf16: bool):
         self.env, self.model, self.steps, self.cfg = env, policy.model, steps, cfg
-        self.frozen, self.trained = policy.prefix, policy.actor.module[0]
+        self.frozen, self.trained = policy.frozen, policy.rest
         self.kept_keys = policy.kept_keys
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._autocast = torch.autocast(env.device.type, torch.bfloat16, enabled=bf16)

@@ -21,14 +21,20 @@ import torch
 from torch import nn
 from torchrl.envs import EnvBase
 
-from agents.policy import FlopCounter, VLAPolicy
+from agents.cost import FlopCounter
+from agents.critic import detach_value_head
+from agents.policy import VLAPolicy
 from research.config import PPOConfig
-from research.schema import UserError
-from research.training.asynchronous import AsynchronousRollouts, prepare_stale_batch
-from research.training.freezing import freeze, parameter_groups
-from research.training.ppo import PPO, make_gae, make_loss, value_head_parameters
-from research.training.rollout import EpisodeStatistics, Rollouts
+from research.schema import OBSERVATION, UserError
+from research.training.advantages import GAEAdvantages
+from research.training.algorithm import Progress
+from research.training.asynchronous import AsynchronousRollouts
+from research.training.freezing import freeze, named_parameters_within, parameter_groups
+from research.training.loss import make_loss
+from research.training.ppo import PPO, PolicyUpdate
+from research.training.rollout import Rollouts
 from research.training.utilisation import matmul_flops_per_second, timed
+from research.training.vtrace import VTraceAdvantages
 from throughput.models import build_env, build_model
 from throughput.peers import Floor, Loop, TorchRLRecipe
 from throughput.profiling import profile
@@ -111,33 +117,38 @@ class Ours:
     """The loop of `experiments/ppo_vla.py`: the same objects, called in the same order."""
 
     def __init__(self, settings: Settings, model: nn.Module, cfg: PPOConfig):
-        self.cfg, compiled = cfg, settings.precision.endswith("-compiled")
+        compiled = settings.precision.endswith("-compiled")
+        env = settings.build_env()
         self.policy = VLAPolicy(model, autocast="bf16" if settings.bf16 else "off", compile=compiled)
         optimizer = torch.optim.Adam(parameter_groups(model, cfg.learning_rate, {}), eps=1e-5, fused=True)
-        loss = make_loss(self.policy.actor, self.policy.critic, cfg)
-        self.ppo = PPO(model, loss, optimizer, cfg, value_head_parameters(model, "value_head"))
-        self.statistics = EpisodeStatistics(settings.num_envs, settings.device)
+        value_head = list(named_parameters_within(model, ["value_head"]).values())
+        apart = not detach_value_head(model, value_head, env.observation_spec[OBSERVATION].zero()[:2])
+        step = PolicyUpdate(make_loss(self.policy.actor, self.policy.critic, cfg), optimizer, cfg, value_head, apart)
+        self.correct = VTraceAdvantages(self.policy, cfg.gamma, cfg.gae_lambda)
         if settings.buffer == "standard":
-            self.rollouts = Rollouts(settings.build_env(), self.policy, settings.frames, make_gae(cfg))
+            self.rollouts = Rollouts(env, self.policy, settings.frames)
+            advantages = GAEAdvantages(self.policy, cfg.gamma, cfg.gae_lambda)
         else:
+            env.close()
             self.rollouts = AsynchronousRollouts(
-                settings.build_env, self.policy, settings.num_collectors, settings.frames, cfg,
+                settings.build_env, settings.num_envs, self.policy, settings.num_collectors, settings.frames,
                 max_staleness=2, seed=1,
             )  # fmt: skip
+            advantages = self.correct
+        self.ppo = PPO(advantages, step, cfg)
 
     def collect(self) -> None:
         self.rollout = self.rollouts.next()
-        self.batch, _ = self.rollouts.prepare(self.rollout)
+        self.batch, _ = self.ppo.prepare(self.rollout)
 
     def update(self) -> None:
-        self.ppo.set_progress(iteration=0, iterations=1)
-        self.ppo.update(self.batch)
+        self.ppo.update(self.batch, Progress(iterations=1))
         self.rollouts.publish()
-        self.statistics.update(self.rollout)
+        self.rollouts.metrics()
 
     def correct_staleness(self) -> None:
         """What the main process does with a rollout of buffer type vla, besides the update."""
-        prepare_stale_batch(self.rollout, self.policy.actor, self.policy.critic, self.cfg, self.policy.kept_keys)
+        self.correct(self.rollout)
 
     def bytes_per_transition(self) -> float:
         return self.rollout.bytes() / self.rollout.numel()

@@ -5,38 +5,35 @@ A checkpoint holds tensors, numbers, strings, lists and dicts only, so that read
 
 from __future__ import annotations
 
-import os
 import pickle
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torchrl.checkpoint import GlobalRNGState
 
+from research.runs.folder import RunFolder, replacing
 from research.schema import UserError
 
 
 def save_checkpoint(path: Path, **state: Any) -> None:
     """Write `state` and the state of all random generators; a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with replacing(path, "wb") as file:
         torch.save({**state, "rng": GlobalRNGState().state_dict()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """Read a training checkpoint.
 
     Args:
-        path: a checkpoint, or a run folder, whose `checkpoints/last.pt` is then meant.
+        path: a checkpoint, or a run folder, whose last one is then meant.
     Raises:
         UserError: nothing there, or not a training checkpoint.
     """
     path = Path(path)
-    path = path / "checkpoints" / "last.pt" if path.is_dir() else path
+    path = RunFolder(path).last_checkpoint if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
@@ -50,9 +47,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def run_folder_of(path: str | Path) -> Path:
-    """The run folder that a path is, or lies in as a checkpoint."""
-    path = Path(path)
-    return path if path.is_dir() else path.parent.parent
+    """The path of `RunFolder.containing`."""
+    return RunFolder.containing(path).path
 
 
 def restore_rng(state: dict[str, Any]) -> None:

@@ -1,37 +1,16 @@
-"""What a run says to the person who started it: at the start, in the progress bar, at the end."""
+"""What a run says to the person who started it: in the progress bar, and at the end."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from os import PathLike
 
 import imageio.v3 as iio
-import torch
-from tensordict import TensorDictBase
 
-from research.runs.tracking import Tracker, plot_learning_curve
+from research.runs.curve import plot_learning_curve
+from research.runs.folder import RunFolder
+from research.runs.tracking import Tracker
 from research.runs.video import frame_strip
 from research.training.evaluation import Evaluation
-
-
-def describe(policy: Any, observations: TensorDictBase, folder: Path, device: torch.device) -> str:
-    """What a run begins with.
-
-    Args:
-        policy: the `agents.policy.VLAPolicy`.
-        observations: one or more, as the environment offers them, `[B]`.
-        folder: the run folder.
-        device: where the model is.
-    """
-    parameters = list(policy.model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    lines = [
-        f"{type(policy.model).__name__} ({policy.interface} interface): {trained:,} of "
-        f"{sum(p.numel() for p in parameters):,} parameters train, on {device}",
-        *policy.reuse_report(observations[:1]).lines(),
-        f"run folder: {folder}",
-    ]
-    return "\n".join(lines)
 
 
 def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, str]:
@@ -44,14 +23,30 @@ def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, s
     return {name: f"{value:.2f}" for name, value in shown.items() if value is not None}
 
 
-def last_checkpoint(folder: Path) -> str:
+def last_checkpoint(folder: str | PathLike[str]) -> str:
     """Where a run that ends early can be continued from."""
-    path = folder / "checkpoints" / "last.pt"
+    path = RunFolder(folder).last_checkpoint
     return f"the last checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
 
 
-def summarise(tracker: Tracker, folder: Path, step: int, before: dict | None, result: Evaluation | None, facts: dict):
-    """Print and record what the run achieved and where everything lies."""
+def summarise(
+    tracker: Tracker,
+    folder: str | PathLike[str],
+    step: int,
+    before: dict | None,
+    result: Evaluation | None,
+    facts: dict,
+) -> None:
+    """Print and record what the run achieved and where everything lies.
+
+    Args:
+        tracker: of the run, not finished yet.
+        folder: the run folder, where curve and film strip are written.
+        step: `global_step` at the end, in env steps.
+        before: `eval/*` metrics before training; None where there was no evaluation, as for `result`.
+        result: the last evaluation.
+        facts: what else belongs into `summary.json`, `exit_code` among it.
+    """
     summary = {"global_step": step, **facts}
     if before is not None:
         summary |= {f"before/{name.removeprefix('eval/')}": value for name, value in before.items()}
@@ -61,7 +56,7 @@ def summarise(tracker: Tracker, folder: Path, step: int, before: dict | None, re
     if curve := plot_learning_curve(folder):
         tracker.log_image("learning_curve", curve, step)
     if result is not None and result.frames:
-        iio.imwrite(folder / "videos" / "strip.png", frame_strip(result.frames[0], count=6))
+        iio.imwrite(RunFolder(folder).strip, frame_strip(result.frames[0], count=6))
     tracker.summary(summary)
     print(f"curve, video, checkpoints, metrics: {folder}/")
     if tracker.sync_command:

@@ -29,14 +29,11 @@ Metrics, the same names in every script, all against `global_step`:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import secrets
 import shlex
 import signal
-import string
 import subprocess
 import threading
 import time
@@ -45,51 +42,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from research.schema import UserError
+from research.runs.folder import RunFolder, as_json, read_json, read_rows, replace_rows, write_json
+from research.schema import UserError, one_line
 
 if TYPE_CHECKING:
     import wandb
 
 WANDB_MODES = ("online", "offline", "shared", "disabled")
-METRICS_FILE = "metrics.jsonl"
 
 # Seconds that W&B may hold a run up where the network is gone; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override.
 _WANDB_TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 300.0}
 
 
 def create_run_folder(run_dir: str | Path, exp_name: str) -> Path:
-    """Make `<run_dir>/<exp_name>-<id>/` with `checkpoints/` and `videos/` in it.
-
-    The id (date, time, four random characters) is also the W&B run id. Where `WANDB_RUN_ID` is set, as `wandb agent`
-    does, that is the id; a sweep's run that the agent starts again gets its old folder back, checkpoints included.
-
-    Raises:
-        UserError: `exp_name` is not a plain name, the folder cannot be written, or, outside a sweep, `WANDB_RUN_ID`
-            names a run whose folder is there already.
-    """
-    if not exp_name or Path(exp_name).name != exp_name:
-        raise UserError(
-            f"trainer.exp_name is {exp_name!r}; it becomes part of a folder's name, so no '/' and not empty"
-        )
-    given_id = os.environ.get("WANDB_RUN_ID")
-    folder = Path(run_dir) / f"{exp_name}-{given_id or _new_run_id()}"
-    try:
-        folder.mkdir(parents=True, exist_ok="WANDB_SWEEP_ID" in os.environ)
-        for name in ("checkpoints", "videos"):
-            (folder / name).mkdir(exist_ok=True)
-    except FileExistsError as error:
-        if given_id and folder.is_dir():
-            raise UserError(f"{folder} is there already: resume that run, or unset WANDB_RUN_ID") from error
-        raise UserError(f"cannot make the run folder {folder}: {error.filename} is in the way") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot make the run folder {folder}: {error}") from error
-    return folder
-
-
-def _new_run_id() -> str:
-    # Not `random`: seeded alike, two runs of the same second would get the same characters.
-    characters = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(4))
-    return f"{time.strftime('%Y%m%d_%H%M%S')}_{characters}"
+    """The path of `RunFolder.create`."""
+    return RunFolder.create(run_dir, exp_name).path
 
 
 def resolve_wandb_mode(use_wandb: bool) -> tuple[str, str]:
@@ -139,7 +106,7 @@ def _set_up_wandb() -> wandb.Settings:
         return wandb.setup(wandb.Settings(silent=True, quiet=True, console="off")).settings
     except (wandb.Error, ValueError) as error:
         raise UserError(
-            f"a W&B setting in the environment or its settings file is wrong: {_one_line(error)}"
+            f"a W&B setting in the environment or its settings file is wrong: {_without_advice(error)}"
         ) from error
 
 
@@ -160,16 +127,14 @@ class Tracker:
     line on stdout at the start says where W&B data goes; W&B itself prints nothing.
 
     Args:
-        folder: the run folder; also holds `wandb/`, `metrics.jsonl`, `config.json` and `summary.json`.
+        folder: the run folder, which must exist.
         config: the resolved configuration, nested, for `config.json`.
         flat_config: the same with dotted keys, for W&B: a sweep sets dotted names, and one form is enough.
         project: W&B project. A sweep's runs go to the sweep's project instead.
         group: W&B group, what is compared within it: environment, algorithm and freeze scope.
         mode: see `resolve_wandb_mode`; online without a network becomes offline.
         reason: why this mode, for the line at the start.
-        job_type: "train" or "eval".
         tags: W&B tags; the git commit is added.
-        name: the run's name in the W&B UI, default the folder's name.
         resume_id: W&B id of the run to continue; None starts a new one. Inside a sweep the agent's id is taken.
         resume_step: `global_step` of the checkpoint that the run continues from: later rows of `metrics.jsonl` are
             dropped, as the run will write them again; -1 drops all. W&B cannot drop what it has.
@@ -185,7 +150,7 @@ class Tracker:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | os.PathLike[str],
         config: Mapping[str, Any],
         flat_config: Mapping[str, Any],
         *,
@@ -193,26 +158,22 @@ class Tracker:
         group: str,
         mode: str,
         reason: str = "",
-        job_type: str = "train",
         tags: Sequence[str] = (),
-        name: str | None = None,
         resume_id: str | None = None,
         resume_step: int | None = None,
     ):
-        self.folder = Path(folder)
+        self.folder = RunFolder(folder)
         self.mode = mode
         self.run: wandb.Run | None = None
         self.sync_command: str | None = None
         self.stopped = False
-        path = self.folder / METRICS_FILE
         try:
-            elapsed = _keep_rows_until(path, resume_step)
-            self._metrics = path.open("a", encoding="utf-8")
-            _write_json(self.folder / "config.json", config)
+            elapsed = _keep_rows_until(self.folder.metrics, resume_step)
+            self._metrics = self.folder.metrics.open("a", encoding="utf-8")
+            write_json(self.folder.config, config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error}") from error
-        summary = self.folder / "summary.json"
-        self._summary = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+        self._summary = read_json(self.folder.summary) if self.folder.summary.exists() else {}
         self._start = time.monotonic() - elapsed
 
         if mode != "disabled":
@@ -222,9 +183,9 @@ class Tracker:
                 "resume": "allow" if resume_id else None,
                 "project": project,
                 "run_group": group,
-                "run_job_type": job_type,
+                "run_job_type": "train",
                 "run_tags": [*tags, *([commit] if commit else [])],
-                "run_name": name or self.folder.name,
+                "run_name": self.folder.path.name,
             }
             reason = self._start_wandb(names, flat_config, reason)
         print(self._wandb_line(reason), flush=True)
@@ -239,13 +200,13 @@ class Tracker:
             settings = wandb.Settings(
                 **names,
                 mode=self.mode,
-                root_dir=str(self.folder.resolve()),
+                root_dir=str(self.folder.path.resolve()),
                 reinit="finish_previous",  # by default W&B hands back a run that is still open, and mixes the two
                 finish_timeout_raises=True,
                 stop_fn=lambda: self._stop(),  # W&B copies its settings deeply, but not functions
             )
         except (wandb.Error, ValueError) as error:
-            raise UserError(f"W&B refuses a name of this run: {_one_line(error)}") from error
+            raise UserError(f"W&B refuses a name of this run: {_without_advice(error)}") from error
         try:  # inside a sweep, W&B takes project and id from its agent and not from these settings
             self.run = wandb.init(config=dict(flat_config), settings=settings)
         except (wandb.Error, TimeoutError) as error:
@@ -253,7 +214,7 @@ class Tracker:
                 raise
             wandb.teardown()  # the old session still holds the run's id
             _set_up_wandb()
-            reason = f"{self.mode} failed: {_one_line(error)}"
+            reason = f"{self.mode} failed: {_without_advice(error)}"
             self.mode = settings.mode = "offline"
             self.run = wandb.init(config=dict(flat_config), settings=settings)
         self.run.define_metric("global_step")
@@ -269,7 +230,7 @@ class Tracker:
 
     def _sync(self, pattern: str) -> str:
         # A pattern: a resumed run has one directory per start, and `wandb sync` joins them by the run's id.
-        return f"wandb sync {shlex.quote(str(self.folder / 'wandb'))}/{pattern}"
+        return f"wandb sync {shlex.quote(str(self.folder.wandb))}/{pattern}"
 
     def _wandb_line(self, reason: str) -> str:
         line = f"W&B: {self.mode}" + (f" ({reason})" if reason else "")
@@ -286,7 +247,7 @@ class Tracker:
         """
         row = {"global_step": int(step), "time/elapsed_s": round(time.monotonic() - self._start, 3)}
         row |= {name: float(value) for name, value in metrics.items()}
-        self._metrics.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._metrics.write(as_json(row) + "\n")
         self._metrics.flush()
         if self.run:
             self.run.log(row)
@@ -308,7 +269,7 @@ class Tracker:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Add `values` to the run's results: `summary.json`, replaced as a whole, and W&B's summary."""
         self._summary |= values
-        _write_json(self.folder / "summary.json", self._summary)
+        write_json(self.folder.summary, self._summary)
         if self.run:
             self.run.summary.update(dict(values))
 
@@ -339,151 +300,35 @@ class Tracker:
         self.finish(code)
 
 
-def _run_id(folder: Path) -> str:
-    """The id that `create_run_folder` gave this folder."""
-    return os.environ.get("WANDB_RUN_ID") or folder.name.rsplit("-", 1)[-1]
+def _run_id(folder: RunFolder) -> str:
+    """The id that `RunFolder.create` gave this folder."""
+    return os.environ.get("WANDB_RUN_ID") or folder.id
 
 
-def _one_line(error: Exception) -> str:
-    text = re.split(r"Consider increasing|For further information", str(error))[0]  # advice that is not ours to give
-    return " ".join(text.split())
-
-
-def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities, at any depth, replaced by None: JSON has neither."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a crash leaves the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _replace_file(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+def _without_advice(error: Exception) -> str:
+    """An error of W&B on one line, less the advice in it that is not ours to give."""
+    return re.split(r"Consider increasing|For further information", one_line(error))[0].strip()
 
 
 def _keep_rows_until(path: Path, step: int | None) -> float:
     """Drop the rows of a metrics file with a later `global_step`; return `time/elapsed_s` of the last one kept."""
     if not path.exists():
         return 0.0
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if rows and step is None:
         raise UserError(f"{path} has the metrics of a run already: resume that run, or take another folder")
     kept = [row for row in rows if row["global_step"] <= step]
-    _replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+    replace_rows(path, kept)
     return kept[-1]["time/elapsed_s"] if kept else 0.0
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-    return rows
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
     """Read the rows of a run's `metrics.jsonl`, oldest first; null is NaN, a torn last line is left out.
 
     Raises:
         UserError: no such file, or a line before the last one is not JSON.
     """
-    path = Path(folder) / METRICS_FILE
+    path = RunFolder(folder).metrics
     if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no {METRICS_FILE}")
-    return [{key: math.nan if value is None else value for key, value in row.items()} for row in _read_rows(path)]
-
-
-# seconds, label, the longest run in seconds that is drawn in it
-_TIME_UNITS = ((1.0, "s", 180.0), (60.0, "min", 7200.0), (3600.0, "h", math.inf))
-
-
-def plot_learning_curve(folder: str | Path, path: str | Path | None = None) -> Path | None:
-    """Draw a run's success rate, or its return where the environment reports no success, against env steps.
-
-    Rollouts as a line (raw in the background, running mean in front), evaluations as points with their 95 % interval,
-    wall time along the top.
-
-    Args:
-        folder: the run folder, whose `metrics.jsonl` is read.
-        path: image to write (png, svg or pdf), default `learning_curve.png` in the folder.
-    Returns:
-        The image's path, or None where the run has nothing to draw yet.
-    Raises:
-        UserError: as `read_metrics`.
-    """
-    # Imported here: training needs neither until its end. Figure without pyplot touches no display and no global state.
-    import numpy as np
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
-
-    rows = read_metrics(folder)
-
-    def curve(*names: str) -> np.ndarray:
-        """The rows that have the first of these metrics, as columns: env steps, then each metric. [1 + names, rows]."""
-        found = [r for r in rows if math.isfinite(r.get(names[0], math.nan))]
-        columns = [[r["global_step"] for r in found], *([r.get(name, math.nan) for r in found] for name in names)]
-        return np.array(columns, dtype=float)
-
-    success = any(math.isfinite(r.get(f"{when}/success_rate", math.nan)) for r in rows for when in ("rollout", "eval"))
-    metric = "success_rate" if success else "return"
-    rollouts = curve(f"rollout/{metric}")
-    evaluations = curve(f"eval/{metric}", "eval/success_low", "eval/success_high")
-    if not rollouts.size and not evaluations.size:
-        return None
-
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    blue, vermilion = "#0072B2", "#D55E00"  # Okabe and Ito's colours, told apart by colour-blind readers too
-    if rollouts.size:
-        steps, values = rollouts
-        half = len(values) // 40  # centred: a trailing mean would lag behind and look worse than the policy is
-        mean = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
-        axes.plot(steps, values, color=blue, alpha=0.25, linewidth=1, marker=".", markersize=3)
-        axes.plot(steps, mean, color=blue, linewidth=2, label="training rollouts (line: running mean)")
-    if evaluations.size:
-        steps, values, low, high = evaluations
-        error = np.nan_to_num(np.clip([values - low, high - values], 0, None)) if success else None
-        axes.errorbar(
-            steps, values, error, color=vermilion, marker="o", markersize=6, linewidth=1.5, capsize=3, zorder=3,
-            label="evaluation (95 % interval)" if success else "evaluation",
-        )  # fmt: skip
-    axes.set_xlabel("environment steps")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if success:
-        axes.set_ylabel("success rate")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_ylim(-0.02, 1.02)
-    else:
-        axes.set_ylabel("return (reward per episode)")
-    axes.margins(x=0.02)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-
-    time_axis = axes.twiny()
-    steps, seconds = curve("time/elapsed_s")
-    unit, name = next((u, n) for u, n, most in _TIME_UNITS if seconds[-1] <= most)
-    ticks = [t for t in MaxNLocator(6).tick_values(0, seconds[-1] / unit) if seconds[0] <= t * unit <= seconds[-1]]
-    time_axis.set_xlim(axes.get_xlim())
-    time_axis.set_xticks(np.interp([t * unit for t in ticks], seconds, steps), [f"{t:g}" for t in ticks])
-    time_axis.set_xlabel(f"wall time ({name})")
-    time_axis.spines[["top", "right"]].set_visible(False)
-
-    path = Path(path) if path else Path(folder) / "learning_curve.png"
-    figure.savefig(path, dpi=150)
-    return path
+        raise UserError(f"{folder} is not a run folder: it has no {path.name}")
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in read_rows(path)]

@@ -73,7 +73,6 @@ class Comparison:
     """All that the report shows; scopes in the order of their mean scores."""
 
     runs: list[Run]
-    choose_on: str
     env_steps: float
     seconds: float
     cells: dict[Cell, list[Run]]
@@ -132,7 +131,8 @@ def compare(
     if longest > steps:
         shortest = min(complete, key=lambda run: run.eval_steps[-1]).run
         notes.append(
-            f"`{shortest}` ended at {steps:,.0f} env steps, others at up to {longest:,.0f}: the budget is its."
+            f"`{shortest}` ended at {steps:,.0f} env steps, others at up to {longest:,.0f}: "
+            f"all are compared at {steps:,.0f}."
         )
 
     paired = longest == steps and all(run.final_episodes for run in complete)
@@ -164,7 +164,7 @@ def compare(
         notes.append(f"Besides scope, rate and seed, the runs differ in {', '.join(f'`{key}`' for key in differing)}.")
     pairs = _compare_pairs(scopes)
     return Comparison(
-        list(runs), choose_on, steps, seconds, dict(cells), chosen_by, scopes, pairs,
+        list(runs), steps, seconds, dict(cells), chosen_by, scopes, pairs,
         [_selection_note(measure, choose_on, choosing_seeds), *notes],
     )  # fmt: skip
 

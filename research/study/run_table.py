@@ -35,17 +35,17 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from torch import nn
 
+from research.config import FREEZE_SWITCHES, split_switches
+from research.options import flatten_dict
+from research.runs.folder import RunFolder, read_json, read_rows
 from research.runs.tracking import read_metrics
-from research.schema import UserError
-from research.training.freezing import SWITCHES, split_switches
+from research.schema import UserError, one_line
 
 # Settings that do not change what is learned, or that have a column of their own.
 _OWN_COLUMN = (
@@ -58,8 +58,22 @@ _IRRELEVANT = (
     "trainer.num_eval_episodes", "policy.freeze", "algorithm.cfg.learning_rate",
 )  # fmt: skip
 
-# A run's measure -> its metric below `eval/` and `rollout/`, and its field in `episodes.jsonl`.
-MEASURES = {"success": ("success_rate", "success"), "return": ("return", "episode_return")}
+
+class Measure(NamedTuple):
+    """What the scores of a run are."""
+
+    metric: str
+    """Its name below `eval/` and `rollout/`."""
+    field: str
+    """Its name in `episodes.jsonl`."""
+    extent: tuple[float, float] | None
+    """The lowest and the highest score there can be; None for scores without bounds."""
+
+
+MEASURES = {
+    "success": Measure("success_rate", "success", (0.0, 1.0)),
+    "return": Measure("return", "episode_return", None),
+}
 
 
 @dataclass
@@ -82,7 +96,7 @@ class Run:
     final_episodes: str = ""
     splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
+    folder: RunFolder | None = None
     """Where its videos are; None for a run that was not read from its folder."""
 
     @property
@@ -97,7 +111,7 @@ class Run:
     @property
     def bounded(self) -> bool:
         """Whether its scores lie within 0..1."""
-        return self.measure == "success"
+        return MEASURES[self.measure].extent is not None
 
     def at_step(self, step: float) -> float:
         """Mean score at an env step, linear between evaluations."""
@@ -121,58 +135,49 @@ def read_folders(paths: Sequence[str]) -> list[Run]:
     Raises:
         UserError: a path that does not exist, no runs at all, or a file that cannot be read.
     """
-    folders: set[Path] = set()
+    folders: set[RunFolder] = set()
     for pattern in paths:
         found = [Path(path) for path in sorted(glob.glob(pattern))] if glob.has_magic(pattern) else [Path(pattern)]
         if missing := [path for path in found if not path.is_dir()] if not glob.has_magic(pattern) else []:
             raise UserError(f"no such folder: {missing[0]}")
         for path in found:
-            own = [path] if (path / "config.json").is_file() else [file.parent for file in path.rglob("config.json")]
-            folders.update(folder for folder in own if (folder / "metrics.jsonl").is_file())
+            folders.update(RunFolder.all_below(path))
     if not folders:
         raise UserError(f"no runs found in {' '.join(paths)}: a run folder holds config.json and metrics.jsonl")
     return _only_differing_settings([_read_folder(folder) for folder in sorted(folders)])
 
 
-def _read_folder(folder: Path) -> Run:
+def _read_folder(folder: RunFolder) -> Run:
     rows = read_metrics(folder)
-    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else None
-    if summary is None:
-        status = "no summary.json: killed, or still running"
-    else:
-        code = summary.get("exit_code", 0)
+    if folder.summary.is_file():
+        code = read_json(folder.summary).get("exit_code", 0)
         status = "complete" if code == 0 else f"exit code {code}"
-    config = _read_json(folder / "config.json")
-    run = _make_run(folder.name, status, config, rows)
+    else:
+        status = f"no {folder.summary.name}: killed, or still running"
+    config = read_json(folder.config)
+    run = _make_run(folder.path.name, status, config, rows)
     run.folder = folder
-    if run.complete and (folder / "episodes.jsonl").is_file():
-        scores = _final_episodes(folder / "episodes.jsonl", run.eval_steps[-1], run.measure)
+    if run.complete and folder.episodes.is_file():
+        scores = _final_episodes(folder.episodes, run.eval_steps[-1], run.measure)
         if len(scores) == config["trainer"]["num_eval_episodes"] and all(map(_finite, scores.values())):
             run.states = _as_ranges(sorted(scores))
             run.final_episodes = _as_text(scores, run.measure)
-            run.splits = _read_splits(folder / "splits" / "episodes.jsonl", sorted(scores), run.measure)
+            run.splits = _read_splits(folder.splits, sorted(scores), run.measure)
     return run
 
 
 def _final_episodes(path: Path, step: float, measure: str) -> dict[int, float | None]:
     """Scores by initial state in the evaluation at an env step; of one that a resumed run repeated, the last."""
-    score = MEASURES[measure][1]
-    return {row["initial_state"]: row[score] for row in _episodes(path) if row["global_step"] == step}
+    rows = read_rows(path, torn_anywhere=True)
+    return {row["initial_state"]: row[MEASURES[measure].field] for row in rows if row["global_step"] == step}
 
 
 def _read_splits(path: Path, states: Sequence[int], measure: str) -> dict[str, str]:
     """The episodes of every split that was evaluated from exactly these states."""
     scores: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in _episodes(path) if path.is_file() else ():
-        scores[row.get("split", "")][row["initial_state"]] = row[MEASURES[measure][1]]
+    for row in read_rows(path, torn_anywhere=True) if path.is_file() else ():
+        scores[row.get("split", "")][row["initial_state"]] = row[MEASURES[measure].field]
     return {split: _as_text(found, measure) for split, found in scores.items() if split and sorted(found) == states}
-
-
-def _episodes(path: Path) -> Iterable[dict[str, Any]]:
-    """The rows of an `episodes.jsonl`."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):  # torn by a kill, before the run was resumed
-            yield json.loads(line)
 
 
 def _as_text(scores: Mapping[int, float], measure: str) -> str:
@@ -201,7 +206,7 @@ def read_wandb(path: str) -> list[Run]:
         runs = list(api.sweep(path).runs if path.count("/") == 2 else api.runs(path))
         found = [_read_wandb_run(run) for run in runs]
     except (wandb.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B: cannot read {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"W&B: cannot read {path}: {one_line(error)}") from error
     if not found:
         raise UserError(f"W&B: no runs in {path}")
     return _only_differing_settings(found)
@@ -209,7 +214,7 @@ def read_wandb(path: str) -> list[Run]:
 
 def _read_wandb_run(run: Any) -> Run:
     # Rows that hold all of the keys: evaluations and rollouts are logged in rows of their own.
-    for metric, _ in MEASURES.values():
+    for metric in (measure.metric for measure in MEASURES.values()):
         evaluations = list(run.scan_history(keys=["global_step", "time/elapsed_s", f"eval/{metric}"]))
         if evaluations:
             break
@@ -219,18 +224,18 @@ def _read_wandb_run(run: Any) -> Run:
 
 
 def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Run:
-    config = dict(_flatten(config))
+    config = flatten_dict(config)
     try:
         scope, rate, seed = config["policy.freeze"], config["algorithm.cfg.learning_rate"], config["trainer.seed"]
         environment, episodes = config["trainer.env"], config["trainer.num_eval_episodes"]
     except KeyError as error:
         raise UserError(f"{name} is not a run of ppo_vla.py: its config has no {error.args[0]}") from None
-    switches = {name: config.get(f"policy.vla_config.model_config.{name}", False) for name in SWITCHES}
-    scope = split_switches(nn.Module, switches, scope)[1]
+    switches = {name: config.get(f"policy.vla_config.model_config.{name}", False) for name in FREEZE_SWITCHES}
+    scope, _ = split_switches(scope, switches)
 
     rows = [row for row in rows if _finite(row.get("global_step"))]
     measure = "success" if any(_finite(row.get("eval/success_rate")) for row in rows) else "return"
-    metric, _ = MEASURES[measure]
+    metric = MEASURES[measure].metric
     by_step = {row["global_step"]: row for row in rows if _finite(row.get(f"eval/{metric}"))}
     evaluations = [by_step[step] for step in sorted(by_step)]  # W&B keeps what a resumed run logs twice
     rollouts = {row["global_step"]: row for row in rows if _finite(row.get(f"rollout/{metric}"))}
@@ -267,14 +272,6 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
     )
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def _only_differing_settings(runs: list[Run]) -> list[Run]:
     texts: dict[str, set[str]] = defaultdict(set)
     for key in {key for run in runs for key in run.settings}:
@@ -282,13 +279,6 @@ def _only_differing_settings(runs: list[Run]) -> list[Run]:
     for run in runs:
         run.settings = {key: value for key, value in sorted(run.settings.items()) if len(texts[key]) > 1}
     return runs
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def _finite(value: Any) -> bool:

@@ -15,30 +15,20 @@ A sweep file works as it is with `wandb sweep`; this module is what `experiments
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import json
 import math
 import re
-import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import optuna
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import RandomSampler, TPESampler
-from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from research.schema import UserError
+from research.schema import UserError, one_line
 
 METHODS = ("grid", "random", "bayes")
 COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
@@ -162,7 +152,7 @@ def load_sweep(path: str | Path) -> Sweep:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"sweep file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not YAML: {one_line(error)}") from None
     try:
         return _sweep(path, content)
     except UserError as error:
@@ -184,125 +174,6 @@ def check_options(sweep: Sweep, parse: Callable[[list[str]], Any]) -> None:
             parse(sweep.flags(point))
         except UserError as error:
             raise UserError(f"{sweep.path}: {error}") from None
-
-
-class SweepTrials:
-    """The trials of a sweep, kept by Optuna in a database that several processes may share.
-
-    A trial's point is in its user attribute `point`; `exit_code` there is how its last process ended.
-
-    Args:
-        sweep: what to vary and how.
-        folder: the sweep's folder, made if need be; its lock makes sure that a trial is handed out once.
-        most: upper limit on the trials, besides the grid's size and the sweep's `run_cap`; None for no other.
-        storage: URL of a database, default SQLite in the folder.
-    Attributes:
-        most: how many trials the sweep has in the end.
-        token: short random name of this sweep, for ids.
-    Raises:
-        UserError: a sweep without an end, a folder or database that cannot be opened, or one with another sweep in it.
-    """
-
-    def __init__(self, sweep: Sweep, folder: Path, most: int | None = None, storage: str | None = None):
-        self.sweep, self.folder = sweep, folder
-        self.points = json.loads(json.dumps(sweep.grid())) if sweep.method == "grid" else None  # as read back
-        limits = [n for n in (most, sweep.run_cap, self.points and len(self.points)) if n]
-        if not limits:
-            raise UserError(f"{sweep.path}: a {sweep.method} sweep has no end; give it a run_cap, or --trials=N")
-        self.most = min(limits)
-        self._failed: list[int] = []
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the sweep's folder {folder}: {error.strerror}") from None
-        with self.alone():
-            self._study = self._open(storage or f"sqlite:///{folder / 'sweep.db'}")
-        self.token = self._study.user_attrs["token"]
-
-    def _open(self, url: str) -> optuna.Study:
-        sweep, pruner = self.sweep, NopPruner()
-        if sweep.min_iter:  # W&B's "hyperband" is one bracket of it, which is asynchronous successive halving
-            pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
-        # Not Optuna's Gaussian process, which learns nothing from trials that were stopped early.
-        sampler = TPESampler() if sweep.method == "bayes" else RandomSampler()
-        try:
-            wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-            self._storage = RDBStorage(url, engine_kwargs=wait)
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise UserError(f"the storage {url} cannot be opened: {str(error).splitlines()[0]}") from None
-        study = optuna.create_study(
-            storage=self._storage, study_name=sweep.name, load_if_exists=True, sampler=sampler, pruner=pruner,
-            direction="maximize" if sweep.maximize else "minimize",
-        )  # fmt: skip
-        # A grid may change between two starts, but not a space that Optuna has sampled from.
-        kind = [sweep.method, sweep.metric, sweep.maximize, self.points is None and str(sweep.parameters)]
-        if "token" not in study.user_attrs:
-            study.set_user_attr("kind", kind)
-            study.set_user_attr("token", secrets.token_hex(3))
-        if study.user_attrs["kind"] != kind:
-            raise UserError(f"{self.folder} has trials of another sweep; give {sweep.path} another name")
-        return study
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep the other processes of this sweep out; SQLite alone would hand a trial out twice now and then."""
-        with (self.folder / "sweep.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def all(self) -> list[FrozenTrial]:
-        """Every trial so far, in order of number."""
-        return self._study.get_trials(deepcopy=False)
-
-    def take(self, is_alive: Callable[[int], bool]) -> optuna.Trial | None:
-        """A trial to run: one that was interrupted, or a new one; None where the sweep has no more. Call it `alone`.
-
-        Args:
-            is_alive: whether a process runs the trial of this number; one that nobody runs was interrupted.
-        """
-        running = [trial.number for trial in self.all() if trial.state == TrialState.RUNNING]
-        nobodys = [number for number in running if not is_alive(number)]
-        # Another process notes a result before it lets go of the trial: only now is it known that nobody will.
-        for trial in self.all():
-            if trial.number in nobodys and trial.state == TrialState.RUNNING:
-                self.put_back(trial.number)
-        trials = self.all()
-        # What the script refused has not begun, and is tried again, but not by this process.
-        begun = [t for t in trials if t.user_attrs.get("exit_code") != 2 or t.number in self._failed]
-        if not any(t.state == TrialState.WAITING for t in trials):
-            if len(begun) >= self.most or self._target_reached(trials):
-                return None
-            if self.points is not None:
-                known = [t.user_attrs["point"] for t in begun]
-                left = [point for point in self.points if point not in known]
-                if not left:
-                    return None
-                self._study.enqueue_trial({}, user_attrs={"point": left[0]})
-        if self.points is not None:
-            return self._study.ask()
-        drawn = {p.name: p for p in self.sweep.parameters if len(p.choices) != 1}
-        trial = self._study.ask({name: p.distribution() for name, p in drawn.items()})
-        fixed = {p.name: p.choices[0] for p in self.sweep.parameters if p.name not in drawn}
-        trial.set_user_attr("point", fixed | {name: p.value(trial.params[name]) for name, p in drawn.items()})
-        return trial
-
-    def put_back(self, number: int) -> None:
-        """Leave a trial, with its point and reported values, to whoever takes one next."""
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
-
-    def tell(self, trial: optuna.Trial, value: float | None = None, state: TrialState | None = None) -> None:
-        """Note a trial's result, or that it was stopped early (PRUNED) or failed (FAIL)."""
-        if state == TrialState.FAIL:
-            self._failed.append(trial.number)
-        self._study.tell(trial, value, state)
-
-    def _target_reached(self, trials: list[FrozenTrial]) -> bool:
-        sign = 1 if self.sweep.maximize else -1
-        values = [t.value for t in trials if t.state == TrialState.COMPLETE]
-        return self.sweep.target is not None and any(sign * value >= sign * self.sweep.target for value in values)
 
 
 def _sweep(path: Path, content: Any) -> Sweep:

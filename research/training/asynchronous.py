@@ -5,10 +5,8 @@ therefore a little off-policy, and is treated as such:
 
 - every transition carries the version of the weights that acted (`policy_version`), which reached the worker together
   with them, between two steps; transitions staler than a limit are thrown away, and staleness is reported;
-- log-probabilities and values are computed anew under the current weights, so that PPO's ratio starts at 1 around the
-  current policy (a decoupled objective: Hilton et al. 2022, https://arxiv.org/abs/2110.00641);
-- advantages are V-trace's, importance-weighted from the acting to the current policy (Espeholt et al. 2018,
-  https://arxiv.org/abs/1802.01561). With no staleness they are GAE's, exactly.
+- log-probabilities and values are computed anew under the current weights, and advantages are V-trace's
+  (`vtrace.VTraceAdvantages`).
 """
 
 from __future__ import annotations
@@ -19,51 +17,46 @@ import shutil
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import MultiAsyncCollector
 from torchrl.envs import EnvBase
 
-from research.config import PPOConfig
-from research.schema import ACTION, LOG_PROB, VALUE, check_finite
-from research.training.rollout import POLICY_VERSION, CollectingPolicy, Policy, RolloutCollector, next_values
+from research.training.episodes import EpisodeStatistics
+from research.training.rollout import POLICY_VERSION, WORKER, CollectingPolicy, Policy, RolloutCollector
 
 _SHARED_MEMORY = "/dev/shm"  # a folder that is memory, where there is one
-RHO_BAR, C_BAR = 1.0, 1.0  # where importance weights are cut off, as in the V-trace paper
 
 
 class AsynchronousRollouts:
-    """As `research.training.rollout.Rollouts`, from worker processes: a FIFO of `buffer_size` transitions.
+    """As `rollout.Rollouts`, from worker processes: a FIFO of `buffer_size` transitions.
 
     Args:
         make_env: worker number -> that worker's share of the N environments; runs in the worker.
-        policy: see `research.training.rollout.Policy`; workers get copies. It also has the loss's `actor` and `critic`.
+        num_envs: N.
+        policy: see `rollout.Policy`; workers get copies.
         num_collectors: worker processes.
         buffer_size: transitions per rollout, N * T.
-        cfg: PPO's settings; discount, lambda and micro-batch size are read.
         max_staleness: updates that a transition may lag behind; older ones are thrown away.
         seed: workers draw from streams that differ by worker and by seed.
-        env_steps: taken before this collection began, for messages.
     """
 
     def __init__(
         self,
         make_env: Callable[[int], EnvBase],
+        num_envs: int,
         policy: Policy,
         num_collectors: int,
         buffer_size: int,
-        cfg: PPOConfig,
         max_staleness: int,
         seed: int,
-        env_steps: int = 0,
     ):
-        self.actor, self.critic, self.kept_keys = policy.actor, policy.critic, policy.kept_keys
-        self.policy = CollectingPolicy(policy, env_steps)
-        self.cfg, self.max_staleness, self.buffer_size = cfg, max_staleness, buffer_size
+        self.policy = CollectingPolicy(policy)
+        self.max_staleness, self.buffer_size, self.share = max_staleness, buffer_size, num_envs // num_collectors
+        self.episodes = EpisodeStatistics(num_envs)
         self.mailbox = WeightMailbox(self.policy)
         copied = copy.deepcopy(self.policy)
         copied.before_step = self.mailbox.deliver
@@ -71,7 +64,7 @@ class AsynchronousRollouts:
             warnings.filterwarnings("ignore", message="weight_updater is None")  # the mailbox sends the weights
             self.collector = MultiAsyncCollector(
                 [_EnvMaker(make_env, worker) for worker in range(num_collectors)],
-                policy_factory=[_Copy(copied)] * num_collectors,
+                policy_factory=[_Copy(copied, worker) for worker in range(num_collectors)],
                 collector_class=RolloutCollector,
                 frames_per_batch=buffer_size // num_collectors,
                 total_frames=-1,
@@ -82,7 +75,8 @@ class AsynchronousRollouts:
                 auto_register_policy_transforms=False,
             )
         self.collector.set_seed(seed)
-        self.discarded = 0
+        self._staleness = torch.zeros(0)  # of the last rollout's transitions, in updates
+        self._discarded = 0
         self._arriving: Iterator[TensorDictBase] | None = None
         self._fifo: deque[TensorDictBase] = deque()
 
@@ -91,24 +85,26 @@ class AsynchronousRollouts:
         self._arriving = self._arriving or iter(self.collector)
         while sum(part.numel() for part in self._fifo) < self.buffer_size:
             part = next(self._arriving)
-            if self._staleness(part).max() > self.max_staleness:
-                self.discarded += part.numel()
+            first = self.share * int(part[WORKER][0, 0])
+            self.episodes.observe(part.to("cpu"), slice(first, first + self.share))  # also of what is thrown away
+            if self._lag(part).max() > self.max_staleness:
+                self._discarded += part.numel()
             else:
                 self._fifo.append(part)
         rollout = torch.cat(list(self._fifo))
         self._fifo.clear()
+        self._staleness = self._lag(rollout).float()
         return rollout
 
-    def prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
-        """The flat batch that the update reads, see `prepare_stale_batch`, and how stale it is, in updates."""
-        staleness = self._staleness(rollout).float()
-        batch, metrics = prepare_stale_batch(rollout, self.actor, self.critic, self.cfg, self.kept_keys)
-        metrics["rollout/staleness_mean"] = staleness.mean().item()
-        metrics["rollout/staleness_max"] = staleness.max().item()
-        metrics["rollout/discarded"] = float(self.discarded)
-        return batch, metrics
+    def metrics(self) -> dict[str, float]:
+        """Of the episodes that ended since this was last asked, and how stale the last rollout is, in updates."""
+        return self.episodes.metrics() | {
+            "rollout/staleness_mean": self._staleness.mean().item(),
+            "rollout/staleness_max": self._staleness.max().item(),
+            "rollout/discarded": float(self._discarded),
+        }
 
-    def _staleness(self, rollout: TensorDictBase) -> Tensor:
+    def _lag(self, rollout: TensorDictBase) -> Tensor:
         return self.policy.version - rollout[POLICY_VERSION]
 
     def publish(self) -> None:
@@ -120,7 +116,7 @@ class AsynchronousRollouts:
         """Nothing: episodes live in the workers."""
         return {}
 
-    def load_state_dict(self, state: dict) -> bool:
+    def load_state_dict(self, state: dict, env_steps: int) -> bool:
         """False: episodes start anew."""
         self.publish()  # the weights that were loaded
         return False
@@ -188,12 +184,13 @@ def _exchanged(policy: CollectingPolicy) -> list[Tensor]:
 
 
 class _Copy:
-    """Builds a worker's policy, in the worker."""
+    """Builds a worker's policy, in the worker; it marks what it collects with the worker's number."""
 
-    def __init__(self, policy: CollectingPolicy):
-        self.policy = policy
+    def __init__(self, policy: CollectingPolicy, worker: int):
+        self.policy, self.worker = policy, worker
 
     def __call__(self) -> CollectingPolicy:
+        self.policy.worker = self.worker
         return self.policy
 
 
@@ -205,78 +202,3 @@ class _EnvMaker:
 
     def __call__(self) -> EnvBase:
         return self.make_env(self.worker)
-
-
-def vtrace(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    done: Tensor,
-    terminated: Tensor,
-    log_ratio: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> Tensor:
-    """V-trace advantages `vs - V` (Espeholt et al. 2018, equation 1, with lambda in c as in their remark 2).
-
-    Where the acting policy is the current one (`log_ratio` 0), these are GAE's advantages.
-
-    Args:
-        reward, value, next_value: float `[N, T, 1]`.
-        done, terminated: bool `[N, T, 1]`; a truncated step is done and not terminated.
-        log_ratio: log of current over acting probability, `[N, T, 1]`.
-        gamma, gae_lambda: discount and lambda.
-    """
-    ratio = log_ratio.exp()
-    delta = ratio.clamp(max=RHO_BAR) * (reward + gamma * next_value * ~terminated - value)
-    carry = gamma * gae_lambda * ratio.clamp(max=C_BAR) * ~done
-    advantage, running = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
-    for t in reversed(range(delta.shape[1])):
-        running = delta[:, t] + carry[:, t] * running
-        advantage[:, t] = running
-    return advantage
-
-
-@torch.no_grad()
-def prepare_stale_batch(
-    rollout: TensorDictBase,
-    actor: TensorDictModuleBase,
-    critic: TensorDictModuleBase,
-    cfg: PPOConfig,
-    kept_keys: Sequence,
-) -> tuple[TensorDictBase, dict[str, float]]:
-    """As `research.training.rollout.prepare_batch`, for a rollout that older weights collected.
-
-    Args:
-        rollout: `[N, T]`.
-        actor, critic: of the current policy, as the loss uses them.
-        cfg: discount, lambda, and the number of transitions per forward pass.
-        kept_keys: see `VLAPolicy.kept_keys`.
-    Returns:
-        the flat batch `[N * T]`, whose `action_log_prob` and `state_value` are the current policy's; and metrics.
-    Raises:
-        NonFiniteError: a reward, value or importance weight is not a number.
-    """
-    flat = rollout.select(*kept_keys, ACTION, LOG_PROB, VALUE).reshape(-1)
-    log_probs, values = [], []
-    for part in flat.split(cfg.micro_batch_size or len(flat)):
-        step = part.copy()
-        log_probs.append(actor.get_dist(step).log_prob(step[ACTION]))
-        values.append(critic(step)[VALUE])
-    log_prob, value = torch.cat(log_probs), torch.cat(values)
-    log_ratio = (log_prob - flat[LOG_PROB]).view(*rollout.shape, 1)
-    rollout = rollout.copy().set(VALUE, value.view(*rollout.shape, 1))
-    after, names = rollout["next"], ("reward", "state_value", "importance weight")
-    check_finite(zip(names, (after["reward"], value, log_ratio), strict=True), "in the rollout")
-    ends = (after["done"], after["terminated"])
-    advantage = vtrace(
-        after["reward"], rollout[VALUE], next_values(rollout), *ends, log_ratio, cfg.gamma, cfg.gae_lambda
-    )
-    flat.update({LOG_PROB: log_prob, VALUE: value, "advantage": advantage.reshape(-1, 1)})
-    flat.set("value_target", flat["advantage"] + value)
-    ratio = log_ratio.exp()
-    metrics = {
-        "rollout/importance_weight": ratio.clamp(max=RHO_BAR).mean().item(),
-        "rollout/behaviour_kl": (ratio - 1 - log_ratio).mean().item(),
-    }
-    return flat, metrics

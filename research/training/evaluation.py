@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from research.schema import ACTION, INITIAL_STATE, LANGUAGE, OBSERVATION, SUCCES
 
 @dataclass
 class Episode:
-    """One evaluation episode: a row of `episodes.jsonl`. `success` is None where the env has no such notion."""
+    """One evaluation episode, see `Evaluation.rows`. `success` is None where the env has no such notion."""
 
     initial_state: int
     instruction: str | None
@@ -40,6 +39,10 @@ class Evaluation:
     @property
     def has_success(self) -> bool:
         return self.episodes[0].success is not None
+
+    def rows(self, **tags: Any) -> list[dict[str, Any]]:
+        """The episodes as rows of `episodes.jsonl`: their fields, after `tags` (global_step, seed, split) on each."""
+        return [{**tags, **asdict(episode)} for episode in self.episodes]
 
     def metrics(self) -> dict[str, float]:
         """`eval/*` metrics; the interval is Wilson's, 95 %."""
@@ -158,10 +161,3 @@ def _film(env: EnvBase, shots: list[list[Tensor]], running: Tensor) -> None:
     for i, shot in enumerate(shots):
         if running[i]:
             shot.append(frames[i])
-
-
-def write_episodes(path: Path, episodes: Sequence[Episode], **tags) -> None:
-    """Append one JSON line per episode, with `tags` (global_step, ...) on each."""
-    with path.open("a") as file:
-        for episode in episodes:
-            file.write(json.dumps({**tags, **asdict(episode)}) + "\n")

@@ -7,18 +7,17 @@ holds under several names (tied weights, a part that is also an attribute of a w
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from research.schema import UserError
-from research.training.lora import LoRAConfig, adaptable_layers, add_adapters, is_adapter
+from research.config import LoRAConfig
+from research.schema import UserError, did_you_mean
+from research.training.lora import adaptable_layers, add_adapters, is_adapter
 
-# Names that a preset freezes, at any depth, so that a model within a wrapper has them as well.
+# Names that each of config.FREEZE_PRESETS freezes, at any depth, so that a model within a wrapper has them as well.
 PRESETS = {
     "none": (),
     "vision": ("vision_encoder", "vision_backbone", "vision_tower", "vision_model"),
@@ -27,8 +26,6 @@ PRESETS = {
     "lora": ("*",),  # the same, with a trainable adapter in every layer that no other entry of the scope freezes
 }
 HEADS = ("action_head", "value_head")
-# Entries of model_config that mean the same as a preset, whatever the model.
-SWITCHES = {"freeze_vision_encoder": "vision", "freeze_language_model": "language"}
 
 
 def part_names(model: nn.Module) -> list[str]:
@@ -42,25 +39,14 @@ def part_of(parameter_name: str) -> str:
     return parameter_name.split(".", 1)[0]
 
 
-def split_switches(
-    model_class: type[nn.Module], model_config: dict, scope: str | Sequence[str]
-) -> tuple[dict, str | list[str]]:
-    """Take `freeze_vision_encoder` and `freeze_language_model` out of a model's configuration and into the scope.
-
-    A model whose constructor names such a switch is still given it.
-
-    Returns:
-        the configuration for the model, and the scope for `freeze`.
-    """
-    accepted = inspect.signature(model_class.__init__).parameters
-    kept = {k: v for k, v in model_config.items() if k not in SWITCHES or k in accepted}
-    wanted = [preset for switch, preset in SWITCHES.items() if model_config.get(switch)]
-    if not wanted or scope == "backbone":
-        return kept, scope
-    if len(wanted) == 1 and scope in ("none", wanted[0]):
-        return kept, wanted[0]
-    chosen = [scope] if isinstance(scope, str) else list(scope)
-    return kept, [pattern for pattern in dict.fromkeys([*chosen, *wanted]) if pattern != "none"]
+def named_parameters_within(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The model's parameters at, or below, some dotted paths, under the first of their names."""
+    found = {
+        parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(f"{name}.".startswith(f"{path}.") for path in paths)
+    }
+    return {name: parameter for name, parameter in model.named_parameters() if parameter in found}
 
 
 def freeze(
@@ -154,14 +140,13 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _within(name: str, modules: Sequence[str]) -> bool:
-    """Whether a dotted name has one of `modules` as a component."""
-    return not set(modules).isdisjoint(name.split("."))
+    """Whether a dotted name has one of `modules`, which may be dotted themselves, among its components."""
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _no_match(model: nn.Module, pattern: str, words: Sequence[str], layers: Sequence[str] = ()) -> str:
-    close = difflib.get_close_matches(pattern, [w for w in (*part_names(model), *words, *layers) if w != pattern], n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{pattern!r} matches nothing{hint}; {_parts_line(model)}"
+    hint = did_you_mean(pattern, [w for w in (*part_names(model), *words, *layers) if w != pattern], prefix=" (")
+    return f"{pattern!r} matches nothing{hint}{')' if hint else ''}; {_parts_line(model)}"
 
 
 def _parts_line(model: nn.Module) -> str:

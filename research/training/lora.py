@@ -14,22 +14,8 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-
-
-@dataclass
-class LoRAConfig:
-    """Low-rank adapters, where policy.freeze has lora."""
-
-    rank: PositiveInt = 8
-    """Rank of every adapter."""
-    alpha: PositiveFloat = 16.0
-    """What an adapter adds is scaled by alpha / rank."""
-    targets: str | list[str] = "auto"
-    """auto (linear and convolutional layers outside the heads), or a list of layer names, module paths and globs."""
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -66,7 +52,7 @@ def add_adapters(model: nn.Module, layers: Sequence[str], rank: int, alpha: floa
     Args:
         model: changed in place.
         layers: names out of `adaptable_layers`.
-        rank, alpha: see `LoRAConfig`.
+        rank, alpha: see `research.config.LoRAConfig`.
     """
     import peft
     from peft.tuners.tuners_utils import cast_adapter_dtype

@@ -1,147 +1,131 @@
-"""PPO: TorchRL's `ClipPPOLoss` over minibatches of a rollout.
+"""PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347): schedules, value warm-up, and the gradient steps.
 
-One update is `n_epochs` passes over the batch in shuffled minibatches. The critic's gradient reaches the value head
-alone (`critic_gradient: head`, default) or the trunk as well (`trunk`): value errors that flow into a shared trunk were
-measured to destroy a pretrained policy.
+The critic's gradient stays in the value head (`policy.critic_gradient: head`, the default) or reaches the trunk as well
+(`trunk`): value errors that flow into a shared trunk were measured to destroy a pretrained policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.value import GAE
 
 from research.config import PPOConfig
-from research.schema import VALUE, UserError, check_finite
-from research.training.freezing import part_of
+from research.schema import VALUE, check_finite
+from research.training.algorithm import Progress
 
-# What of the loss is reported, and as which metric; at the same place in every vector of metrics.
+# What of the loss is reported, and as which metric; in this order in every vector of metrics.
 MEASURED = {
     "loss_objective": "train/loss_objective",
-    "loss_critic": "train/loss_critic",
     "entropy": "train/entropy",
     "kl_approx": "train/approx_kl",
     "clip_fraction": "train/clip_fraction",
+    "loss_critic": "train/loss_critic",
 }
 APPROX_KL = list(MEASURED).index("kl_approx")
-
-
-def make_loss(actor: ProbabilisticTensorDictSequential, critic: TensorDictModule, cfg: PPOConfig) -> ClipPPOLoss:
-    """`ClipPPOLoss` on the modules themselves (not on functional copies, so there is one set of weights)."""
-    return ClipPPOLoss(
-        actor,
-        critic,
-        clip_epsilon=cfg.clip_coef,
-        entropy_bonus=True,
-        entropy_coeff=cfg.ent_coef,
-        critic_coeff=cfg.vf_coef,
-        loss_critic_type="l2",
-        normalize_advantage=False,  # PPO.update does, over a minibatch whatever its micro-batches
-        log_explained_variance=False,  # PPO.update does, over the rollout
-        functional=False,
-    )
-
-
-def make_gae(cfg: PPOConfig) -> GAE:
-    """TorchRL's GAE, fed with stored values (Schulman et al. 2016, https://arxiv.org/abs/1506.02438)."""
-    return GAE(gamma=cfg.gamma, lmbda=cfg.gae_lambda, value_network=None)
-
-
-def value_head_parameters(model: nn.Module, value_head: str) -> list[nn.Parameter]:
-    """Trainable parameters of the part that only the value depends on.
-
-    Raises:
-        UserError: the model has no such part; the message says how to name it.
-    """
-    parameters = [p for n, p in model.named_parameters() if part_of(n) == value_head and p.requires_grad]
-    if not parameters:
-        parts = ", ".join(dict.fromkeys(part_of(n) for n, _ in model.named_parameters()))
-        raise UserError(
-            f"policy.value_head: {type(model).__name__} has no trainable part {value_head!r} (its parts: {parts}); "
-            "name the part that only get_value uses, or set policy.critic_gradient to 'trunk' and no value warm-up"
-        )
-    return parameters
+Advantages = Callable[[TensorDictBase], tuple[TensorDictBase, dict[str, float]]]
 
 
 class PPO:
-    """The update, and what it carries from one to the next: the optimizer.
+    """The algorithm of `experiments/ppo_vla.py`; see `algorithm.Algorithm`.
 
     Args:
-        model: the VLA, frozen as wanted.
-        loss: from `make_loss`.
-        optimizer: over `research.training.freezing.parameter_groups`.
-        cfg: PPO's settings.
-        value_parameters: parameters that only the value depends on; needed for `critic_to_head` and for value warm-up.
-        critic_to_head: keep the critic's gradient within `value_parameters`.
+        advantages: `GAEAdvantages`, or `VTraceAdvantages` where older weights collect.
+        policy_update: takes the gradient steps.
+        cfg: schedules and warm-up are read.
+    """
+
+    def __init__(self, advantages: Advantages, policy_update: PolicyUpdate, cfg: PPOConfig):
+        self.advantages, self.policy_update, self.cfg = advantages, policy_update, cfg
+
+    def prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
+        """The flat batch `[N * T]` with advantages and value targets, and metrics of how it was made."""
+        return self.advantages(rollout)
+
+    def update(self, batch: TensorDictBase, progress: Progress) -> dict[str, float]:
+        """Set the learning rates, take the gradient steps, train the value head alone while it warms up."""
+        self.set_learning_rates(progress)
+        explained = explained_variance(batch[VALUE], batch["value_target"])
+        metrics = self.policy_update(batch, value_only=progress.iteration < self.cfg.value_warmup_iterations)
+        return metrics | {"train/explained_variance": explained}
+
+    def set_learning_rates(self, progress: Progress) -> None:
+        """Learning rates of an iteration: they rise, and fall to 0, if so configured.
+
+        They rise once the value warm-up is over, when the policy begins to move.
+        """
+        moving = progress.iteration - self.cfg.value_warmup_iterations
+        factor = 1.0 if moving < 0 else min(1.0, (moving + 1) / max(1, self.cfg.lr_warmup_iterations))
+        if self.cfg.anneal_lr:
+            factor *= 1.0 - progress.iteration / progress.iterations
+        for group in self.policy_update.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+    def state_dict(self) -> dict:
+        return self.policy_update.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.policy_update.optimizer.load_state_dict(state)
+
+
+class PolicyUpdate:
+    """`n_epochs` passes over a batch in shuffled minibatches.
+
+    The value head's gradient and everybody else's are clipped apart: a large return must not shrink the policy's step.
+
+    Args:
+        loss: `ClipPPOLoss` on the policy's modules.
+        optimizer: over `freezing.parameter_groups`.
+        cfg: epochs, sizes, clipping.
+        value_parameters: the parameters that only the value depends on.
+        critic_apart: give the critic's gradient to them alone, by a backward pass of its own. Needed where it should
+            stay in the value head and does not end there by itself (`agents.critic.detach_value_head`).
     """
 
     def __init__(
         self,
-        model: nn.Module,
         loss: ClipPPOLoss,
         optimizer: torch.optim.Optimizer,
         cfg: PPOConfig,
-        value_parameters: Sequence[nn.Parameter] | None,
-        critic_to_head: bool = True,
+        value_parameters: Sequence[nn.Parameter] = (),
+        critic_apart: bool = False,
     ):
-        self.model, self.loss, self.optimizer, self.cfg = model, loss, optimizer, cfg
-        self.value_parameters = value_parameters
-        self.critic_to_head = critic_to_head and value_parameters is not None
+        self.loss, self.optimizer, self.cfg = loss, optimizer, cfg
+        self.value_parameters, self.critic_apart = list(value_parameters), critic_apart
+        self.measured = [name for name in MEASURED if name != "loss_critic" or loss.critic_network is not None]
+        self.parts = [group["name"] for group in optimizer.param_groups]
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self._plans: dict[tuple[int, ...], tuple] = {}  # by which tensors have a gradient
         self._foreach = True if self.trainable[0].is_cpu else None  # on a GPU torch chooses so by itself
 
-    def set_progress(self, iteration: int, iterations: int) -> None:
-        """Set the learning rates of iteration 0, 1, ...: they rise, and fall to 0, if so configured.
-
-        They rise once the value warm-up is over, when the policy begins to move.
-        """
-        moving = iteration - self.cfg.value_warmup_iterations
-        factor = 1.0 if moving < 0 else min(1.0, (moving + 1) / max(1, self.cfg.lr_warmup_iterations))
-        if self.cfg.anneal_lr:
-            factor *= 1.0 - iteration / iterations
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-
-    def update(self, batch: TensorDictBase, value_only: bool = False) -> dict[str, float]:
-        """`n_epochs` x minibatches of gradient steps.
+    def __call__(self, batch: TensorDictBase, value_only: bool = False) -> dict[str, float]:
+        """Take the gradient steps.
 
         Args:
-            batch: flat, `[B]`, from `research.training.rollout.prepare_batch`.
+            batch: flat, `[B]`.
             value_only: train the value head and leave every other weight bit-identical (value warm-up).
         Returns:
-            metrics, means over the minibatches.
+            `train/*` metrics, means over the minibatches.
         Raises:
             NonFiniteError: a loss is not a number.
         """
-        cfg, totals, count, rows, stop = self.cfg, 0.0, 0, 0, False
-        explained = _explained_variance(batch[VALUE], batch["value_target"])
-        for _ in range(cfg.n_epochs):
-            for minibatch in _minibatches(batch, cfg.batch_size):
-                metrics = self._accumulate(minibatch, value_only, f"in gradient step {count} of the update")
-                norm = nn.utils.clip_grad_norm_(self.trainable, cfg.max_grad_norm, foreach=self._foreach)
-                if count == 0:
-                    part_norms = self._gradient_norms()
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                count, rows = count + 1, rows + len(minibatch)
-                totals = totals + torch.cat([metrics, norm.view(1)])
-                if cfg.target_kl is not None and metrics[APPROX_KL].item() > cfg.target_kl:
-                    stop = True
-                    break
-            if stop:
+        cfg, totals, count, rows = self.cfg, 0.0, 0, 0
+        for minibatch in (m for _ in range(cfg.n_epochs) for m in minibatches(batch, cfg.batch_size)):
+            metrics = self._accumulate(minibatch, value_only, f"in gradient step {count} of the update")
+            totals = totals + torch.cat([metrics, self._clip()])
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            count, rows = count + 1, rows + len(minibatch)
+            if cfg.target_kl is not None and metrics[APPROX_KL].item() > cfg.target_kl:
                 break
-        names = [*MEASURED.values(), "train/grad_norm"]
-        metrics = {name: total / count for name, total in zip(names, totals.tolist(), strict=True)}
-        metrics |= {"train/explained_variance": explained, "train/gradient_steps": float(count)}
-        metrics["train/epochs"] = rows / len(batch)
-        metrics |= {f"train/grad_norm/{part}": norm for part, norm in part_norms.items()}
-        metrics |= {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-        return metrics
+        norms = ["train/grad_norm", *(f"train/grad_norm/{part}" for part in self.parts)]
+        names = [MEASURED[name] for name in self.measured] + norms
+        means = {name: total / count for name, total in zip(names, totals.tolist(), strict=True)}
+        means |= {"train/gradient_steps": float(count), "train/epochs": rows / len(batch)}
+        return means | {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
 
     def _accumulate(self, minibatch: TensorDictBase, value_only: bool, when: str) -> Tensor:
         """Gradients of one minibatch, summed over its micro-batches; returns the means of what `MEASURED` names."""
@@ -153,32 +137,48 @@ class PPO:
         for micro in minibatch.split(size) if size else [minibatch]:
             share = len(micro) / len(minibatch)
             losses = self.loss(micro)
-            named = [(k, losses[k]) for k in ("loss_objective", "loss_critic", "loss_entropy")]
-            check_finite(named, when)
+            check_finite([(k, v) for k, v in losses.items() if k.startswith("loss_")], when)
             self._backward(losses, value_only, share)
-            metrics = metrics + share * torch.stack([losses[name].detach() for name in MEASURED])
+            metrics = metrics + share * torch.stack([losses[name].detach() for name in self.measured])
         return metrics
 
     def _backward(self, losses: TensorDictBase, value_only: bool, share: float) -> None:
-        policy_loss, value_loss = losses["loss_objective"] + losses["loss_entropy"], losses["loss_critic"]
-        if not self.critic_to_head and not value_only:
-            (share * (policy_loss + value_loss)).backward()
+        policy_loss, value_loss = losses["loss_objective"] + losses["loss_entropy"], losses.get("loss_critic", None)
+        if not (value_only or self.critic_apart):
+            (share * (policy_loss if value_loss is None else policy_loss + value_loss)).backward()
             return
-        # Only the value head accumulates the critic's gradient, whichever way the model is wired.
         torch.autograd.backward(share * value_loss, inputs=self.value_parameters, retain_graph=not value_only)
         if not value_only:
             (share * policy_loss).backward()
 
-    def _gradient_norms(self) -> dict[str, float]:
-        norms = {}
-        for group in self.optimizer.param_groups:
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
-            if gradients:
-                norms[group["name"]] = nn.utils.get_total_norm(gradients).item()
-        return norms
+    def _clip(self) -> Tensor:
+        """Scale gradients that are too large; returns the norms before that: of all, and of each part."""
+        having = tuple(i for i, p in enumerate(self.trainable) if p.grad is not None)
+        if having not in self._plans:
+            self._plans[having] = self._plan(having)
+        parts, groups = self._plans[having]
+        norms = torch.stack(torch._foreach_norm([self.trainable[i].grad for i in having]))  # [tensors]
+        for rows, parameters in groups:
+            norm = torch.linalg.vector_norm(norms if len(groups) == 1 else norms[rows])
+            nn.utils.clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=self._foreach)
+        squares = norms.new_zeros(len(self.parts)).index_add_(0, parts, norms.square())
+        return torch.cat([torch.linalg.vector_norm(norms).view(1), squares.sqrt()])
+
+    def _plan(self, having: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, list[nn.Parameter]]]]:
+        """For the trainable tensors with a gradient: the part of each, and the rows that are clipped together."""
+        device, own = self.trainable[0].device, set(self.value_parameters)
+        parts = [i for i, group in enumerate(self.optimizer.param_groups) for _ in group["params"]]
+        head = [k for k, i in enumerate(having) if self.trainable[i] in own]
+        others = [k for k, i in enumerate(having) if self.trainable[i] not in own]
+        groups = [
+            (torch.tensor(rows, device=device), [self.trainable[having[k]] for k in rows])
+            for rows in (others, head)
+            if rows
+        ]
+        return torch.tensor([parts[i] for i in having], device=device), groups
 
 
-def _minibatches(batch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
+def minibatches(batch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
     """One shuffled pass; a minibatch that is the whole batch is not copied, as its order does not matter."""
     if size >= len(batch):
         yield batch
@@ -188,7 +188,8 @@ def _minibatches(batch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
         yield batch.apply(lambda tensor: tensor.index_select(0, rows), batch_size=[len(rows)])  # noqa: B023
 
 
-def _explained_variance(value: Tensor, target: Tensor) -> float:
+@torch.no_grad()
+def explained_variance(value: Tensor, target: Tensor) -> float:
     """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 no better than the mean; 0 for equal targets."""
     variance = target.var()
     return (1 - (target - value).var() / variance).item() if variance > 0 else 0.0

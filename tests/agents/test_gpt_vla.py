@@ -23,15 +23,16 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
 )
-from worlds import WRAP
+from worlds import WRAP, scores
 
+from agents.checking import check_policy
 from agents.gpt_vla import GPTVLAModel
-from agents.policy import VLAPolicy, check_policy
+from agents.policy import VLAPolicy
 from envs.tabletop import TabletopEnv
-from research.config import PPOConfig
+from research.config import PPOConfig, split_switches
 from research.schema import UserError, decode_text, encode_text
-from research.training.freezing import freeze, part_names, split_switches
-from research.training.ppo import make_loss
+from research.training.freezing import freeze, part_names
+from research.training.loss import make_loss
 
 VISION = {"layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2]}
 LANGUAGE = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 256}
@@ -77,7 +78,7 @@ def losses_and_gradients(policy: VLAPolicy, model: nn.Module, batch: TensorDict)
 def test_all_interfaces_give_equal_losses_and_gradients(head, options):
     build = partial(tiny, action_head=head, head=options)
     policy = VLAPolicy(build())
-    check_policy(policy, observe(), 3)
+    check_policy(policy, observe(), (3,))
     batch = acted(policy, observe())
     assert losses_and_gradients(policy, policy.model, batch)[0].item() == pytest.approx(1.0, abs=1e-5)  # the ratio
     batch["action_log_prob"] += 0.1 * torch.randn(4)  # away from ratio 1, where clipping matters
@@ -95,7 +96,7 @@ def test_all_interfaces_give_equal_losses_and_gradients(head, options):
 @pytest.mark.parametrize("modalities", [["rgb"], ["proprio"], ["language"], ["rgb", "language"], ["proprio", "rgb"]])
 def test_any_subset_of_modalities(modalities):
     model, observations = tiny(modalities=modalities), observe(3, modalities=modalities)
-    check_policy(VLAPolicy(model), observations, 3)
+    check_policy(VLAPolicy(model), observations, (3,))
     owners = {"rgb": {"vision_encoder", "projector"}, "proprio": {"proprio_projector"}, "language": set()}
     parts = {"language_model", "readout", "action_head", "value_head"}.union(*(owners[m] for m in modalities))
     assert set(part_names(model)) == parts
@@ -156,12 +157,12 @@ def test_dropout_is_off_in_train_mode_too():
 
 def test_numbers_stay_in_float32_under_autocast():
     model, observations = tiny(), observe()
-    exact = model.evaluate(observations, torch.zeros(4, 3))
+    exact = scores(model, observations, torch.zeros(4, 3))
     with torch.autocast("cpu", torch.bfloat16):
         features = model.vision_encoder(observations["rgb"])
-        scores = model.evaluate(observations, torch.zeros(4, 3))
+        rounded = scores(model, observations, torch.zeros(4, 3))
     assert features.dtype == torch.bfloat16
-    for a, b in zip(exact, scores, strict=True):
+    for a, b in zip(exact, rounded, strict=True):
         assert b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
@@ -212,17 +213,14 @@ def test_reuse_stops_at_the_first_trainable_part_and_equals_recomputing(scope, r
 
 def test_the_switches_of_the_configuration_freeze_their_parts():
     switches = {"freeze_vision_encoder": True, "freeze_language_model": True}
-    model = tiny(**switches)
+    scope, config = split_switches("none", {**TINY, **switches})
+    model = GPTVLAModel(3, **config)
+    freeze(model, scope)
     trains = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert trains == PARTS - {"vision_encoder", "language_model"}
-    config, scope = split_switches(GPTVLAModel, {**TINY, **switches}, "none")
-    torch.manual_seed(0)
-    again = GPTVLAModel(3, **config)
-    freeze(again, scope)
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad
-    }
-    assert all(p.requires_grad for p in tiny(freeze_vision_encoder=False, freeze_language_model=False).parameters())
+    scope, config = split_switches("none", {**TINY, **dict.fromkeys(switches, False)})
+    freeze(model := GPTVLAModel(3, **config), scope)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -238,7 +236,7 @@ def saved_bytes(model: GPTVLAModel, observations: TensorDict) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.evaluate(observations, torch.zeros(len(observations), 3))
+        scores(model, observations, torch.zeros(len(observations), 3))
     return sum(sizes)
 
 
@@ -254,7 +252,7 @@ def test_gradient_checkpointing_saves_memory_and_nothing_else():
         runs["saving"].clear()
         for model in (plain, saving):
             model.zero_grad()
-            log_prob, entropy, value = model.evaluate(observations, torch.full((4, 3), 0.3))
+            log_prob, entropy, value = scores(model, observations, torch.full((4, 3), 0.3))
             (log_prob.sum() + entropy.sum() + value.sum()).backward()
         assert len(runs["plain"]) == 1 and len(runs["saving"]) == 2
     for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
@@ -328,7 +326,7 @@ def test_another_causal_language_model_from_a_directory(tmp_path):
     torch.manual_seed(7)
     LlamaModel(config).save_pretrained(tmp_path)
     model, observations = tiny(language_model=str(tmp_path), gradient_checkpointing=True), observe()
-    check_policy(VLAPolicy(model), observations, 3)
+    check_policy(VLAPolicy(model), observations, (3,))
     assert model.language_model.config.attention_dropout == 0
     hidden = model.encode(observations)
     padded = observations.copy().set("language", nn.functional.pad(observations["language"], (0, 9)))
@@ -356,8 +354,6 @@ def test_the_configuration_as_users_write_it_has_the_published_sizes():
         "vision_encoder": "resnet50",
         "language_model": "gpt2-medium",
         "action_head_hidden_size": 512,
-        "freeze_vision_encoder": False,
-        "freeze_language_model": False,
     }
     with torch.device("meta"):
         model = GPTVLAModel(**config)
@@ -402,7 +398,7 @@ def test_instructions_are_tokenized_once_each_and_only_in_collection(tokenizer):
     assert len(model.tokenizer._known) == len(set(texts))
 
     auto, off = VLAPolicy(model), VLAPolicy(model, feature_reuse="off")
-    check_policy(auto, observations, 3)
+    check_policy(auto, observations, (3,))
     assert auto.frozen_stages == ["tokenizer"] and set(auto.kept_keys) == {RGB, PROPRIO, "language_ids"}
     steps = acted(auto, observations)
     scored = steps.select("action", "action_log_prob", "state_value", "advantage", "value_target")
@@ -446,7 +442,6 @@ def test_known_instructions_are_bounded(tokenizer, monkeypatch):
         ({"vision_weights": "nowhere.pt"}, "vision_weights: nowhere.pt does not exist"),
         ({"language_weights": "nowhere"}, "language_weights: nowhere does not exist"),
         ({"tokenizer": "nowhere"}, "tokenizer: nowhere does not exist"),
-        ({"modalities": ["proprio"], "freeze_vision_encoder": True}, "modalities lack rgb"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
@@ -491,7 +486,7 @@ def test_tokenizers_that_cannot_be_used_are_refused(tokenizer, tmp_path):
 def test_observations_that_do_not_fit_are_named():
     model, observations = tiny(), observe(2)
     with pytest.raises(UserError, match="reads rgb, but the environment offers"):
-        check_policy(VLAPolicy(model), observations.exclude("rgb"), 3)
+        check_policy(VLAPolicy(model), observations.exclude("rgb"), (3,))
     with pytest.raises(UserError, match="proprio has 8 numbers, but proprio_dim is 3; set .*proprio_dim: 8"):
         model.encode(observations.copy().set("proprio", torch.zeros(2, 8)))
     with pytest.raises(UserError, match="a sequence of 206 tokens is longer than the 128 positions"):
@@ -534,7 +529,7 @@ def test_timm_models_serve_as_vision_encoder(monkeypatch, tmp_path):
     torch.save({**weights, "fc.weight": torch.ones(2, 2)}, tmp_path / "small.pth")
     model = tiny(vision_encoder="timm:small", vision_weights=str(tmp_path / "small.pth"))
     assert torch.equal(model.vision_encoder.network.stem.weight, weights["stem.weight"])
-    check_policy(VLAPolicy(model), observe(), 3)
+    check_policy(VLAPolicy(model), observe(), (3,))
     torch.save({"stem.bias": weights["stem.bias"]}, tmp_path / "small.pth")
     assert "lacks 1 of the weights of small: stem.weight" in refusal(
         vision_encoder="timm:small", vision_weights=str(tmp_path / "small.pth")

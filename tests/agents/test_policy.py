@@ -9,23 +9,33 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, ValueOperator
-from worlds import LOSS_KEYS, WRAP, ThreeMethods, count_calls, gradients_of, rollout_batch, small_model, total_loss
-
-import agents.policy
-from agents.policy import (
+from worlds import (
     INTERFACES,
-    OncePerInstruction,
-    VLAPolicy,
-    check_policy,
-    distinct_rows,
-    split_frozen_prefix,
+    LOSS_KEYS,
+    WRAP,
+    ThreeMethods,
+    count_calls,
+    gae,
+    gradients_of,
+    rollout_batch,
+    small_model,
+    total_loss,
+    value_head,
 )
+
+import agents.reuse
+from agents.checking import check_policy
+from agents.cost import flops_per_transition, reuse_report
+from agents.policy import VLAPolicy
+from agents.reuse import OncePerInstruction, distinct_rows, split_constant
 from agents.small_vla import SmallVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
 from research.schema import UserError, with_text_as
+from research.training.algorithm import Progress
 from research.training.freezing import freeze, parameter_groups
-from research.training.ppo import PPO, make_gae, make_loss, value_head_parameters
+from research.training.loss import make_loss
+from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
 
 HEADS = [("gaussian", {}), ("tokens", {"bins": 11})]
@@ -39,12 +49,13 @@ def test_all_interfaces_give_equal_losses_and_gradients(head, options, critic_gr
     batch["action_log_prob"] += 0.1 * torch.randn(len(batch))  # away from ratio 1, where clipping matters
     for name in INTERFACES:
         model = small_model(head, options)
-        policy = VLAPolicy(WRAP[name](model), interface="auto")
+        policy = VLAPolicy(WRAP[name](model))
         assert policy.interface == name
         losses = total_loss(policy, batch.clone())
-        values = value_head_parameters(model, "value_head") if critic_gradient == "head" else None
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        PPO(model, None, optimizer, PPOConfig(), values)._backward(losses, value_only=False, share=1.0)
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "name": "all"}], lr=0.1)
+        loss, apart = make_loss(policy.actor, policy.critic, PPOConfig()), critic_gradient == "head"
+        update = PolicyUpdate(loss, optimizer, PPOConfig(), value_head(model), critic_apart=apart)
+        update._backward(losses, value_only=False, share=1.0)
         got = [losses[k].detach() for k in ("loss_objective", "loss_critic", "loss_entropy")]
         got += [p.grad for p in model.parameters() if p.grad is not None]
         assert len(got) > 20
@@ -57,22 +68,21 @@ def test_all_interfaces_give_equal_losses_and_gradients(head, options, critic_gr
 @pytest.mark.parametrize("exploration", [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC, ExplorationType.MODE])
 @pytest.mark.parametrize(("head", "options"), HEADS)
 def test_acting_is_what_torchrls_modules_do(head, options, exploration):
-    """The same bits, and the same random numbers drawn, as from the modules that it stands in for."""
+    """The same bits, and the same random numbers drawn, as from TorchRL's own modules around stages and heads."""
     model = small_model(head, options)
     freeze(model, ["vision_encoder"])
     policy = VLAPolicy(model)
-    stages, distribution = policy.actor.module
     actor = ProbabilisticActor(
-        stages,
+        policy.rest,
         in_keys={"hidden": "hidden"},
         out_keys=["action"],
-        distribution_class=distribution.distribution_class,
+        distribution_class=model.action_distribution,
         return_log_prob=True,
     )
-    critic = ValueOperator(policy.critic.module, in_keys=["hidden"], out_keys=["state_value"])
+    critic = ValueOperator(model.value_head, in_keys=["hidden"], out_keys=["state_value"])
     step = TabletopEnv(8, modalities=["rgb", "proprio", "language"]).reset()
     results = []
-    for act in (policy.act, TensorDictSequential(policy.prefix, actor, critic)):
+    for act in (policy.act, TensorDictSequential(policy.frozen, actor, critic)):
         torch.manual_seed(7)
         with torch.no_grad(), set_exploration_type(exploration):
             results.append((act(step.copy()), torch.rand(1)))
@@ -142,7 +152,7 @@ def test_checking_a_policy_compiles_nothing():
     policy = VLAPolicy(small_model(), compile=True)
     compiled = torch._dynamo.utils.counters["stats"]
     before = compiled["unique_graphs"]
-    check_policy(policy, observations(), action_dim=3)
+    check_policy(policy, observations(), (3,))
     assert compiled["unique_graphs"] == before
     with torch.no_grad():
         policy.act(TensorDict({"observation": observations()}, [2]))
@@ -157,19 +167,20 @@ def test_trunk_passes_are_counted(interface, per_step, per_minibatch):
     calls = count_calls(model.fusion)
     policy = VLAPolicy(WRAP[interface](model))
     env = TabletopEnv(4, max_steps=50, modalities=["rgb", "proprio", "language"])
-    rollouts = Rollouts(env, policy, 4 * 8, make_gae(PPOConfig()))
+    rollouts = Rollouts(env, policy, 4 * 8)
     rollouts.next()
     calls.clear()
     rollout = rollouts.next()
     assert len(calls) == 8 * per_step + 1  # and the last column's next states, once
     calls.clear()
-    batch, _ = rollouts.prepare(rollout)
-    assert len(calls) == 0
-    calls.clear()
     cfg = PPOConfig(n_epochs=2, batch_size=16)
     optimizer = torch.optim.Adam(parameter_groups(model, 1e-3, {}))
-    values = value_head_parameters(model, "value_head")
-    PPO(model, make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, values).update(batch)
+    update = PolicyUpdate(make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_head(model), True)
+    ppo = PPO(gae(policy), update, cfg)
+    batch, _ = ppo.prepare(rollout)
+    assert len(calls) == 0
+    calls.clear()
+    ppo.update(batch, Progress(iterations=1))
     assert len(calls) == 2 * 2 * per_minibatch
 
 
@@ -185,7 +196,7 @@ def test_the_next_rollout_takes_over_the_frozen_features_of_where_the_last_one_e
         calls = count_calls(model.vision_encoder)
         torch.manual_seed(1)
         env = TabletopEnv(4, max_steps=13, modalities=["rgb", "proprio", "language"])
-        rollouts = Rollouts(env, policy, 4 * 8, make_gae(PPOConfig()))
+        rollouts = Rollouts(env, policy, 4 * 8)
         for _ in range(2):
             calls.clear()
             collected.append(rollouts.next())
@@ -220,11 +231,11 @@ def test_frozen_stages_run_once_and_give_the_same_gradients(scope):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     # At equal batch shapes, bit for bit. (The language table encodes every instruction by itself, and a shared stage
     # every distinct one, so run the stages behind them.)
-    rest = policies["auto"].actor.module[0]
+    rest = policies["auto"].rest
     rest.stages = [getattr(stage, "stage", stage) for stage in rest.stages]
     step = with_text_as(torch.int64, both.select("observation"))
     with torch.no_grad():
-        for stage in policies["auto"].prefix.stages:
+        for stage in policies["auto"].frozen.stages:
             step = getattr(stage, "stage", stage)(step)
     recomputed = gradients_of(policies["auto"], both.update(step).select(*keys["auto"], *LOSS_KEYS))
     assert all(torch.equal(a, b) for a, b in zip(recomputed, gradients["off"], strict=True))
@@ -234,7 +245,7 @@ def test_reuse_report_counts_bytes_and_work():
     model = small_model()
     freeze(model, ["vision_encoder", "language_encoder"])
     step = TabletopEnv(2, modalities=["rgb", "proprio", "language"]).reset()["observation"]
-    report = VLAPolicy(model).reuse_report(step)
+    report = reuse_report(VLAPolicy(model), step)
     assert report.frozen_stages == ["vision_encoder", "language_encoder"] and report.blocked_stages == []
     assert report.bytes_before == 64 * 64 * 3 + 3 * 4 + 64 * 8
     assert report.bytes_after == 64 * 8 * 4 + 64 * 4 + 3 * 4  # tokens, language features, proprioception
@@ -242,10 +253,10 @@ def test_reuse_report_counts_bytes_and_work():
     (line,) = report.lines()
     assert "vision_encoder, language_encoder" in line and f"{report.bytes_after:,}" in line
     freeze(model := small_model(), ["vision_encoder"])
-    assert VLAPolicy(model).reuse_report(step).bytes_after == 64 * 8 * 4 + 64 + 3 * 4  # tokens, text, proprioception
+    assert reuse_report(VLAPolicy(model), step).bytes_after == 64 * 8 * 4 + 64 + 3 * 4  # tokens, text, proprioception
     shared = "feature reuse: language_encoder trains, and runs once per distinct instruction"
-    assert VLAPolicy(small_model()).reuse_report(step).lines() == [shared]
-    assert VLAPolicy(small_model(), feature_reuse="off").reuse_report(step).lines() == []
+    assert reuse_report(VLAPolicy(small_model()), step).lines() == [shared]
+    assert reuse_report(VLAPolicy(small_model(), feature_reuse="off"), step).lines() == []
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
@@ -254,7 +265,7 @@ def test_flops_are_counted_forward_and_backward(interface):
     freeze(model, "backbone")
     step = TabletopEnv(1, modalities=["rgb", "proprio", "language"]).reset()["observation"]
     state = torch.get_rng_state()
-    collected, trained = VLAPolicy(WRAP[interface](model)).flops(step)
+    collected, trained = flops_per_transition(VLAPolicy(WRAP[interface](model)), step)
     assert torch.equal(torch.get_rng_state(), state)  # a run repeats, whether or not anyone counts
     # Of 32 hidden numbers: two heads of 128 units, for 3 numbers and for 1; behind the first layer nothing learns.
     forward, inner = 32 * 128 + 128 * 3 + 32 * 128 + 128, 128 * 3 + 128
@@ -265,7 +276,7 @@ def test_flops_are_counted_forward_and_backward(interface):
     else:
         passes = {"fused": 1, "methods": 2}[interface]
         assert trained > 3e6 * passes + heads
-    everything = VLAPolicy(WRAP[interface](small_model())).flops(step)
+    everything = flops_per_transition(VLAPolicy(WRAP[interface](small_model())), step)
     assert everything[1] > 2 * trained
 
 
@@ -332,7 +343,7 @@ def test_a_stage_that_is_a_method_or_function_trains(function):
 def test_a_frozen_stage_behind_a_trainable_one_is_not_reused():
     model = small_model()
     freeze(model, ["fusion"])
-    frozen, rest = split_frozen_prefix(model.stages())
+    frozen, rest = split_constant(model.stages())
     assert frozen == [] and len(rest) == 3
 
 
@@ -441,7 +452,7 @@ def test_rows_are_computed_apart_where_sharing_would_change_them(reason):
 
 def hash_by_sum(monkeypatch) -> None:
     """Texts of the same letters have the same hash from here on."""
-    monkeypatch.setattr(agents.policy, "_hash_weights", lambda length, _: torch.ones(length, dtype=torch.int64))
+    monkeypatch.setattr(agents.reuse, "_hash_weights", lambda length, _: torch.ones(length, dtype=torch.int64))
 
 
 def test_distinct_rows_are_found_and_colliding_hashes_do_no_harm(monkeypatch):
@@ -521,17 +532,17 @@ def observations() -> TensorDict:
 )
 def test_wrong_shapes_and_dtypes_say_expected_and_got(method, result, message):
     model = ThreeMethods(small_model())
-    check_policy(VLAPolicy(model), observations(), 3)
+    check_policy(VLAPolicy(model), observations(), (3,))
     setattr(model, method, result)
     with pytest.raises(UserError, match=message) as caught:
-        check_policy(VLAPolicy(model), observations(), 3)
+        check_policy(VLAPolicy(model), observations(), (3,))
     assert "\n" not in str(caught.value)
 
 
 def test_a_modality_the_environment_lacks_is_named():
     with pytest.raises(UserError, match="reads depth, but the environment offers"):
         step = TabletopEnv(2, modalities=["rgb", "proprio"]).reset()
-        check_policy(VLAPolicy(SmallVLA(3, modalities=["rgb", "depth"])), step["observation"], 3)
+        check_policy(VLAPolicy(SmallVLA(3, modalities=["rgb", "depth"])), step["observation"], (3,))
 
 
 @pytest.mark.parametrize(
@@ -541,7 +552,7 @@ def test_any_subset_of_modalities(modalities):
     env = TabletopEnv(3, modalities=modalities)
     model = SmallVLA(3, modalities=modalities)
     policy = VLAPolicy(model)
-    check_policy(policy, env.reset()["observation"], 3)
+    check_policy(policy, env.reset()["observation"], (3,))
     names = {name for name, _ in model.named_children()}
     assert ("vision_encoder" in names) == bool({"rgb", "depth"} & set(modalities))
     assert ("language_encoder" in names) == ("language" in modalities)

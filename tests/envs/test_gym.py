@@ -12,7 +12,8 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs
 
-from envs.gym import HELD_OUT_STATES, make_gym_env
+from envs.gym import make_gym_env
+from envs.simulator import HELD_OUT_STATES
 from research.schema import UserError, check_observation, decode_text
 
 REACH = "user_package.reach_env:ReachEnv"
@@ -140,6 +141,27 @@ def test_video_falls_back_to_the_rgb_observation(make):
     frames = env.render_frames(64)  # 24 x 32 in a square of 64: bars of 8 above and below
     assert frames.shape == (1, 64, 64, 3)
     assert frames[0, 32, 32].tolist() == [1, 1, 9] and frames[0, 7].max() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_several_cameras(make, workers):
+    keys = {"proprio": "state", "rgb_front": "front", "rgb_wrist": "wrist.rgb", "depth_wrist": "wrist.depth"}
+    env = make("user_package:UserTwoCameras-v0", num_envs=2, keys=keys, workers=workers)
+    check_env_specs(env)
+    env.reset()
+    for _ in range(3):
+        observation = act(env, torch.zeros(2, 2))["observation"]
+    check_observation(observation, "gym")
+    assert observation["rgb_front"].shape == (2, 8, 8, 3) and (observation["rgb_front"] == 3).all()
+    assert observation["rgb_wrist"].shape == (2, 4, 8, 3) and (observation["rgb_wrist"] == 6).all()
+    assert observation["rgb_wrist"].dtype == torch.uint8
+    assert observation["depth_wrist"].shape == (2, 4, 8)
+    torch.testing.assert_close(observation["depth_wrist"][:, 0, 0], observation["proprio"][:, 0].abs())
+    assert set(env.render_frames(8).unique().tolist()) == {3}  # no picture is just "rgb": the first camera's is shown
+    both = make("user_package:UserTwoCameras-v0", num_envs=1, keys={"rgb_wrist": "wrist.rgb", "rgb": "front"})
+    both.reset()
+    act(both, torch.zeros(1, 2))
+    assert both.render_frames(8).unique().tolist() == [1]
 
 
 # ------------------------------------------------------------------- episodes
@@ -360,6 +382,10 @@ def test_a_worker_that_dies(make):
         (REACH, {"keys": {"proprio": "images"}}, "no observation 'images'"),
         (REACH, {"keys": {"proprio": 3}}, "no observation 3"),
         (REACH, {"keys": {"joints": "state"}}, "keys.joints: the schema knows rgb, depth"),
+        (REACH, {"keys": {"joints_left": "state"}}, "keys.joints_left: the schema knows .* rgb_<camera>"),
+        (REACH, {"keys": {"proprio_left": "state"}}, "keys.proprio_left: the schema knows"),
+        (REACH, {"keys": {"rgb_wrist": "state"}}, r"keys.rgb_wrist: should be uint8 \[H, W, 3\], got Box.*float64"),
+        (REACH, {"keys": {"depth_wrist": ["depth", "depth"]}}, "keys.depth_wrist: expected one path"),
         (REACH, {"keys": {"rgb": "state"}}, r"keys.rgb: should be uint8 \[H, W, 3\], got Box.*float64"),
         (REACH, {"keys": {"rgb": ["images.front", "depth"]}}, "keys.rgb: expected one path"),
         (REACH, {"keys": {"depth": "images.front"}}, "keys.depth: should be float .*, got Box"),
@@ -392,7 +418,7 @@ def test_bad_input(make, env_id, config, message):
 
 
 def test_unmapped_dict_lists_what_there_is(make, monkeypatch):
-    monkeypatch.setattr("envs.gym.MODALITIES", ("rgb", "proprio"))  # the env's only matching name is depth
+    monkeypatch.setattr("envs.gym_spaces.MODALITIES", ("rgb", "proprio"))  # the env's only matching name is depth
     with pytest.raises(UserError, match=r"say which observations .*images.front: Box.* state: Box"):
         make(keys=None)
 

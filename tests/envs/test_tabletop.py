@@ -10,23 +10,18 @@ from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
 from envs import make_env
+from envs.simulator import HELD_OUT_STATES
 from envs.tabletop import (
-    CAMERA,
-    COLOURS,
     GRIPPER_START,
-    HELD_OUT_STATES,
     PHRASINGS,
     PLACE_RADIUS,
-    PLATE_TOP,
-    REACH,
     REACH_RADIUS,
-    SHAPES,
     SPLITS,
     STEP,
     TASKS,
     TabletopEnv,
-    hashed_uniform,
 )
+from envs.tabletop_scene import CAMERA, COLOURS, PLATE_TOP, REACH, SHAPES, hashed_uniform
 from research.schema import UserError, check_observation, decode_text
 
 STATES = ["gripper", "blocks", "plates", "block_colour", "block_shape", "plate_colour", "block_yaw", "language"]

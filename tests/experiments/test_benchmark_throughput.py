@@ -13,7 +13,9 @@ from throughput.peers import Floor
 from throughput.row import Settings, build_loop, measure
 from torchrl.envs.utils import check_env_specs
 
-from agents.policy import FlopCounter, VLAPolicy, check_policy
+from agents.checking import check_policy
+from agents.cost import FlopCounter
+from agents.policy import VLAPolicy
 from research.config import PPOConfig
 from research.training.freezing import part_names
 
@@ -177,4 +179,4 @@ def test_the_resnet_model_has_the_parts_that_scopes_name():
     model = build_model("resnet18", {}, action_dim=3, device=torch.device("cpu"))
     assert part_names(model) == ["vision_encoder", "language_encoder", "fusion", "action_head", "value_head"]
     assert 11e6 < sum(p.numel() for p in model.parameters()) < 12e6
-    check_policy(VLAPolicy(model), StandInEnv(2).observation_spec["observation"].zero(), action_dim=3)
+    check_policy(VLAPolicy(model), StandInEnv(2).observation_spec["observation"].zero(), (3,))

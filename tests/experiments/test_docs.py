@@ -12,7 +12,8 @@ import pytest
 import torch
 from worlds import ROOT
 
-from research.config import ExperimentConfig, parse_config
+from research.config import ExperimentConfig
+from research.options import parse_config
 
 
 def blocks(path: Path, language: str) -> list[str]:

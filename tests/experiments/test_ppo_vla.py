@@ -10,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import assembling
 import evaluate_vla
 import ppo_vla
 import pytest
 import torch
+import training_run
+from torch import nn
+from torch.distributions import Independent, Normal
 from worlds import ROOT, rows_without_times, run_folder, write_config
 
 from agents.small_vla import SmallVLA
@@ -42,8 +46,8 @@ def test_ppo_solves_reach_from_scratch(tmp_path):
 
 
 def test_utilisation_is_the_models_arithmetic_over_what_the_machine_could_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo_vla, "matmul_flops_per_second", lambda dtype, device: 1e9)
-    monkeypatch.setattr(ppo_vla.VLAPolicy, "flops", lambda self, observation, rows: (1e3, 5e3))
+    monkeypatch.setattr(assembling, "matmul_flops_per_second", lambda dtype, device: 1e9)
+    monkeypatch.setattr(assembling, "flops_per_transition", lambda policy, observation, rows: (1e3, 5e3))
     config = write_config(tmp_path, algorithm__cfg__value_warmup_iterations=1, algorithm__cfg__n_epochs=2)
     assert ppo_vla.main(["--config", str(config)]) == 0
     first, *rest = [row for row in read_metrics(run_folder(tmp_path)) if "train/epochs" in row]
@@ -213,7 +217,7 @@ def test_interruption_leaves_a_checkpoint_and_a_summary(tmp_path, number, code):
     run = run_folder(tmp_path)
     saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     last = read_metrics(run)[-1]["global_step"]
-    assert saved["global_step"] == last > 0
+    assert saved["progress"]["global_step"] == last > 0
     assert str(run) in out and json.loads((run / "summary.json").read_text())["exit_code"] == code
 
 
@@ -276,3 +280,114 @@ def test_a_gpt_style_model_trains_with_its_language_model_frozen(tmp_path, capsy
     assert "feature reuse: not of hidden: it reads vision_tokens, which changes" in out
     row = [row for row in read_metrics(run_folder(tmp_path)) if "train/approx_kl" in row][-1]
     assert row["train/grad_norm/projector"] > 0 and "train/grad_norm/language_model" not in row
+
+
+def test_best_is_the_best_of_all_evaluations(tmp_path, monkeypatch):
+    """The first and the last among them; without any in between there is still a best."""
+    scores, evaluate = iter([0.3, 0.1, 0.2, 0.9]), training_run.evaluate
+
+    def scored(*arguments):
+        result = evaluate(*arguments)
+        result.given = next(scores)
+        return result
+
+    monkeypatch.setattr(training_run, "evaluate", scored)
+    monkeypatch.setattr(training_run.Evaluation, "score", property(lambda self: self.given))
+    config = write_config(tmp_path, trainer__eval_freq=64, trainer__iterations=3)
+    saved = []
+    save = training_run.TrainingRun.save
+
+    def note(self, best=False):
+        save(self, best)
+        if best:
+            saved.append(self.progress.env_steps)
+
+    monkeypatch.setattr(training_run.TrainingRun, "save", note)
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    assert saved == [0, 192]  # 0.3 before training, then 0.9 at the end
+    best = torch.load(run_folder(tmp_path) / "checkpoints" / "best.pt", weights_only=True)
+    assert best["progress"]["global_step"] == 192 and best["progress"]["best"] == 0.9
+
+
+def test_a_run_folder_of_an_earlier_layout_resumes(tmp_path):
+    """Its checkpoint held progress and episodes' statistics at the top."""
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    assert ppo_vla.main(["--config", str(write_config(tmp_path / "whole", trainer__iterations=4))]) == 0
+    assert ppo_vla.main(["--config", str(write_config(tmp_path / "halves", trainer__iterations=2))]) == 0
+    run = run_folder(tmp_path / "halves")
+    path = run / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    state |= {"statistics": state["rollouts"].pop("episodes"), **state.pop("progress")}
+    torch.save(state, path)
+    config = json.loads((run / "config.json").read_text())
+    config["policy"]["value_head"] = "value_head"  # was the default
+    (run / "config.json").write_text(json.dumps(config))
+    argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=4"]
+    assert ppo_vla.main(argv) == 0
+    both = (run_folder(tmp_path / "whole"), run)
+    rows = [[row for row in rows_without_times(r) if "train/approx_kl" in row] for r in both]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+class Critic(nn.Module):
+    """Three methods and nothing else; no part has a name that anything here knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.eyes = nn.Sequential(nn.Flatten(), nn.Linear(64 * 64 * 3, 8), nn.Tanh())
+        self.hand, self.critic = nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def see(self, observations):
+        return self.eyes(observations["rgb"].float() / 255)
+
+    def policy(self, observations):
+        return Independent(Normal(self.hand(self.see(observations)), torch.ones(3)), 1)
+
+    def forward(self, observations):
+        return self.policy(observations).sample()
+
+    def get_value(self, observations):
+        return self.critic(self.see(observations))
+
+    def evaluate_actions(self, observations, actions):
+        policy = self.policy(observations)
+        return policy.log_prob(actions), policy.entropy()
+
+
+def test_three_methods_are_enough_whatever_the_parts_are_called(tmp_path):
+    """With the critic's gradient in its head, and the value head trained alone at first."""
+    config = write_config(
+        tmp_path,
+        policy__vla_config={"model_class": "test_ppo_vla.Critic"},
+        algorithm__cfg__value_warmup_iterations=1,
+        trainer__iterations=1,
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    run = run_folder(tmp_path)
+    torch.manual_seed(1)
+    trained = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    start = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model_state_dict"]
+    moved = {name.split(".")[0] for name in trained if not torch.equal(trained[name], start[name])}
+    assert moved == {"critic"}
+    argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=2"]
+    assert ppo_vla.main(argv) == 0
+    later = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    assert {n.split(".")[0] for n in later if not torch.equal(later[n], trained[n])} == {"eyes", "hand", "critic"}
+
+
+class Hand(Critic):
+    """Says which of its parts are heads."""
+
+    heads = ("hand", "critic")
+
+
+def test_the_heads_that_a_model_declares_are_what_backbone_leaves(tmp_path, capsys):
+    config = write_config(
+        tmp_path, policy__vla_config={"model_class": "test_ppo_vla.Critic"}, policy__freeze="backbone"
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 2  # its critic is a head, and is found; its hand is not
+    assert "log_prob depends on no trainable parameter" in capsys.readouterr().err
+    assert ppo_vla.main(["--config", str(config), "--policy.vla_config.model_class=test_ppo_vla.Hand"]) == 0
+    summary = json.loads((run_folder(tmp_path) / "summary.json").read_text())
+    assert summary["audit/frozen_tensors"] == 2  # the eyes

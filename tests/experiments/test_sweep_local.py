@@ -1,4 +1,4 @@
-"""Sweep files, and running them without a server: every point once, interruptions, early stopping, and wrong files."""
+"""Sweeps without a server: every point once, interruptions, early stopping, and runs that fail."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import sweep_local
 import yaml
+from study_worlds import write_sweep
 from worlds import ROOT, write_config
 
 from research.runs.tracking import read_metrics
-from research.schema import UserError
-from research.study.sweep_file import Parameter, SweepTrials, arguments, check_options, load_sweep
-
-RATE = "algorithm.cfg.learning_rate"
-SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 # What ppo_vla.py does to a run folder, in a moment. Success is 1 / (1 + |rate - 1|), so the best rate is 1.
 SCRIPT = """
@@ -68,18 +63,6 @@ def _in_a_folder_with_a_quick_script(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_local, "POLL_S", 0.02)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "script.py").write_text(SCRIPT)
-
-
-def write_sweep(rates=(0.5, 1.0), **changes) -> str:
-    content = {
-        "program": "script.py", "method": "grid", "name": "s",
-        "metric": {"name": "eval/success_rate", "goal": "maximize"},
-        "parameters": {"trainer.seed": {"values": [1, 2]}, "algorithm.cfg.learning_rate": {"values": list(rates)}},
-    }  # fmt: skip
-    content["parameters"] |= changes.pop("parameters", {})
-    path = Path("s.yaml")
-    path.write_text(yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None}, sort_keys=False))
-    return str(path)
 
 
 def starts() -> dict[str, list[dict]]:
@@ -200,36 +183,6 @@ def test_two_processes_share_a_sweep():
         assert process.returncode == 0, err
     assert len(points()) == len(set(points())) == 6
     assert states() == ["COMPLETE"] * 6
-
-
-def test_trials_are_handed_out_by_one_process_at_a_time():
-    sweep, entered = load_sweep(write_sweep()), threading.Event()
-    first, second = SweepTrials(sweep, Path("runs/s")), SweepTrials(sweep, Path("runs/s"))
-
-    def enter():
-        with second.alone():
-            entered.set()
-
-    with first.alone():
-        threading.Thread(target=enter).start()
-        assert not entered.wait(0.3)
-    assert entered.wait(10)
-
-
-def test_a_trial_that_ends_while_another_process_looks_at_it_is_not_put_back():
-    sweep = load_sweep(write_sweep())
-    first, second = SweepTrials(sweep, Path("runs/s")), SweepTrials(sweep, Path("runs/s"))
-    with first.alone():
-        ending, interrupted = (first.take(lambda number: True) for _ in range(2))
-
-    def is_alive(number: int) -> bool:  # between the look at the database and the look at the process, it is over
-        if number == ending.number:
-            first.tell(ending, 0.5)
-        return False
-
-    with second.alone():
-        assert second.take(is_alive).number == interrupted.number
-    assert second.all()[ending.number].state.name == "COMPLETE"
 
 
 def test_bayes_draws_within_its_ranges_until_its_cap():
@@ -375,96 +328,6 @@ def test_another_sweep_of_the_same_name_is_refused(capsys):
     assert sweep_local.main([write_sweep(method="random", run_cap=2)]) == 2
     assert "has trials of another sweep" in capsys.readouterr().err
     assert len(points()) == 4
-
-
-# ---- sweep files
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
-    sweep = load_sweep(path)
-    check_options(sweep, sweep_local.config_of)
-    assert (ROOT / sweep.program).is_file() and sweep.metric == "eval/success_rate" and sweep.maximize
-    runs = {"freeze": 15, "learning_rate": 15, "bayes": 40}
-    runs |= {"freeze_learning_rate": 50, "freeze_learning_rate_confirm": 25, "language_rate": 5}
-    assert (sweep.run_cap or len(sweep.grid())) == runs[path.stem]
-    assert sweep.name == path.stem and sweep.project == "vla-rl"
-
-
-def test_each_scope_has_its_own_range_and_the_ranges_share_their_rates():
-    rates = {}
-    for point in load_sweep(ROOT / "sweeps" / "freeze_learning_rate.yaml").grid():
-        config = sweep_local.config_of(arguments(point))
-        rates.setdefault(config.policy.freeze, set()).add(config.algorithm.cfg.learning_rate)
-    assert set(rates) == {"none", "vision", "language", "backbone", "lora"}
-    assert all(len(r) == 5 for r in rates.values())
-    assert max(rates["none"]) < max(rates["vision"]) < max(rates["backbone"])
-    assert 1e-4 in set.intersection(*rates.values())  # bit-equal, so a heat map has common columns
-    assert len(set.union(*rates.values())) == 7
-
-
-def test_values_are_drawn_as_wandb_draws_them():
-    assert Parameter("a", low=0.1, high=10.0, log=True).distribution().log
-    assert Parameter("a", low=0, high=100, q=5).value(12.6) == 15
-    assert Parameter("a", low=0.0, high=1.0, q=0.25).value(0.6) == 0.5
-    listed = Parameter("a", choices=("none", ["x"], True))
-    assert [listed.value(drawn) for drawn in listed.distribution().choices] == ["none", ["x"], True]
-    whole = Parameter("a", low=1, high=9, integer=True).distribution()
-    assert (whole.low, whole.high) == (1, 9)
-
-
-BAD = [
-    ({"metod": "grid"}, "unknown key 'metod'; did you mean method?"),
-    ({"method": "annealing"}, "'annealing' is none of grid, random, bayes"),
-    ({"parameters": {RATE: {"value": "1e-5"}}}, "1e-5 is text to YAML, not a number; write 1.0e-5"),
-    ({"parameters": {RATE: {"values": [1.0, "1.5e5"]}}}, "1.5e5 is text to YAML, not a number; write 1.5e+5"),
-    ({"parameters": {RATE: {"min": "1e-5", "max": 1.0}}, "method": "random"}, "write 1.0e-5"),
-    ({"parameters": {RATE: {"min": 0.1, "max": 1.0}}}, "a grid needs values, not a range"),
-    ({"parameters": {RATE: {"values": []}}}, "expected a list that is not empty"),
-    ({"parameters": {RATE: {}}}, "needs values, value, or min and max"),
-    ({"parameters": {RATE: None}}, "expected keys and values"),
-    ({"parameters": {RATE: {"values": [1.0, 1.0]}}}, "listed twice"),
-    ({"parameters": {RATE: {"values": [1.0], "min": 1}}}, "values leaves no room for min"),
-    ({"parameters": {RATE: {"vales": [1.0]}}}, "did you mean values?"),
-    ({"parameters": {"policy.freez": {"value": "none"}}}, "did you mean --policy.freeze?"),
-    ({"parameters": {"policy.freeze": {"values": ["none", "visoin"]}}}, "'visoin' is none of the presets"),
-    ({"parameters": {"trainer.seed": {"values": [1, -1]}}}, "trainer.seed"),
-    ({"parameters": {"policy": {"parameters": {"freeze": {"value": "none"}}}}}, "write dotted names"),
-    ({"parameters": {RATE: {"distribution": "normal", "mu": 1}}}, "unknown key 'mu'"),
-    ({"parameters": {RATE: {"distribution": "normal"}}, "method": "random"}, "distribution 'normal' is not supported"),
-    ({"parameters": {RATE: {"min": 1.0}}, "method": "random"}, "max is missing"),
-    ({"parameters": {RATE: {"min": 2.0, "max": 1.0}}, "method": "random"}, "needs min < max"),
-    ({"parameters": {RATE: {"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}}, "method": "random"},
-     "greater than 0"),
-    ({"method": "random"}, "give it a run_cap, or --trials=N"),
-    ({"early_terminate": {"type": "envelope"}}, "use hyperband"),
-    ({"early_terminate": {"type": "hyperband"}}, "needs min_iter, or max_iter and s"),
-    ({"metric": None}, "metric is missing"),
-    ({"metric": {"name": "x", "goal": "max"}}, "minimize or maximize"),
-    ({"command": ["python", "${program}"]}, "${args} at its end"),
-    ({"command": ["python", "${program}", "${args_json}"]}, "${args_json} is not supported"),
-    ({"program": "nowhere.py"}, "nowhere.py is not to be seen from this folder"),
-    ({"run_cap": 0}, "run_cap: expected a whole number of at least 1"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_sweep_files_are_one_line_and_start_nothing(capsys, changes, message):
-    assert sweep_local.main([write_sweep(**changes)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: s.yaml: ") and "\n" not in error
-    assert message in error
-    assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not YAML"), ("", "expected keys and values"), (None, "cannot be read")]
-)
-def test_files_that_are_no_sweep(text, message):
-    if text is not None:
-        Path("s.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        load_sweep("s.yaml")
 
 
 def test_a_storage_that_cannot_be_opened(capsys):

@@ -48,6 +48,13 @@ def test_a_folder_means_its_last_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path)["iteration"] == 3
 
 
+def test_a_checkpoint_is_all_that_a_save_leaves_behind(tmp_path):
+    path = tmp_path / "new" / "checkpoints" / "last.pt"
+    for iteration in (1, 2):
+        save_checkpoint(path, **RUN, iteration=iteration)
+    assert os.listdir(path.parent) == ["last.pt"] and load_checkpoint(path)["iteration"] == 2
+
+
 def test_a_save_that_fails_leaves_the_one_before(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, **RUN, iteration=1)
@@ -57,8 +64,13 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
 
 
 class Evil:
+    """Makes a file when it is read with all that pickle allows."""
+
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/owned",)
+        return os.system, (f"touch {self.path}",)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "text", "pickle", "bare weights"])
@@ -72,10 +84,10 @@ def test_a_broken_file_is_one_clear_line(tmp_path, kind):
     elif kind == "text":
         path.write_text("not a checkpoint")
     elif kind == "pickle":
-        path.write_bytes(pickle.dumps({"rng": Evil()}))
+        path.write_bytes(pickle.dumps({"rng": Evil(tmp_path / "owned")}))
     elif kind == "bare weights":
         torch.save({"weight": torch.zeros(2)}, path)
     with pytest.raises(UserError, match=r"last\.pt") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
-    assert not os.path.exists("/tmp/owned")
+    assert not (tmp_path / "owned").exists()

@@ -1,4 +1,4 @@
-"""Run folders, W&B modes, the JSONL mirror, learning curves, and videos."""
+"""W&B modes, and a run's metrics: the JSONL mirror, and what W&B gets of them."""
 
 import json
 import math
@@ -16,8 +16,9 @@ import torch
 import wandb
 
 from research.runs import tracking
-from research.runs.tracking import Tracker, create_run_folder, plot_learning_curve, read_metrics, resolve_wandb_mode
-from research.runs.video import FAILURE_COLOR, SUCCESS_COLOR, frame_strip, video_grid, write_video
+from research.runs.folder import RunFolder
+from research.runs.tracking import Tracker, read_metrics, resolve_wandb_mode
+from research.runs.video import write_video
 from research.schema import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,40 +47,6 @@ def inspect(folder, *flags):
     (run,) = Path(folder, "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, run]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-# ---- run folder
-
-
-def test_run_folders_are_unique_sorted_by_time_and_complete(tmp_path, monkeypatch):
-    clock = iter(["20250101_120000", "20250101_120000", "20250101_120001"])
-    monkeypatch.setattr(tracking.time, "strftime", lambda _: next(clock))
-    folders = [create_run_folder(tmp_path / "runs", "my-exp") for _ in range(3)]
-    assert len(set(folders)) == 3
-    assert sorted(folders)[-1] == folders[-1]
-    for folder in folders:
-        assert folder.name.startswith("my-exp-2025")
-        assert (folder / "checkpoints").is_dir() and (folder / "videos").is_dir()
-
-
-def test_run_folder_that_cannot_be_made_names_the_path(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    for run_dir in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(UserError, match=r"cannot make the run folder .*file"):
-            create_run_folder(run_dir, "exp")
-    for name in ("", "a/b"):
-        with pytest.raises(UserError, match="exp_name"):
-            create_run_folder(tmp_path, name)
-
-
-def test_wandb_run_id_names_the_folder_and_only_a_sweep_gets_it_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    folder = create_run_folder(tmp_path, "exp")
-    assert folder.name == "exp-abc123"
-    with pytest.raises(UserError, match="exp-abc123 is there already"):
-        create_run_folder(tmp_path, "exp")
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    assert create_run_folder(tmp_path, "exp") == folder
 
 
 # ---- W&B mode
@@ -151,7 +118,7 @@ def test_disabled_run_mirrors_metrics_and_starts_no_wandb(tmp_path, capfd):
 
 def test_offline_run_is_silent_and_readable(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(tracking, "git_commit", lambda: "c0ffee1")
-    folder = create_run_folder(tmp_path / "runs", "exp")
+    folder = RunFolder.create(tmp_path / "runs", "exp").path
     write_video(np.zeros((3, 16, 16, 3), np.uint8), folder / "videos" / "eval.mp4", fps=5)
     iio.imwrite(folder / "curve.png", np.zeros((8, 8, 3), np.uint8))
     with start(folder, "offline", reason="no API key is configured", tags=["vision"]) as tracker:
@@ -174,6 +141,7 @@ def test_offline_run_is_silent_and_readable(tmp_path, capfd, monkeypatch):
     (run,) = [record["run"] for record in records if record["type"] == "run"]
     assert {k: v for k, v in run["config"]["update"].items() if k != "_wandb"} == FLAT
     assert run["run_id"] == folder.name.removeprefix("exp-")
+    assert run["display_name"] == folder.name
     assert (run["run_group"], run["job_type"], run["tags"]) == ("env-ppo-none", "train", ["vision", "c0ffee1"])
     metrics = [record["metric"] for record in records if record["type"] == "metric"]
     assert any(m.get("glob_name") == "*" and m["step_metric"] == "global_step" for m in metrics)
@@ -184,9 +152,10 @@ def test_metrics_survive_kill_and_nothing_prompts(tmp_path):
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from research.runs.tracking import Tracker, create_run_folder, resolve_wandb_mode
+from research.runs.folder import RunFolder
+from research.runs.tracking import Tracker, resolve_wandb_mode
 mode, reason = resolve_wandb_mode(True)
-folder = create_run_folder("runs", "exp")
+folder = RunFolder.create("runs", "exp")
 tracker = Tracker(folder, {{}}, {{}}, project="test", group="g", mode=mode, reason=reason)
 for step in range(20):
     tracker.log({{"train/entropy": 0.5 * step}}, step)
@@ -211,7 +180,7 @@ def test_online_without_a_network_becomes_offline(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    folder = create_run_folder(tmp_path, "exp")
+    folder = RunFolder.create(tmp_path, "exp").path
     mode, reason = resolve_wandb_mode(True)
     assert mode == "online"
     with start(folder, mode, reason=reason) as tracker:
@@ -229,7 +198,7 @@ def test_run_takes_the_id_from_the_environment_and_a_sweep_its_project(tmp_path,
     if sweep:
         monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
         monkeypatch.setenv("WANDB_PROJECT", project)
-    folder = create_run_folder(tmp_path, "exp")
+    folder = RunFolder.create(tmp_path, "exp").path
     with start(folder, "offline") as tracker:
         assert tracker.run.settings.sweep_id == sweep
     summary = json.loads(inspect(folder, "--summary"))
@@ -254,7 +223,7 @@ def test_resume_drops_the_rows_after_its_checkpoint(tmp_path, monkeypatch, step,
 
 
 def test_resumed_run_keeps_its_wandb_id_and_summary(tmp_path):
-    folder = create_run_folder(tmp_path, "exp")
+    folder = RunFolder.create(tmp_path, "exp").path
     with start(folder) as tracker:
         tracker.summary({"before": 0.5})
     with start(folder, "offline", resume_id="abcdefgh", resume_step=0) as tracker:
@@ -264,7 +233,7 @@ def test_resumed_run_keeps_its_wandb_id_and_summary(tmp_path):
 
 
 def test_a_run_left_open_is_not_mixed_with_the_next(tmp_path):
-    folders = [create_run_folder(tmp_path, name) for name in ("first", "second")]
+    folders = [RunFolder.create(tmp_path, name).path for name in ("first", "second")]
     start(folders[0], "offline").log({"left/open": 1}, 0)
     with start(folders[1], "offline") as tracker:
         tracker.log({"next/one": 2}, 0)
@@ -348,7 +317,7 @@ def test_git_commit_is_short_marks_changes_and_is_none_outside_a_repository(tmp_
     assert tracking.git_commit() == f"{commit}-dirty"
 
 
-# ---- reading and plotting
+# ---- reading
 
 
 def test_read_metrics_tolerates_a_torn_last_line_only(tmp_path):
@@ -360,142 +329,3 @@ def test_read_metrics_tolerates_a_torn_last_line_only(tmp_path):
     path.write_text('{"global_step": 0}\n{"glob\n{"global_step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(tmp_path)
-
-
-def _write_rows(folder, rows):
-    text = "".join(json.dumps({"time/elapsed_s": 0.1 * r["global_step"]} | r) + "\n" for r in rows)
-    (folder / "metrics.jsonl").write_text(text)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved during the test."""
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    return figures
-
-
-def test_learning_curve_shows_success_with_its_interval_and_wall_time(tmp_path, drawn):
-    rows = [{"global_step": 100 * i, "rollout/success_rate": i / 40, "rollout/return": i} for i in range(1, 40)]
-    rows[3]["rollout/success_rate"] = None
-    rows.append(
-        {"global_step": 4000, "eval/success_rate": 0.9, "eval/success_low": 0.8, "eval/success_high": 0.95}
-    )  # fmt: skip
-    _write_rows(tmp_path, rows)
-    path = plot_learning_curve(tmp_path)
-    assert path == tmp_path / "learning_curve.png"
-    assert iio.imread(path).shape[:2] == (630, 1080)
-    axes, time_axis = drawn[0].axes
-    assert axes.get_ylabel() == "success rate" and axes.get_xlabel() == "environment steps"
-    assert len(axes.lines[0].get_xdata()) == 38  # the rollout without a finished episode is left out
-    (bar,) = axes.containers[0].lines[2][0].get_segments()
-    np.testing.assert_allclose(bar, [[4000, 0.8], [4000, 0.95]])
-    assert time_axis.get_xlabel() == "wall time (min)"
-    minutes = [float(label.get_text()) for label in time_axis.get_xticklabels()]
-    assert len(minutes) > 2
-    np.testing.assert_allclose(time_axis.get_xticks(), [m * 60 / 0.1 for m in minutes])  # a step took 0.1 s
-    assert time_axis.get_xlim() == axes.get_xlim()
-
-
-def test_learning_curve_falls_back_to_the_return_or_draws_nothing(tmp_path, drawn):
-    _write_rows(tmp_path, [{"global_step": i, "rollout/return": 2.0 * i, "eval/return": 3.0} for i in range(5)])
-    assert plot_learning_curve(tmp_path, tmp_path / "curve.svg") == tmp_path / "curve.svg"
-    assert (tmp_path / "curve.svg").exists()
-    assert drawn[0].axes[0].get_ylabel().startswith("return")
-    assert list(drawn[0].axes[0].lines[0].get_ydata()) == [0, 2, 4, 6, 8]
-    _write_rows(tmp_path, [{"global_step": 0, "train/entropy": 1.0}])
-    assert plot_learning_curve(tmp_path) is None
-
-
-# ---- video
-
-
-def _gradient(length, height, width):
-    """Frames that differ from each other and from left to right."""
-    frames = np.zeros((length, height, width, 3), np.uint8)
-    frames[..., 0] = (np.arange(length) * 20)[:, None, None]
-    frames[..., 1] = np.linspace(0, 200, width).astype(np.uint8)
-    return frames
-
-
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_video_reads_back_padded_to_even_sizes(tmp_path, as_tensor):
-    frames = _gradient(9, 33, 47)
-    path = tmp_path / "new" / "clip.mp4"
-    write_video(torch.from_numpy(frames) if as_tensor else frames, path, fps=12)
-    assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
-    back = iio.imread(path, plugin="FFMPEG")
-    assert back.shape == (9, 34, 48, 3)
-    assert np.abs(back[:, :33, :47].astype(int) - frames).mean() < 6
-    metadata = iio.immeta(path, plugin="FFMPEG")
-    assert metadata["fps"] == 12 and metadata["codec"] == "h264" and metadata["pix_fmt"].startswith("yuv420p")
-
-
-@pytest.mark.parametrize(
-    ("frames", "name", "fps", "message"),
-    [
-        (np.zeros((2, 3, 8, 8), np.uint8), "a.mp4", 5, r"\[T, H, W, 3\].*\[2, 3, 8, 8\]"),
-        (np.zeros((2, 8, 8, 3), np.float32), "a.mp4", 5, "uint8.*float32"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "a.mp4", 5, "T > 0"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "a.mp4", 0, "fps"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "a.avi", 5, "mp4"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "file/a.mp4", 5, "cannot write the video .*file"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "folder.mp4", 5, "cannot write the video .*folder"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "x" * 248 + ".mp4", 5, "cannot write the video .*x.mp4"),
-        (np.zeros((9, 640, 640, 3), np.uint8), "x" * 248 + ".mp4", 5, "cannot write the video .*x.mp4"),
-    ],
-)
-def test_video_refuses_what_it_cannot_write(tmp_path, frames, name, fps, message):
-    (tmp_path / "file").write_text("in the way")
-    (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(UserError, match=message) as caught:
-        write_video(frames, tmp_path / name, fps)
-    assert "\n" not in str(caught.value)
-
-
-def test_grid_places_episodes_and_holds_their_last_frame():
-    episodes = [np.full((length, 4, 6, 3), 10 * i, np.uint8) for i, length in enumerate((2, 5, 3), start=1)]
-    for i, episode in enumerate(episodes, start=1):
-        episode[-1] = 10 * i + 1
-    grid = video_grid(episodes, columns=2, gap=1)
-    assert grid.shape == (5, 4 + 1 + 4, 6 + 1 + 6, 3) and grid.dtype == np.uint8
-    assert (grid[0, :4, :6] == 10).all() and (grid[0, :4, 7:] == 20).all() and (grid[0, 5:, :6] == 30).all()
-    assert (grid[4, :4, :6] == 11).all() and (grid[4, :4, 7:] == 21).all() and (grid[4, 5:, :6] == 31).all()
-    assert (grid[:, 5:, 7:] == 255).all() and (grid[:, 4] == 255).all() and (grid[:, :, 6] == 255).all()
-
-
-def test_grid_borders_tell_the_outcome_from_the_moment_an_episode_ends():
-    episodes = [np.full((length, 4, 6, 3), 7, np.uint8) for length in (2, 4)]
-    grid = video_grid(episodes, columns=2, success=[True, False], gap=1, border=2)
-    assert grid.shape == (4, 4 + 4, (6 + 4) * 2 + 1, 3)
-    left, right = grid[:, :, :10], grid[:, :, 11:]
-    for tile, end, color in ((left, 1, SUCCESS_COLOR), (right, 3, FAILURE_COLOR)):
-        assert (tile[:, 2:-2, 2:-2] == 7).all()
-        outside = np.ones((8, 10), bool)
-        outside[2:-2, 2:-2] = False
-        assert (tile[:end, outside] == 255).all()
-        assert (tile[end:, outside] == color).all()
-
-
-def test_grid_refuses_mixed_sizes_and_missing_outcomes():
-    episodes = [np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 5, 4, 3), np.uint8)]
-    with pytest.raises(UserError, match="one size"):
-        video_grid(episodes, columns=2)
-    with pytest.raises(UserError, match="one size"):
-        video_grid([], columns=2)
-    with pytest.raises(UserError, match="1 episodes but 2 outcomes"):
-        video_grid(episodes[:1], columns=2, success=[True, False])
-
-
-def test_strip_shows_first_and_last_evenly():
-    frames = _gradient(11, 4, 6)
-    strip = frame_strip(torch.from_numpy(frames), count=3, gap=2)
-    assert strip.shape == (4, 3 * 6 + 2 * 2, 3) and strip.dtype == np.uint8
-    for i, expected in enumerate((0, 5, 10)):
-        assert (strip[:, 8 * i : 8 * i + 6] == frames[expected]).all()
-    assert (strip[:, 6:8] == 255).all()
-    assert frame_strip(frames[:1], count=4, gap=0).shape == (4, 24, 3)
-    with pytest.raises(UserError, match="at least 2"):
-        frame_strip(frames, count=1)

@@ -10,6 +10,7 @@ import sweep_local
 from worlds import ROOT
 
 from research.study.comparison import compare
+from research.study.report import markdown_table, pair_table, scope_table, split_table
 from research.study.run_table import read_table
 from research.study.sweep_file import load_sweep
 
@@ -60,10 +61,10 @@ def test_the_second_sweep_confirms_what_the_first_chose(comparison):
 
 def test_results_say_what_the_report_says(comparison):
     results = (ROOT / "experiments" / "RESULTS.md").read_text()
-    for table in (compare_runs.scope_table, compare_runs.pair_table, compare_runs.split_table):
-        for line in compare_runs.markdown_table(table(comparison)):
+    for table in (scope_table, pair_table, split_table):
+        for line in markdown_table(table(comparison)):
             assert line in results, f"{table.__name__}: {line}"
-    table = compare_runs.scope_table(compare(read_table(LOOK_BACK / "runs.csv")))
-    assert [line in results for line in compare_runs.markdown_table(table) if "language" in line] == [True]
-    pairs = compare_runs.markdown_table(compare_runs.pair_table(compare(read_table(LOOK_BACK / "runs.csv"))))
+    table = scope_table(compare(read_table(LOOK_BACK / "runs.csv")))
+    assert [line in results for line in markdown_table(table) if "language" in line] == [True]
+    pairs = markdown_table(pair_table(compare(read_table(LOOK_BACK / "runs.csv"))))
     assert [line in results for line in pairs if "language" in line] == [True] * 4

@@ -152,7 +152,7 @@ def test_preempted_runs_go_on_from_their_checkpoint_and_early_termination_ends_t
     wait_for(lambda: run.exit_codes, 30)
     assert (run.state, run.exit_codes) == ("preempted", [143]), log
     (folder,) = (tmp_path / "runs").glob(f"*-{run.name}")
-    saved = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["global_step"]
+    saved = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["progress"]["global_step"]
     assert saved == read_metrics(folder)[-1]["global_step"] == rows(run)[-1]["global_step"]
 
     # Another agent gets the same run again, which goes on from there; then the server ends it early.

@@ -9,17 +9,19 @@ import ppo_vla
 import pytest
 import torch
 from tensordict import TensorDict, assert_close
-from worlds import run_folder, write_config
+from torchrl.objectives.value import GAE
+from worlds import gae, run_folder, write_config
 
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
 from research.runs.tracking import read_metrics
-from research.training.asynchronous import AsynchronousRollouts, prepare_stale_batch, vtrace
+from research.training.asynchronous import AsynchronousRollouts
 from research.training.freezing import freeze
-from research.training.ppo import make_gae, make_loss
+from research.training.loss import make_loss
 from research.training.rollout import Rollouts
+from research.training.vtrace import VTraceAdvantages, vtrace
 
 GAMMA, LAMBDA = 0.9, 0.8
 CFG = PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA)
@@ -40,7 +42,7 @@ def test_without_staleness_vtrace_is_gae():
     advantage = vtrace(**s, log_ratio=torch.zeros_like(s["reward"]), gamma=GAMMA, gae_lambda=LAMBDA)
     after = {k: s[k] for k in ("reward", "done", "terminated")} | {"state_value": s["next_value"]}
     td = TensorDict({"state_value": s["value"], "next": after}, batch_size=s["value"].shape[:2])
-    make_gae(CFG)(td)
+    GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None)(td)
     torch.testing.assert_close(advantage, td["advantage"], rtol=0, atol=1e-6)  # TorchRL discounts in float32
 
 
@@ -77,10 +79,10 @@ def make_env(worker: int = 0, num_envs: int = 4) -> TabletopEnv:
 
 def test_a_fresh_rollout_is_prepared_as_without_staleness():
     policy = make_policy()
-    rollouts = Rollouts(make_env(), policy, 4 * 8, make_gae(CFG))
+    rollouts = Rollouts(make_env(), policy, 4 * 8)
     rollout = rollouts.next()
-    expected, _ = rollouts.prepare(rollout)
-    batch, metrics = prepare_stale_batch(rollout, policy.actor, policy.critic, CFG, policy.kept_keys)
+    expected, _ = gae(policy, CFG)(rollout)
+    batch, metrics = VTraceAdvantages(policy, GAMMA, LAMBDA)(rollout)
     assert metrics["rollout/importance_weight"] == pytest.approx(1, abs=1e-5)
     assert metrics["rollout/behaviour_kl"] == pytest.approx(0, abs=1e-6)
     assert set(batch.keys()) == set(expected.keys())
@@ -90,23 +92,24 @@ def test_a_fresh_rollout_is_prepared_as_without_staleness():
 
 def test_a_stale_rollout_is_scored_by_the_current_policy_and_weighted():
     policy = make_policy()
-    rollouts = Rollouts(make_env(), policy, 4 * 8, make_gae(CFG))
+    rollouts = Rollouts(make_env(), policy, 4 * 8)
     rollout = rollouts.next()
     with torch.no_grad():
         for p in policy.model.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    batch, metrics = prepare_stale_batch(rollout, policy.actor, policy.critic, CFG, policy.kept_keys)
+    batch, metrics = VTraceAdvantages(policy, GAMMA, LAMBDA)(rollout)
     assert metrics["rollout/importance_weight"] < 0.999 and metrics["rollout/behaviour_kl"] > 1e-4
     losses = make_loss(policy.actor, policy.critic, CFG)(batch.clone())
     assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)  # around the current policy
-    small = PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA, micro_batch_size=5)
-    pieces, _ = prepare_stale_batch(rollout, policy.actor, policy.critic, small, policy.kept_keys)
+    pieces, _ = VTraceAdvantages(policy, GAMMA, LAMBDA, micro_batch_size=5)(rollout)
     torch.testing.assert_close(pieces["advantage"], batch["advantage"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def asynchronous():
-    rollouts = AsynchronousRollouts(make_env, make_policy(), 2, 8 * 6, CFG, max_staleness=3, seed=0)
+    policy = make_policy()
+    rollouts = AsynchronousRollouts(make_env, 8, policy, 2, 8 * 6, max_staleness=3, seed=0)
+    rollouts.actor = policy.actor
     yield rollouts
     rollouts.shutdown()
 
@@ -133,9 +136,9 @@ def test_workers_prove_that_they_got_new_weights(asynchronous):
             rows = (rollout["policy_version"] == v).reshape(-1)
             part = rollout.reshape(-1)[rows]
             for other, actor in weights.items():
-                score = actor.get_dist(part.select(("observation", "rgb"), ("observation", "proprio"))).log_prob(
-                    part["action"]
-                )
+                score = actor.get_dist(
+                    part.select(("observation", "rgb"), ("observation", "proprio"), "action")
+                ).log_prob(part["action"])
                 error = (score - part["action_log_prob"]).abs().max().item()
                 assert (error < 1e-4) == (other == v), (v, other, error)
     assert max(seen) >= 2  # they keep up
@@ -143,37 +146,38 @@ def test_workers_prove_that_they_got_new_weights(asynchronous):
 
 def test_what_is_too_stale_is_thrown_away_and_reported(asynchronous):
     asynchronous.max_staleness = 0
-    discarded = asynchronous.discarded
+    discarded = asynchronous.metrics()["rollout/discarded"]
     asynchronous.publish()
-    rollout = asynchronous.next()  # what was on its way is older than that
-    _, metrics = asynchronous.prepare(rollout)
-    assert asynchronous.discarded > discarded
-    assert metrics["rollout/staleness_max"] == 0 and metrics["rollout/discarded"] == asynchronous.discarded
+    asynchronous.next()  # what was on its way is older than that
+    metrics = asynchronous.metrics()
+    assert metrics["rollout/discarded"] > discarded
+    assert metrics["rollout/staleness_max"] == 0
     asynchronous.max_staleness = 3
 
 
 def test_workers_send_what_the_update_reads_and_nothing_else():
     """What arrives, before the main process has touched it, is what `Rollouts` keeps of the same steps."""
     policy = make_policy("backbone")
-    asynchronous = AsynchronousRollouts(make_env, policy, 1, 4 * 8, CFG, max_staleness=0, seed=5)
+    asynchronous = AsynchronousRollouts(make_env, 4, policy, 1, 4 * 8, max_staleness=0, seed=5)
     try:
         arriving = iter(asynchronous.collector)
         arrived = [next(arriving), next(arriving)]
     finally:
         asynchronous.shutdown()
-    rollouts = Rollouts(make_env(), policy, 4 * 8, make_gae(CFG))
+    rollouts = Rollouts(make_env(), policy, 4 * 8)
     rollouts.collector.set_seed(5)
     rollouts.collector.reset()
     torch.manual_seed(5)
     for rollout in arrived:
-        assert set(rollout.keys()) == {"hidden", "action", "action_log_prob", "state_value", "policy_version", "next"}
+        kept = {"hidden", "action", "action_log_prob", "state_value", "policy_version", "worker", "next"}
+        assert set(rollout.keys()) == kept and (rollout["worker"] == 0).all()
         assert "observation" not in rollout["next"].keys()
         sent = sum(v.untyped_storage().nbytes() for v in rollout.values(True, True)) / rollout.numel()
-        assert sent == 104  # the features are 64 of them; pixels would be 768
+        assert sent == 106  # the features are 64 of them; pixels would be 768
         expected = rollouts.next()
         assert (expected["next", "truncated"][:, :-1] & (expected["next", "final_value"][:, :-1] != 0)).any()
-        assert_close(rollout, expected, rtol=1e-4, atol=1e-5)
-        score = policy.actor.get_dist(rollout.select("hidden")).log_prob(rollout["action"])
+        assert_close(rollout.exclude("worker"), expected, rtol=1e-4, atol=1e-5)
+        score = policy.actor.get_dist(rollout.select("hidden", "action")).log_prob(rollout["action"])
         torch.testing.assert_close(score, rollout["action_log_prob"], rtol=0, atol=1e-5)
 
 

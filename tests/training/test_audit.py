@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from research.config import LoRAConfig
 from research.schema import FrozenWeightsChanged, UserError
 from research.training.audit import FreezeAudit
 from research.training.freezing import freeze
-from research.training.lora import LoRAConfig, adapter_changes
+from research.training.lora import adapter_changes
 
 
 class Model(nn.Module):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from agents.small_vla import SmallVLA
+from research.config import FREEZE_PRESETS, PolicyConfig, VLAConfig, split_switches
 from research.schema import UserError
-from research.training.freezing import freeze, parameter_groups, part_names, split_switches
+from research.training.freezing import PRESETS, freeze, parameter_groups, part_names
 
 
 def frozen_parts(model: nn.Module) -> set[str]:
@@ -196,11 +197,6 @@ def test_parts_of_a_model_with_parameters_of_its_own():
     assert part_names(Own()) == ["log_std", "head"]
 
 
-class Switched(nn.Module):
-    def __init__(self, freeze_vision_encoder=False, size=1):
-        super().__init__()
-
-
 @pytest.mark.parametrize(
     ("config", "scope", "expected"),
     [
@@ -214,7 +210,11 @@ class Switched(nn.Module):
     ],
 )
 def test_switches_in_the_model_config_mean_the_presets(config, scope, expected):
-    kept, got = split_switches(SmallVLA, {"action_dim": 3, **config}, scope)
+    got, kept = split_switches(scope, {"action_dim": 3, **config})
     assert kept == {"action_dim": 3} and got == expected
-    kept, _ = split_switches(Switched, {"size": 2, **config}, scope)
-    assert set(kept) == {"size", *(k for k in config if k == "freeze_vision_encoder")}
+    policy = PolicyConfig(freeze=scope, vla_config=VLAConfig(model_config={"action_dim": 3, **config}))
+    assert policy.freeze == expected and policy.vla_config.model_config == {"action_dim": 3}
+
+
+def test_presets_are_those_of_the_configuration():
+    assert tuple(PRESETS) == FREEZE_PRESETS

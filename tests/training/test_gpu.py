@@ -7,16 +7,18 @@ import copy
 import ppo_vla
 import pytest
 import torch
-from worlds import WRAP, gradients_of, run_folder, small_model, write_config
+from worlds import WRAP, gae, gradients_of, run_folder, small_model, value_head, write_config
 
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
 from envs.tabletop import SPLITS, TabletopEnv
 from research.config import PPOConfig
 from research.runs.tracking import read_metrics
+from research.training.algorithm import Progress
 from research.training.evaluation import evaluate
 from research.training.freezing import freeze, parameter_groups
-from research.training.ppo import PPO, make_gae, make_loss, value_head_parameters
+from research.training.loss import make_loss
+from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,7 +41,7 @@ def policy_on_gpu(scope: str = "none", interface: str = "staged", **options) -> 
 def rollouts_on_gpu(policy: VLAPolicy, num_envs: int = 16, steps: int = 8) -> Rollouts:
     torch.manual_seed(1)
     env = TabletopEnv(num_envs, max_steps=5, modalities=MODALITIES, device="cuda")
-    return Rollouts(env, policy, num_envs * steps, make_gae(CFG))
+    return Rollouts(env, policy, num_envs * steps)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -65,11 +67,12 @@ def test_tables_are_those_on_the_cpu(task, split):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_reuse_gives_the_gradients_of_recomputing(scope):
-    rollouts = rollouts_on_gpu(policy_on_gpu(scope, feature_reuse="off"))
-    batch, _ = rollouts.prepare(rollouts.next())
+    policy = policy_on_gpu(scope, feature_reuse="off")
+    rollouts = rollouts_on_gpu(policy)
+    batch, _ = gae(policy, CFG)(rollouts.next())
     reusing = policy_on_gpu(scope)
     with torch.no_grad():
-        kept = reusing.prefix(batch.copy())
+        kept = reusing.frozen(batch.copy())
     reused = [g.cpu() for g in gradients_of(reusing, kept)]
     recomputed = [g.cpu() for g in gradients_of(policy_on_gpu(scope, feature_reuse="off"), batch)]
     for a, b in zip(reused, recomputed, strict=True):
@@ -88,11 +91,11 @@ def test_graphs_collect_and_train_as_no_graphs_do(interface, scope):
         rollouts = rollouts_on_gpu(policy)
         optimizer = torch.optim.Adam(parameter_groups(model, 1e-3, {}), eps=1e-5, fused=True)
         loss = make_loss(policy.actor, policy.critic, CFG)
-        ppo = PPO(model, loss, optimizer, CFG, value_head_parameters(model, "value_head"))
+        ppo = PPO(gae(policy, CFG), PolicyUpdate(loss, optimizer, CFG, value_head(model), critic_apart=True), CFG)
         for _ in range(3):  # the first runs record
-            batch, _ = rollouts.prepare(rollouts.next())
+            batch, _ = gae(policy, CFG)(rollouts.next())
             batches.append(batch.clone().cpu())
-            losses.append(ppo.update(batch))
+            losses.append(ppo.update(batch, Progress(iterations=3)))
             rollouts.publish()
     for here, there in zip(batches[:3], batches[3:], strict=True):
         for key in here.keys(include_nested=True, leaves_only=True):
@@ -109,7 +112,7 @@ def test_bf16_keeps_the_ratio_at_one(scope, compile):
     policy = policy_on_gpu(scope, autocast="bf16", compile=compile)
     rollouts = rollouts_on_gpu(policy)
     rollouts.next()
-    batch, _ = rollouts.prepare(rollouts.next())
+    batch, _ = gae(policy, CFG)(rollouts.next())
     losses = make_loss(policy.actor, policy.critic, CFG)(batch[:64])
     assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=1e-3)
     assert losses["loss_objective"].dtype == torch.float32

@@ -10,13 +10,15 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from worlds import small_model
+from worlds import scores, small_model
 
-from agents.policy import split_frozen_prefix, stage_name
+from agents.reuse import split_constant
 from agents.small_vla import SmallVLA
+from agents.stages import stage_name
+from research.config import LoRAConfig
 from research.schema import UserError
 from research.training.freezing import freeze, parameter_groups, part_names
-from research.training.lora import LoRAConfig, adaptable_layers, adapter_changes, is_adapter, merge_lora
+from research.training.lora import adaptable_layers, adapter_changes, is_adapter, merge_lora
 
 
 def observations() -> TensorDict:
@@ -30,7 +32,7 @@ def observations() -> TensorDict:
 
 
 def outputs(model: SmallVLA) -> tuple:
-    return model.evaluate(observations(), torch.zeros(4, 3))
+    return scores(model, observations(), torch.zeros(4, 3))
 
 
 def adapted_layers(model: nn.Module) -> set[str]:
@@ -145,28 +147,28 @@ def test_groups_and_learning_rates_go_by_the_part_that_holds_the_adapter():
 def test_features_are_reused_only_upstream_of_every_adapter(targets, reused):
     model = small_model()
     freeze(model, "lora", lora=LoRAConfig(targets=targets))
-    frozen, _ = split_frozen_prefix(model.stages())
+    frozen, _ = split_constant(model.stages())
     assert [stage_name(model, stage) for stage in frozen] == reused
 
 
 def test_a_checkpoint_of_an_adapted_model_continues_in_another():
-    model = small_model(0)
+    model = small_model(seed=0)
     freeze(model, "lora")
     train_adapters(model)
-    resumed = small_model(7)
+    resumed = small_model(seed=7)
     freeze(resumed, "lora")
     resumed.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(resumed), strict=True))
 
 
 def test_merged_adapters_are_plain_weights_of_the_same_policy():
-    plain, model = small_model(0), small_model(0)
+    plain, model = small_model(seed=0), small_model(seed=0)
     freeze(model, "lora", lora=LoRAConfig(targets=["vision_encoder", "language_encoder", "fusion"]))  # and embeddings
     train_adapters(model)
     before = outputs(model)
     merged = merge_lora(copy.deepcopy(model))
     assert list(merged.state_dict()) == list(plain.state_dict())
-    other = small_model(7)
+    other = small_model(seed=7)
     other.load_state_dict(merged.state_dict())
     for a, b, c in zip(before, outputs(other), outputs(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

@@ -9,10 +9,9 @@ from torchrl.collectors import Collector
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from research.config import PPOConfig
 from research.schema import NonFiniteError
-from research.training.ppo import make_gae
-from research.training.rollout import CollectingPolicy, EpisodeStatistics, Rollouts
+from research.training.advantages import GAEAdvantages
+from research.training.rollout import CollectingPolicy, Rollouts
 
 GAMMA, LAMBDA = 0.9, 0.8
 
@@ -89,10 +88,8 @@ class Valuing:
 
 def collect(script: TensorDict, policy: Valuing, device: str | None = None) -> tuple[TensorDict, TensorDict]:
     """One rollout, and its batch."""
-    gae = make_gae(PPOConfig(gamma=GAMMA, gae_lambda=LAMBDA))
-    rollouts = Rollouts(Scripted(script, device), policy, script.numel(), gae)
-    rollout = rollouts.next()
-    batch, metrics = rollouts.prepare(rollout)
+    rollout = Rollouts(Scripted(script, device), policy, script.numel()).next()
+    batch, metrics = GAEAdvantages(policy, GAMMA, LAMBDA)(rollout)
     assert metrics == {}
     return rollout, batch
 
@@ -130,9 +127,9 @@ def test_the_second_rollout_goes_on_where_the_first_ended():
     events["truncated"][2:, -1] = events["terminated"][2:, -1] = events["done"][2:, -1] = False
     events["after"][2:, -1] = events["state"][2:, 0]  # played over and over: the first state follows the last
     both = torch.cat([events, events], dim=1)
-    rollouts = Rollouts(Scripted(events), Valuing(), 72, make_gae(PPOConfig(gamma=GAMMA, gae_lambda=0.0)))
+    rollouts = Rollouts(Scripted(events), Valuing(), 72)
     rollouts.next()
-    batch, _ = rollouts.prepare(rollouts.next())
+    batch, _ = GAEAdvantages(Valuing(), GAMMA, 0.0)(rollouts.next())
     value, following = values_of(both["state"][:, 12:]), values_of(both["after"][:, 12:])
     advantage = both["reward"][:, 12:] + GAMMA * following * ~both["terminated"][:, 12:] - value
     torch.testing.assert_close(batch["advantage"].view(6, 12, 1), advantage, rtol=0, atol=1e-5)
@@ -169,7 +166,7 @@ def test_rollout_and_batch_hold_what_the_update_reads_and_nothing_else(device):
 def test_steps_are_those_of_torchrls_own_collector():
     """Two rollouts, where TorchRL's loop takes the steps."""
     events = script()
-    ours = Rollouts(Scripted(events), Valuing(), 72, make_gae(PPOConfig()))
+    ours = Rollouts(Scripted(events), Valuing(), 72)
     theirs = iter(
         Collector(
             Scripted(events),
@@ -189,7 +186,7 @@ def test_steps_are_those_of_torchrls_own_collector():
 
 
 def test_a_rollout_outlives_the_next_one():
-    rollouts = Rollouts(Scripted(script()), Valuing(), 72, make_gae(PPOConfig()))
+    rollouts = Rollouts(Scripted(script()), Valuing(), 72)
     first = rollouts.next()
     before = first.clone()
     rollouts.next()
@@ -198,28 +195,9 @@ def test_a_rollout_outlives_the_next_one():
 
 def test_a_published_version_reaches_the_policy_on_another_device_than_its_own():
     # "cpu:0" is not "cpu" to a collector, so that it would copy a policy there as it would to a GPU.
-    rollouts = Rollouts(Scripted(script(), "cpu:0"), Valuing(), 72, make_gae(PPOConfig()))
+    rollouts = Rollouts(Scripted(script(), "cpu:0"), Valuing(), 72)
     rollouts.publish()
     assert (rollouts.next()["policy_version"] == 1).all()
-
-
-def test_episode_statistics_cross_rollouts():
-    rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
-    dones = torch.tensor([[False, True, False, False], [False, False, False, True]])
-    success = torch.tensor([[False, True, False, False], [False, False, False, False]])
-    statistics = EpisodeStatistics(2)
-
-    def rollout(columns: slice) -> TensorDict:
-        r, d, s = (x[:, columns, None] for x in (rewards, dones, success))
-        return TensorDict({"next": {"reward": r, "done": d, "success": s}}, batch_size=[2, 2])
-
-    first, second = statistics.update(rollout(slice(0, 2))), statistics.update(rollout(slice(2, 4)))
-    assert first == {
-        "rollout/return": 3.0, "rollout/episode_length": 2.0, "rollout/episodes": 1.0, "rollout/success_rate": 1.0
-    }  # fmt: skip
-    assert second["rollout/return"] == 26.0 and second["rollout/episode_length"] == 4.0
-    assert second["rollout/success_rate"] == 0.0
-    assert statistics.running_return.tolist() == [7.0, 0.0]
 
 
 class Broken:

@@ -1,0 +1,110 @@
+"""A model tried out on a few observations, before anything heavy starts; where it is wrong, it is said plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from agents.policy import VLAPolicy
+from agents.vla import DecidingVLA, for_model
+from research.schema import ACTION, LOG_PROB, VALUE, UserError, one_line
+
+
+def check_policy(policy: VLAPolicy, observations: TensorDictBase, action_shape: Sequence[int]) -> None:
+    """As `check_model`, and refuse a policy with nothing to learn.
+
+    Raises:
+        UserError: also where the log-probability depends on no parameter that trains.
+    """
+    what, log_prob = check_model(policy.model, observations, action_shape)
+    if any(p.requires_grad for p in policy.model.parameters()) and not log_prob.requires_grad:
+        raise UserError(f"{what}: log_prob depends on no trainable parameter, so nothing would be learned")
+
+
+@torch.compiler.set_stance("force_eager")
+def check_model(model: nn.Module, observations: TensorDictBase, action_shape: Sequence[int]) -> tuple[str, Tensor]:
+    """Run the model once on a few observations and refuse wrong shapes and dtypes.
+
+    The model's methods run as they are written, whatever a policy compiles.
+
+    Args:
+        model: the VLA.
+        observations: what the environment will offer, batch `[B]`, B >= 2 so that a lost batch dimension shows.
+        action_shape: of one action of the environment: `[A]`, or `[H, A]` for chunks.
+    Returns:
+        the name of the method that scores, and the log-probability that it gave.
+    Raises:
+        UserError: says the method, what was expected and what was got.
+    """
+    wanted = getattr(model, "observation_keys", ())
+    missing = [key for key in wanted if key not in observations.keys()]
+    if missing:
+        raise UserError(
+            f"{_name(model)} reads {', '.join(missing)}, but the environment offers "
+            f"{', '.join(sorted(observations.keys()))}; tell the model in policy.vla_config.model_config which "
+            "modalities there are"
+        )
+    check = _check_deciding if isinstance(model, DecidingVLA) else _check_methods
+    return check(model, observations, tuple(action_shape))
+
+
+def _check_methods(model: nn.Module, observations: TensorDictBase, action_shape: tuple) -> tuple[str, Tensor]:
+    name, b = _name(model), observations.batch_size[0]
+    observations = for_model(model, observations)
+    with torch.no_grad():
+        action = _call(f"{name}.forward", model, observations)
+        _expect(f"{name}.forward (the action)", action, (b, *action_shape))
+        _expect(f"{name}.get_value", _call(f"{name}.get_value", model.get_value, observations), (b, 1))
+    scores = _call(f"{name}.evaluate_actions", model.evaluate_actions, observations, action)
+    if not isinstance(scores, tuple) or len(scores) != 2:
+        raise UserError(f"{name}.evaluate_actions should return (log_prob, entropy), got {type(scores).__name__}")
+    for what, score in zip(("log_prob", "entropy"), scores, strict=True):
+        _expect(f"{name}.evaluate_actions ({what})", score, (b,))
+    return f"{name}.evaluate_actions", scores[0]
+
+
+def _check_deciding(model: DecidingVLA, observations: TensorDictBase, action_shape: tuple) -> tuple[str, Tensor]:
+    name, b = _name(model), observations.batch_size[0]
+    with torch.no_grad():
+        step = _call(f"{name}.stages", model.run_stages, observations)
+        step = _call(f"{name}.decide", model.decide, step, False)
+        for key, shape in ((ACTION, (b, *action_shape)), (LOG_PROB, (b,)), (VALUE, (b, 1))):
+            _expect(f"{name}.decide ({key})", step.get(key, None), shape)
+        for key in model.decision_keys:
+            if step.get(key, None) is None:
+                raise UserError(f"{name}.decide should write {key!r}, which decision_keys names")
+        _expect(f"{name}.state_value", _call(f"{name}.state_value", model.state_value, step), (b, 1))
+    seen = _call(f"{name}.stages", model.run_stages, observations).update(step.select(*model.decision_keys))
+    scores = _call(f"{name}.score", model.score, seen)
+    if not isinstance(scores, tuple) or len(scores) != 3:
+        raise UserError(f"{name}.score should return (log_prob, entropy, value), got {type(scores).__name__}")
+    for what, score, shape in zip(("log_prob", "entropy", "value"), scores, ((b,), (b,), (b, 1)), strict=True):
+        _expect(f"{name}.score ({what})", score, shape)
+    return f"{name}.score", scores[0]
+
+
+def _call(what: str, method: Callable, *arguments) -> Any:
+    try:
+        return method(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code: anything can come out of it
+        raise UserError(
+            f"{what} failed on the environment's observations: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _expect(what: str, value: Any, shape: tuple[int, ...]) -> None:
+    expected = f"a float tensor {list(shape)}"
+    if not isinstance(value, Tensor):
+        raise UserError(f"{what}: expected {expected}, got {type(value).__name__}")
+    if tuple(value.shape) != shape or not value.is_floating_point():
+        raise UserError(f"{what}: expected {expected}, got {value.dtype} {list(value.shape)}")
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

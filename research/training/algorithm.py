@@ -1,0 +1,121 @@
+"""The seam between a training script and what it trains with: collection, algorithm, and how far a run has come.
+
+rollout = rollouts.next()                       # [N, T]: collects, and nothing else
+batch, metrics = algorithm.prepare(rollout)     # flat: advantages (GAE, V-trace, groups of episodes)
+metrics |= algorithm.update(batch, progress)    # gradient steps; schedules and warm-up are the algorithm's own
+rollouts.publish()                              # whoever collects may take the new weights
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved and restored as one thing.
+
+    Attributes:
+        iterations: of the whole run.
+        iteration: rollouts taken and learned from.
+        env_steps: control steps taken, over all environments: `global_step`.
+        before: metrics of the evaluation before training, if there was one.
+        best: the best evaluation's score so far.
+    """
+
+    iterations: int
+    iteration: int = 0
+    env_steps: int = 0
+    before: dict[str, float] | None = None
+    best: float = -math.inf
+    _last_steps: int = 0  # of the last iteration
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.iterations
+
+    def advance(self, env_steps: int) -> None:
+        """Note an iteration that took so many env steps."""
+        self.iteration, self.env_steps, self._last_steps = self.iteration + 1, self.env_steps + env_steps, env_steps
+
+    def crossed(self, every: int) -> bool:
+        """Whether the last iteration stepped over a multiple of `every` env steps; 0 is never."""
+        return every > 0 and (self.env_steps - self._last_steps) // every != self.env_steps // every
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration, "global_step": self.env_steps, "before": self.before, "best": self.best,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration, self.env_steps = state["iteration"], state["global_step"]
+        self.before, self.best = state["before"], state["best"]
+
+
+class Acting(Protocol):
+    """The module that acts; `agents.policy.Act` is one."""
+
+    in_keys: list
+    out_keys: list
+
+    def __call__(self, step: TensorDictBase) -> TensorDictBase:
+        """Write action, log-probability and value beside the observations of a step `[N]`."""
+
+    def go_on(self, step: TensorDictBase) -> TensorDictBase:
+        """The same, where `step` also holds what `Policy.look_ahead` made of its observations."""
+
+
+class Policy(Protocol):
+    """What collection and the update need of a policy; `agents.policy.VLAPolicy` is one."""
+
+    act: Acting
+    actor: TensorDictModuleBase
+    critic: TensorDictModuleBase
+    kept_keys: list
+
+    def values(self, steps: TensorDictBase) -> Tensor:
+        """State values `[B, 1]` of the observations in `steps` `[B]`."""
+
+    def look_ahead(self, steps: TensorDictBase) -> tuple[Tensor, TensorDictBase | None]:
+        """As `values`, for observations that will be acted upon next, and what `act.go_on` can go on from then."""
+
+
+class Collection(Protocol):
+    """Where rollouts come from: `rollout.Rollouts` or `asynchronous.AsynchronousRollouts`."""
+
+    def next(self) -> TensorDictBase:
+        """A rollout `[N, T]`."""
+
+    def metrics(self) -> dict[str, float]:
+        """Of what was collected since this was last asked: `rollout/*`."""
+
+    def publish(self) -> None:
+        """Say that the weights have changed."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], env_steps: int) -> bool:
+        """Go on from there, after so many env steps; False where episodes have to start anew."""
+
+    def shutdown(self) -> None:
+        """Close environments and end processes."""
+
+
+class Algorithm(Protocol):
+    """What learns from rollouts: `ppo.PPO`."""
+
+    def prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
+        """The flat batch that the update reads, `[B]`, and metrics of how it was made."""
+
+    def update(self, batch: TensorDictBase, progress: Progress) -> dict[str, float]:
+        """Gradient steps on a batch; returns `train/*` metrics, means over the steps."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,121 @@
+"""The report of a comparison: its tables and text, and the page that shows everything in one file."""
+
+import base64
+import re
+import shutil
+import subprocess
+
+import pytest
+from study_worlds import EASY, make_run, write_study
+
+from research.schema import UserError
+from research.study import report as report_module
+from research.study.comparison import compare
+from research.study.report import cell_table, code, html_table, interval, markdown_table, ranking, videos, write_report
+from research.study.run_table import read_folders
+from research.study.statistics import Estimate
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study") / "runs")
+
+
+@pytest.fixture(scope="module")
+def report(study, tmp_path_factory):
+    """What is written for `study`."""
+    output = tmp_path_factory.mktemp("report")
+    write_report(compare(read_folders([str(study)])), output, "the command")
+    return output
+
+
+def test_the_page_is_one_file_with_the_best_runs_last_video(study, report):
+    page = (report / "report.html").read_text()
+    best = max(read_folders([f"{study}/vision-0.0003-*"]), key=lambda run: run.eval_scores[-1])
+    embedded = re.findall(r'<video[^>]*src="data:video/mp4;base64,([^"]*)"', page)
+    assert [base64.b64decode(data) for data in embedded] == [best.folder.video(2000).read_bytes()]
+    assert not re.search(r"<(script|img|link|iframe)[^>]+(src|href)=", page)
+    assert page.count("plotly.js v") == 1  # the library's banner
+    assert page.count('class="plotly-graph-div"') == 3
+    assert "<td>not separable</td>" in page or "<td>separable</td>" in page
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; .ci/run installs it")
+def test_the_page_draws_itself_in_a_browser(report, tmp_path):
+    """Opened from the file, without a network: all figures are drawn, all curves named, and no script complains."""
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--window-size=1300,4000",
+        "--virtual-time-budget=20000", "--dump-dom",
+    ]  # fmt: skip
+    page = f"file://{report / 'report.html'}"
+    result = subprocess.run([BROWSER, *flags, page], capture_output=True, text=True, timeout=120)
+    drawn = result.stdout
+    assert result.returncode == 0, result.stderr[-500:]
+    assert not re.findall(r".*CONSOLE.*(?:Uncaught|Error).*", result.stderr)
+    figures = drawn.split('class="plotly-graph-div')[1:]
+    assert len(figures) == 3 and all('class="main-svg"' in figure for figure in figures)
+    success, curves, heatmap = figures
+    assert success.count('class="trace scatter') == 4  # two scopes, their means and their seeds
+    names = {"vision at 0.0003 (3 seeds)", "none at 0.0001 (3 seeds)"}
+    assert set(re.findall(r'class="legendtext"[^>]*>([^<]+)<', curves)) == names
+    assert "<image" in heatmap and heatmap.count('class="heatmap-label"') == 4
+    assert drawn.count("<video") == 1  # only vision's best run has one
+
+
+def test_text_from_runs_is_escaped_in_the_page():
+    table = html_table((["a"], [["<script>"]]))
+    assert "<td>&lt;script&gt;</td>" in table
+    assert code("`x<y` & z") == "<code>x&lt;y</code> &amp; z"
+
+
+@pytest.mark.parametrize(("scale", "mean"), [(1e-4, "0.09876 [0.0"), (1.0, "987.6 [9"), (1e3, "987600 [9")])
+def test_returns_are_shown_with_four_digits_whatever_their_unit(tmp_path, scale, mean):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"{seed}", seed=seed, returns=scale * (987.6 + seed - 2 + EASY))
+    (line,) = ranking(compare(read_folders([str(tmp_path)])))
+    assert line.startswith(f"none: {mean}")
+
+
+def test_text_is_code_between_backquotes_and_says_where_an_interval_is_missing():
+    assert markdown_table((["a", "b"], [["1", "2"]])) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    assert interval(Estimate(0.25, 0.125, 0.5), decimals=2, signed=True) == "+0.25 [+0.12, +0.50]"
+    assert interval(Estimate(0.25, float("nan"), float("nan"))) == "0.250 (no interval)"
+
+
+def test_every_rate_is_listed_with_its_seeds_and_the_chosen_one_marked(tmp_path):
+    for rate, seed in ((1e-4, 1), (1e-4, 2), (3e-4, 1)):
+        make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed, returns=100 * seed + EASY, sampled=1e5 * rate)
+    header, rows = cell_table(compare(read_folders([str(tmp_path)])))
+    assert header[-3:] == ["return", "of each seed", "chosen"]
+    assert rows == [
+        ["none", "0.0001", "2", "10.0", "150.0", "100.0 200.0", ""],
+        ["none", "0.0003", "1", "30.0", "100.0", "100.0", "yes"],
+    ]
+
+
+def test_the_report_ends_with_what_made_it_and_shows_no_table_without_rows(report, tmp_path):
+    text = (report / "report.md").read_text()
+    assert text.endswith("\nMade by `the command`\n") and "## Pairs of scopes" in text
+    assert "## Generalisation" not in text  # these runs were evaluated in no split
+    assert "<p>Made by <code>the command</code></p>" in (report / "report.html").read_text()
+    make_run(tmp_path / "run")
+    write_report(compare(read_folders([str(tmp_path)])), tmp_path / "alone", "x")
+    assert "## Pairs of scopes" not in (tmp_path / "alone" / "report.md").read_text()
+
+
+def test_a_large_video_stays_out_of_the_page(study, monkeypatch):
+    comparison = compare(read_folders([str(study)]))
+    assert sum("<video" in line for line in videos(comparison)) == 1
+    monkeypatch.setattr(report_module, "LARGEST_VIDEO", 10)
+    assert videos(comparison) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(study, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write to .*/file/report: Not a directory$"):
+        write_report(compare(read_folders([f"{study}/vision-0.0003-*"])), tmp_path / "file" / "report", "x")

@@ -1,0 +1,145 @@
+"""Sweep files: the shipped ones, what is drawn from them and passed on, and wrong ones refused in one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import sweep_local
+from study_worlds import write_sweep
+from worlds import ROOT
+
+from research.schema import UserError
+from research.study.sweep_file import Parameter, arguments, check_options, load_sweep
+
+RATE = "algorithm.cfg.learning_rate"
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_a_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text("")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
+    sweep = load_sweep(path)
+    check_options(sweep, sweep_local.config_of)
+    assert (ROOT / sweep.program).is_file() and sweep.metric == "eval/success_rate" and sweep.maximize
+    runs = {"freeze": 15, "learning_rate": 15, "bayes": 40}
+    runs |= {"freeze_learning_rate": 50, "freeze_learning_rate_confirm": 25, "language_rate": 5}
+    assert (sweep.run_cap or len(sweep.grid())) == runs[path.stem]
+    assert sweep.name == path.stem and sweep.project == "vla-rl"
+
+
+def test_each_scope_has_its_own_range_and_the_ranges_share_their_rates():
+    rates = {}
+    for point in load_sweep(ROOT / "sweeps" / "freeze_learning_rate.yaml").grid():
+        config = sweep_local.config_of(arguments(point))
+        rates.setdefault(config.policy.freeze, set()).add(config.algorithm.cfg.learning_rate)
+    assert set(rates) == {"none", "vision", "language", "backbone", "lora"}
+    assert all(len(r) == 5 for r in rates.values())
+    assert max(rates["none"]) < max(rates["vision"]) < max(rates["backbone"])
+    assert 1e-4 in set.intersection(*rates.values())  # bit-equal, so a heat map has common columns
+    assert len(set.union(*rates.values())) == 7
+
+
+def test_a_grid_is_in_the_order_of_the_file_and_corners_show_every_value():
+    sweep = load_sweep(write_sweep(parameters={"policy.freeze": {"value": "none"}}))
+    assert sweep.varied == ["trainer.seed", RATE]
+    points = [(1, 0.5), (1, 1.0), (2, 0.5), (2, 1.0)]
+    assert sweep.grid() == [{"trainer.seed": seed, RATE: rate, "policy.freeze": "none"} for seed, rate in points]
+    ranges = {"trainer.seed": {"values": [1, 2, 3]}, RATE: {"min": 0.25, "max": 4.0}}
+    corners = load_sweep(write_sweep(method="random", parameters=ranges)).corners()
+    assert [(corner["trainer.seed"], corner[RATE]) for corner in corners] == [(1, 0.25), (2, 4.0), (3, 4.0)]
+
+
+def test_a_run_is_called_with_the_commands_own_flags_and_the_point():
+    point = {"policy.freeze": ["fusion", "x"], RATE: 1e-5, "trainer.resume": None}
+    given = [f"--{RATE}=1e-05", "--trainer.resume=None"]
+    command = ["${env}", "${interpreter}", "${program}", "--config=a.json", "${args}"]
+    sweep = load_sweep(write_sweep(command=command))
+    flags = ["--config=a.json", "--policy.freeze=['fusion', 'x']", *given]
+    assert sweep.flags(point) == flags
+    assert sweep.words(point, ["--more"]) == ["/usr/bin/env", sys.executable, "script.py", *flags, "--more"]
+    assert load_sweep(write_sweep()).flags(point) == flags[1:] == arguments(point)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"min_iter": 4}, (4, 3)),
+        ({"min_iter": 4, "eta": 2}, (4, 2)),
+        ({"max_iter": 27, "s": 2}, (3, 3)),
+        ({"max_iter": 3, "s": 4, "eta": 2}, (1, 2)),
+    ],
+)
+def test_hyperband_begins_at_min_iter_or_at_its_lowest_bracket(spec, expected):
+    sweep = load_sweep(write_sweep(early_terminate={"type": "hyperband", **spec}))
+    assert (sweep.min_iter, sweep.eta) == expected
+
+
+def test_values_are_drawn_as_wandb_draws_them():
+    assert Parameter("a", low=0.1, high=10.0, log=True).distribution().log
+    assert Parameter("a", low=0, high=100, q=5).value(12.6) == 15
+    assert Parameter("a", low=0.0, high=1.0, q=0.25).value(0.6) == 0.5
+    listed = Parameter("a", choices=("none", ["x"], True))
+    assert [listed.value(drawn) for drawn in listed.distribution().choices] == ["none", ["x"], True]
+    whole = Parameter("a", low=1, high=9, integer=True).distribution()
+    assert (whole.low, whole.high) == (1, 9)
+
+
+BAD = [
+    ({"metod": "grid"}, "unknown key 'metod'; did you mean method?"),
+    ({"method": "annealing"}, "'annealing' is none of grid, random, bayes"),
+    ({"parameters": {RATE: {"value": "1e-5"}}}, "1e-5 is text to YAML, not a number; write 1.0e-5"),
+    ({"parameters": {RATE: {"values": [1.0, "1.5e5"]}}}, "1.5e5 is text to YAML, not a number; write 1.5e+5"),
+    ({"parameters": {RATE: {"min": "1e-5", "max": 1.0}}, "method": "random"}, "write 1.0e-5"),
+    ({"parameters": {RATE: {"min": 0.1, "max": 1.0}}}, "a grid needs values, not a range"),
+    ({"parameters": {RATE: {"values": []}}}, "expected a list that is not empty"),
+    ({"parameters": {RATE: {}}}, "needs values, value, or min and max"),
+    ({"parameters": {RATE: None}}, "expected keys and values"),
+    ({"parameters": {RATE: {"values": [1.0, 1.0]}}}, "listed twice"),
+    ({"parameters": {RATE: {"values": [1.0], "min": 1}}}, "values leaves no room for min"),
+    ({"parameters": {RATE: {"vales": [1.0]}}}, "did you mean values?"),
+    ({"parameters": {"policy.freez": {"value": "none"}}}, "did you mean --policy.freeze?"),
+    ({"parameters": {"policy.freeze": {"values": ["none", "visoin"]}}}, "'visoin' is none of the presets"),
+    ({"parameters": {"trainer.seed": {"values": [1, -1]}}}, "trainer.seed"),
+    ({"parameters": {"policy": {"parameters": {"freeze": {"value": "none"}}}}}, "write dotted names"),
+    ({"parameters": {RATE: {"distribution": "normal", "mu": 1}}}, "unknown key 'mu'"),
+    ({"parameters": {RATE: {"distribution": "normal"}}, "method": "random"}, "distribution 'normal' is not supported"),
+    ({"parameters": {RATE: {"min": 1.0}}, "method": "random"}, "max is missing"),
+    ({"parameters": {RATE: {"min": 2.0, "max": 1.0}}, "method": "random"}, "needs min < max"),
+    ({"parameters": {RATE: {"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}}, "method": "random"},
+     "greater than 0"),
+    ({"method": "random"}, "give it a run_cap, or --trials=N"),
+    ({"early_terminate": {"type": "envelope"}}, "use hyperband"),
+    ({"early_terminate": {"type": "hyperband"}}, "needs min_iter, or max_iter and s"),
+    ({"metric": None}, "metric is missing"),
+    ({"metric": {"name": "x", "goal": "max"}}, "minimize or maximize"),
+    ({"command": ["python", "${program}"]}, "${args} at its end"),
+    ({"command": ["python", "${program}", "${args_json}"]}, "${args_json} is not supported"),
+    ({"program": "nowhere.py"}, "program: nowhere.py does not exist (current directory: /"),
+    ({"run_cap": 0}, "run_cap: expected a whole number of at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_sweep_files_are_one_line_and_start_nothing(capsys, changes, message):
+    assert sweep_local.main([write_sweep(**changes)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: s.yaml: ") and "\n" not in error
+    assert message in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not YAML"), ("", "expected keys and values"), (None, "cannot be read")]
+)
+def test_files_that_are_no_sweep(text, message):
+    if text is not None:
+        Path("s.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_sweep("s.yaml")

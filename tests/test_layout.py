@@ -1,0 +1,74 @@
+"""The house: imports point down, and the way of one batch is short."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from worlds import ROOT
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+SCHEMA = ("research.schema",)
+CONFIG = (*SCHEMA, "research.config", "research.options")
+# folder -> what of this project its files may import, besides their own folder
+BELOW = {
+    "agents": SCHEMA,
+    "envs": SCHEMA,
+    "research/training": CONFIG,
+    "research/runs": SCHEMA,
+    "research/study": (*CONFIG, "research.runs"),
+}
+# A run is reported by what it evaluated: the one arrow between neighbours.
+EXCEPTIONS = {"research/runs/reporting.py": ("research.training.evaluation",)}
+
+
+def ours(name: str) -> bool:
+    scripts = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    return name.split(".")[0] in {"research", "agents", "envs", "throughput", *scripts}
+
+
+@pytest.mark.parametrize("folder", BELOW)
+def test_imports_point_down(folder):
+    files = sorted((ROOT / folder).glob("*.py"))
+    assert files
+    own = folder.replace("/", ".")
+    for path in files:
+        allowed = (own, *BELOW[folder], *EXCEPTIONS.get(str(path.relative_to(ROOT)), ()))
+        for name in filter(ours, imports_of(path)):
+            if name == "research" or name == "research.study":
+                continue  # the package of what is named behind it
+            assert name.startswith(tuple(f"{a}." for a in allowed)) or name in allowed, f"{path.name} imports {name}"
+
+
+def test_the_root_of_research_is_below_its_folders():
+    for path in (ROOT / "research").glob("*.py"):
+        for name in filter(ours, imports_of(path)):
+            assert name.startswith(("research.schema", "research.config", "research.options")), f"{path.name}: {name}"
+
+
+def test_no_script_imports_another():
+    parts = {"assembling", "configuration", "training_run"}
+    scripts = {path.stem for path in (ROOT / "experiments").glob("*.py")} - parts
+    for path in (ROOT / "experiments").rglob("*.py"):
+        assert not scripts & {name.split(".")[0] for name in imports_of(path)}, path.name
+
+
+def test_from_the_environment_to_the_gradient_it_is_five_files():
+    """The README names them, in order."""
+    (sentence,) = re.findall(r"To follow one batch.*?\n\n", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    files = re.findall(r"`([\w/]+\.py)`", sentence)
+    assert files[0] == "experiments/ppo_vla.py" and files[-1] == "research/training/ppo.py" and len(files) <= 5
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in files) <= 700
