@@ -43,7 +43,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.action_heads import make_action_head
-from agents.vla import StagedVLA
+from agents.vla import StagedVLA, check_modalities
 from research.schema import (
     HIDDEN,
     LANGUAGE,
@@ -121,9 +121,7 @@ class GPTVLAModel(StagedVLA):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
-        unknown = [m for m in modalities if m not in READS]
-        if unknown or not modalities:
-            raise UserError(f"GPTVLAModel: modalities are {', '.join(READS)}, got {list(modalities)!r}")
+        check_modalities(self, modalities, READS)
         self.reads_rgb, self.reads_proprio, self.reads_language = (m in modalities for m in READS)
         self.observation_keys = tuple(modalities)
         self.proprio_dim = proprio_dim

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from agents.action_heads import make_action_head
-from agents.vla import StagedVLA
-from research.schema import DEPTH, HIDDEN, LANGUAGE, MODALITIES, OBSERVATION, PROPRIO, RGB, UserError, base_modality
+from agents.vla import StagedVLA, check_modalities
+from research.schema import DEPTH, HIDDEN, LANGUAGE, MODALITIES, OBSERVATION, PROPRIO, RGB, base_modality
 
 
 class SmallVLA(StagedVLA):
@@ -53,9 +53,8 @@ class SmallVLA(StagedVLA):
         random_shift: int = 0,
     ):
         super().__init__()
+        check_modalities(self, modalities, MODALITIES)
         bases = {m: base_modality(m) for m in modalities}
-        if None in bases.values() or not bases:
-            raise UserError(f"SmallVLA: modalities are {', '.join(MODALITIES)}, got {list(modalities)!r}")
         self.images = [m for image in (RGB, DEPTH) for m in modalities if bases[m] == image]
         self.reads_language, self.reads_proprio = LANGUAGE in modalities, PROPRIO in modalities
         self.observation_keys = tuple(modalities)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 from tensordict import NonTensorData, TensorDict, TensorDictBase
@@ -35,7 +36,17 @@ from torch.distributions import Distribution
 
 from agents.action_heads import entropy_of, mode_of
 from agents.stages import run_stage
-from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VALUE, UserError, decode_text
+from research.schema import (
+    ACTION,
+    HIDDEN,
+    LANGUAGE,
+    LOG_PROB,
+    OBSERVATION,
+    VALUE,
+    UserError,
+    base_modality,
+    decode_text,
+)
 
 FUSED_METHODS = ("act", "evaluate")
 STAGED_METHODS = ("stages", "action_distribution", "value")
@@ -226,6 +237,17 @@ class _Fused(_ThreeMethods):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.act, self.evaluate = model.act, model.evaluate
+
+
+def check_modalities(model: nn.Module, modalities: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse observations that a built-in model does not know; a further camera has its kind's name and its own.
+
+    Raises:
+        UserError: none at all, or an unknown one.
+    """
+    if not modalities or any(base_modality(modality) not in known for modality in modalities):
+        name = type(model).__name__
+        raise UserError(f"{name}: modalities are {', '.join(known)}, got {list(modalities)!r}")
 
 
 def for_model(model: nn.Module, observations: TensorDictBase) -> TensorDictBase:

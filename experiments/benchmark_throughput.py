@@ -12,7 +12,9 @@ backbone (all but the heads); the precision fp32 or bf16, either also -compiled;
 Peers, which offer nothing else, and the buffer vla run in fp32. Every row has the same environment, sizes and initial
 weights, and a process of its own.
 
-Into --output go <model>-<env>-<device>.csv and .png, or scaling-<env>-<device>.csv and .png, after every row.
+Into --output, by default runs/throughput in the working directory, go <model>-<env>-<device>.csv and .png, or
+scaling-<env>-<device>.csv and .png, after every row. The tables that RESULTS.md shows are committed in
+experiments/results/throughput; --output=experiments/results/throughput puts new ones in their place.
 """
 
 from __future__ import annotations
@@ -36,7 +38,6 @@ from throughput.row import Settings, run
 
 from research.schema import UserError
 
-HERE = Path(__file__).resolve().parent
 SIZES = {  # by device: what is not said on the command line
     "cpu": {"model": "small", "num_envs": 64, "steps": 32, "batch_size": 512, "image_size": 64},
     "cuda": {"model": "gpt", "num_envs": 1024, "steps": 8, "batch_size": 256, "image_size": 224},
@@ -101,7 +102,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--num_collectors", type=int, default=1, help="processes of rows with buffer vla, default 1")
     add("--threads", type=int, default=torch.get_num_threads(), help="torch threads, default %(default)s")
     add("--profile", action="store_true", help="also write where each row's time goes: profile-<row>.txt")
-    add("--output", type=Path, default=HERE / "results" / "throughput", help="folder, default experiments/results/…")
+    add(
+        "--output", type=Path, default=Path("runs") / "throughput",
+        help="folder, default %(default)s; the committed tables are in experiments/results/throughput",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     for name, value in SIZES[options.device].items():
         if getattr(options, name) is None:

@@ -55,7 +55,7 @@ class Settings:
         epochs, batch_size: of the update.
         iterations, warmup: rollouts with their updates that are timed, and those before.
         floor: also time the floor, by turns, where `loop` is ours and the buffer standard.
-        profile: file for where the time goes, or none.
+        profile: file for where the time goes, or none. In the table, its name within the output folder.
     """
 
     loop: str
@@ -236,6 +236,7 @@ def columns(settings: Settings, bytes_per_transition: float, times: list[tuple[f
         "row": settings.row,
         **asdict(settings),
         "model_config": json.dumps(settings.model_config),
+        "profile": settings.profile and Path(settings.profile).name,
         "env_steps_per_second": settings.frames / median,
         "iteration_s": median,
         "iteration_s_min": min(totals),

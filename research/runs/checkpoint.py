@@ -46,11 +46,6 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def run_folder_of(path: str | Path) -> Path:
-    """The path of `RunFolder.containing`."""
-    return RunFolder.containing(path).path
-
-
 def restore_rng(state: dict[str, Any]) -> None:
     """Set Python's, NumPy's and torch's generators to where the checkpoint was taken.
 

@@ -54,11 +54,6 @@ WANDB_MODES = ("online", "offline", "shared", "disabled")
 _WANDB_TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 300.0}
 
 
-def create_run_folder(run_dir: str | Path, exp_name: str) -> Path:
-    """The path of `RunFolder.create`."""
-    return RunFolder.create(run_dir, exp_name).path
-
-
 def resolve_wandb_mode(use_wandb: bool) -> tuple[str, str]:
     """Decide how this run talks to W&B, without a prompt and without the network.
 

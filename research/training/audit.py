@@ -30,23 +30,20 @@ class FreezeAudit:
 
     Args:
         model: frozen as wanted (`research.training.freezing.freeze`), and holding the weights that the run starts from.
-        track_drift: False saves the copy, and `drift` returns nothing.
     """
 
-    def __init__(self, model: nn.Module, track_drift: bool = True):
+    def __init__(self, model: nn.Module):
         self.model = model
         self._hashes = _hashes(dict(_frozen_tensors(model)))
         self._start: dict[str, Tensor] = {}
-        self._norms: dict[str, float] = {}  # of each part's weights at the start
         self._intact = True
-        if track_drift:
-            squares = defaultdict(float)
-            for name, parameter in model.named_parameters():
-                if not is_adapter(name):
-                    squares[part_of(name)] += _square_norm(parameter.detach())
-                    if parameter.requires_grad:
-                        self._start[name] = parameter.detach().to("cpu", copy=True)
-            self._norms = {part: square**0.5 for part, square in squares.items()}
+        squares: dict[str, float] = defaultdict(float)
+        for name, parameter in model.named_parameters():
+            if not is_adapter(name):
+                squares[part_of(name)] += _square_norm(parameter.detach())
+                if parameter.requires_grad:
+                    self._start[name] = parameter.detach().to("cpu", copy=True)
+        self._norms = {part: square**0.5 for part, square in squares.items()}  # of each part's weights at the start
 
     def check(self, when: str) -> None:
         """Compare every frozen tensor with its start.
@@ -75,14 +72,12 @@ class FreezeAudit:
         A low-rank adapter counts as the change it makes to its layer's weight, so that "lora" compares with the other
         scopes. A part that started at zero reports ||w||.
         """
-        squares = dict.fromkeys(self._norms, 0.0)
-        if squares:
-            parameters = dict(self.model.named_parameters())
-            for name, start in self._start.items():
-                now = parameters[name].detach()
-                squares[part_of(name)] += _square_norm(now.float() - start.to(now.device).float())
-            for name, change in adapter_changes(self.model):
-                squares[part_of(name)] += _square_norm(change)
+        squares, parameters = dict.fromkeys(self._norms, 0.0), dict(self.model.named_parameters())
+        for name, start in self._start.items():
+            now = parameters[name].detach()
+            squares[part_of(name)] += _square_norm(now.float() - start.to(now.device).float())
+        for name, change in adapter_changes(self.model):
+            squares[part_of(name)] += _square_norm(change)
         return {f"audit/drift/{part}": square**0.5 / (self._norms[part] or 1.0) for part, square in squares.items()}
 
     def summary(self) -> dict[str, int | bool | str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import benchmark_throughput as benchmark
 import pytest
@@ -12,6 +14,7 @@ from throughput.models import StandInEnv, build_model
 from throughput.peers import Floor
 from throughput.row import Settings, build_loop, measure
 from torchrl.envs.utils import check_env_specs
+from worlds import ROOT
 
 from agents.checking import check_policy
 from agents.cost import FlopCounter
@@ -20,6 +23,7 @@ from research.config import PPOConfig
 from research.training.freezing import part_names
 
 TINY = {"num_envs": 4, "steps": 4, "batch_size": 8, "iterations": 1}
+RESULTS = ROOT / "experiments" / "results"
 FULL, FROZEN = "ours/none/fp32/standard", "ours/backbone/fp32/standard"
 
 
@@ -49,6 +53,32 @@ def test_every_row_of_ours_has_its_columns_and_its_floor(table):
         assert row["mfu"] == pytest.approx(row["model_flops_per_second"] / row["peak_flops_per_second"])
         assert row["model_flops_per_second"] == pytest.approx(16 * row["flops_per_env_step"] / row["iteration_s"])
         assert (row["num_envs"], row["threads"], row["torch"]) == ("4", "1", torch.__version__)
+
+
+def test_a_table_names_files_of_its_folder_and_nothing_of_the_machines(table):
+    assert [table[name]["profile"] for name in (FULL, FROZEN)] == [
+        "profile-ours-none-fp32-standard.txt", "profile-ours-backbone-fp32-standard.txt",
+    ]  # fmt: skip
+    assert not [value for row in table.values() for value in row.values() if Path(str(value)).is_absolute()]
+
+
+def test_committed_results_hold_no_absolute_path():
+    """Nor the name of a home folder: whoever repeats a table has neither."""
+    absolute = re.compile(r"(?:^|(?<=[\s,;:\"'=`(\[]))(?:/|~/|[A-Z]:\\)[\w.-]+[/\\]", flags=re.MULTILINE)
+    assert absolute.search("a,/home/x/y.txt") and absolute.search("`~/runs/a`") and not absolute.search("runs/a / b/c")
+    files = [file for file in RESULTS.rglob("*") if file.suffix in (".csv", ".json", ".md", ".txt")]
+    assert len(files) > 10
+    for file in files:
+        assert not absolute.search(file.read_text()), file
+
+
+def test_without_output_committed_tables_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "run", lambda settings: rows_of(settings.row))
+    monkeypatch.chdir(tmp_path)
+    before = {file: file.read_bytes() for file in RESULTS.rglob("*") if file.is_file()}
+    assert benchmark.main([f"--rows={FULL}"]) == 0
+    assert (tmp_path / "runs" / "throughput" / "small-tabletop-cpu.csv").is_file()
+    assert {file: file.read_bytes() for file in RESULTS.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("scope", ["none", "vision", "backbone"])

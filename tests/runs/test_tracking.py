@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -284,16 +283,6 @@ def test_upload_that_does_not_finish_says_how_to_sync(tmp_path, capsys):
         tracker.run = Run()
     assert f"wandb sync {tmp_path}/wandb/run-*" in capsys.readouterr().out
     assert tracker.sync_command == f"wandb sync {tmp_path}/wandb/run-*"
-
-
-def test_a_row_costs_less_than_a_millisecond(tmp_path):
-    with start(tmp_path) as tracker:
-        metrics = {f"train/metric_{i}": i / 7 for i in range(30)}
-        times = [time.perf_counter()]
-        for step in range(500):
-            tracker.log(metrics, step)
-            times.append(time.perf_counter())
-    assert np.median(np.diff(times)) < 1e-3  # the median: other processes may take the CPU now and then
 
 
 def test_git_commit_is_short_marks_changes_and_is_none_outside_a_repository(tmp_path, monkeypatch):

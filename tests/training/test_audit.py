@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 
 import pytest
 import torch
@@ -37,11 +36,11 @@ FROZEN = {  # of the scope "vision"
 }  # fmt: skip
 
 
-def audited(scope="vision", **kwargs) -> tuple[Model, FreezeAudit]:
+def audited(scope="vision") -> tuple[Model, FreezeAudit]:
     torch.manual_seed(0)
     model = Model()
     freeze(model, scope)
-    return model, FreezeAudit(model, **kwargs)
+    return model, FreezeAudit(model)
 
 
 def flip_one_bit(tensor: torch.Tensor) -> None:
@@ -172,22 +171,8 @@ def test_drift_of_an_adapter_is_that_of_its_layer():
         audit.check("now")
 
 
-def test_without_drift_nothing_is_copied():
-    _, audit = audited(track_drift=False)
-    assert audit.drift() == {} and audit.state_dict()["start"] == {}
-
-
 def test_tied_tensors_are_hashed_once():
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False), "c": nn.Linear(3, 1)})
     model["b"].weight = model["a"].weight
     freeze(model, ["b"])
     assert FreezeAudit(model).summary()["audit/frozen_tensors"] == 1
-
-
-def test_a_check_of_forty_megabytes_takes_well_under_a_second():
-    model = nn.ModuleDict({"a": nn.Linear(1000, 10_000, bias=False), "b": nn.Linear(1, 1)})
-    freeze(model, ["a"])
-    audit = FreezeAudit(model)
-    start = time.process_time()
-    audit.check("now")
-    assert time.process_time() - start < 0.5

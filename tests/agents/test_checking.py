@@ -1,0 +1,62 @@
+"""A model that does not keep to the contract is refused, with what was expected and what was got."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from worlds import (
+    ThreeMethods,
+    small_model,
+)
+
+from agents.checking import check_policy
+from agents.policy import VLAPolicy
+from agents.small_vla import SmallVLA
+from envs.tabletop import TabletopEnv
+from research.schema import UserError
+
+
+def test_checking_a_policy_compiles_nothing():
+    torch._dynamo.reset()
+    policy = VLAPolicy(small_model(), compile=True)
+    compiled = torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    check_policy(policy, observations(), (3,))
+    assert compiled["unique_graphs"] == before
+    with torch.no_grad():
+        policy.act(TensorDict({"observation": observations()}, [2]))
+    assert compiled["unique_graphs"] > before
+
+
+def observations() -> TensorDict:
+    return TabletopEnv(2).reset()["observation"]
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "message"),
+    [
+        ("forward", lambda o: torch.zeros(2, 4), r"forward \(the action\): expected a float tensor \[2, 3\].*\[2, 4\]"),
+        ("forward", lambda o: torch.zeros(2, 3, dtype=torch.int64), r"expected a float tensor.*int64"),
+        ("forward", lambda o: None, "got NoneType"),
+        ("get_value", lambda o: torch.zeros(2), r"get_value: expected a float tensor \[2, 1\].*\[2\]"),
+        ("evaluate_actions", lambda o, a: (torch.zeros(2, 3), torch.zeros(2)), r"\(log_prob\).*\[2\].*\[2, 3\]"),
+        ("evaluate_actions", lambda o, a: (torch.zeros(2), torch.zeros(1)), r"\(entropy\)"),
+        ("evaluate_actions", lambda o, a: torch.zeros(2), r"should return \(log_prob, entropy\)"),
+        ("evaluate_actions", lambda o, a: (torch.zeros(2), torch.zeros(2)), "no trainable parameter"),
+        ("forward", lambda o: o["touch"], "forward failed on the environment's observations"),
+    ],
+)
+def test_wrong_shapes_and_dtypes_say_expected_and_got(method, result, message):
+    model = ThreeMethods(small_model())
+    check_policy(VLAPolicy(model), observations(), (3,))
+    setattr(model, method, result)
+    with pytest.raises(UserError, match=message) as caught:
+        check_policy(VLAPolicy(model), observations(), (3,))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_modality_the_environment_lacks_is_named():
+    with pytest.raises(UserError, match="reads depth, but the environment offers"):
+        step = TabletopEnv(2, modalities=["rgb", "proprio"]).reset()
+        check_policy(VLAPolicy(SmallVLA(3, modalities=["rgb", "depth"])), step["observation"], (3,))
