@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test lint pretrain evaluate clean
+.PHONY: train test test-fast lint pretrain evaluate clean
 
 train: $(READY)  ## fine-tune the shipped checkpoint with PPO: the main job
 	$(VENV)/bin/python experiments/ppo_vla.py $(ARGS)
 
-pretrain: $(READY)  ## remake the shipped checkpoint by imitation
+pretrain: $(READY)  ## imitate as for the shipped checkpoint, into runs/imitation/
 	$(VENV)/bin/python experiments/bc_vla.py $(ARGS)
 
 evaluate: $(READY)  ## evaluate the shipped checkpoint
@@ -16,6 +16,9 @@ evaluate: $(READY)  ## evaluate the shipped checkpoint
 
 test: $(READY)  ## all tests
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-fast: $(READY)  ## mathematics, contracts and parsing: no training run, no other process
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
 
 lint: $(READY)  ## what CI checks besides the tests
 	$(VENV)/bin/ruff check

@@ -146,6 +146,17 @@ def make_model(
     return model.eval(), value_head
 
 
+def load_trained(model: nn.Module, weights: dict, source: str) -> None:
+    """Give a model, frozen as in that run, the weights that it ended with; `source` is named where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source} does not fit the model that its config.json (and your flags) describe: {reason}"
+        ) from None
+
+
 def make_policy(
     config: ExperimentConfig, model: nn.Module, observations: TensorDictBase, action_shape: Sequence[int]
 ) -> VLAPolicy:

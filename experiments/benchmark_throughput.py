@@ -7,7 +7,7 @@
     python experiments/benchmark_throughput.py --device=cuda                # 1,024 envs, 224 pixels, 381 M parameters
 
 A row is loop/freeze/precision/buffer, as in ours/backbone/bf16/standard. Loops are `sb3`, `torchrl`, `ours`, and the
-`floor` of each row of ours: the least that must be computed, timed by turns with it. `freeze` is none, vision, or
+`floor` of each row of ours: the least that must be computed, timed alternating with it. `freeze` is none, vision, or
 backbone (all but the heads); the precision fp32 or bf16, either also -compiled; the buffer `trainer.buffer_type`.
 Peers, which offer nothing else, and the buffer vla run in fp32. Every row has the same environment, sizes and initial
 weights, and a process of its own.

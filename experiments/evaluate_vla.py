@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from assembling import choose_device, make_model, make_policy
+from assembling import choose_device, load_trained, make_model, make_policy
 from configuration import with_default_config
 from tqdm import tqdm
 
@@ -122,17 +122,6 @@ def write_film(result: Evaluation, path: Path) -> None:
     """Write the filmed episodes as a grid, framed in green or red; nothing if none were filmed."""
     if result.frames:
         write_video(video_grid(result.frames, columns=4, success=result.filmed_success), path, fps=10)
-
-
-def load_trained(model: torch.nn.Module, weights: dict, source: str) -> None:
-    """Give the model the weights that a run ended with."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{source} does not fit the model that its config.json (and your flags) describe: {reason}"
-        ) from None
 
 
 if __name__ == "__main__":

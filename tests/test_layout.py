@@ -72,3 +72,20 @@ def test_from_the_environment_to_the_gradient_it_is_five_files():
     files = re.findall(r"`([\w/]+\.py)`", sentence)
     assert files[0] == "experiments/ppo_vla.py" and files[-1] == "research/training/ppo.py" and len(files) <= 5
     assert sum(len((ROOT / file).read_text().splitlines()) for file in files) <= 700
+
+
+def test_every_module_has_a_test_file_of_its_own():
+    tested_elsewhere = {
+        "research/training/advantages.py": "tests/training/test_rollout.py",  # on scripted rollouts, by hand
+        "research/options.py": "tests/test_config.py",
+        "envs/gym_options.py": "tests/envs/test_gym.py",
+        "envs/gym_spaces.py": "tests/envs/test_gym.py",
+        "envs/pictures.py": "tests/envs/test_gym.py",
+        "envs/tabletop_painter.py": "tests/envs/test_tabletop.py",
+        "envs/tabletop_scene.py": "tests/envs/test_tabletop.py",
+    }
+    for folder in ("agents", "envs", "research", *(f"research/{part}" for part in ("training", "runs", "study"))):
+        for path in (ROOT / folder).glob("*.py"):
+            own = ROOT / "tests" / folder.removeprefix("research").lstrip("/") / f"test_{path.name}"
+            name = str(path.relative_to(ROOT))
+            assert path.name == "__init__.py" or own.exists() or (ROOT / tested_elsewhere[name]).exists(), name

@@ -11,6 +11,8 @@ import torch
 from agents.loading import load_vla_model
 from research.schema import UserError
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--pointing_steps=3", "--samples=300", "--batch_size=32", "--num_envs=8", "--eval_episodes=4",
     '--env_config={"task": "reach", "image_size": 16, "max_steps": 8, "modalities": ["rgb", "proprio", "language"]}',

@@ -22,6 +22,8 @@ from agents.policy import VLAPolicy
 from research.config import PPOConfig
 from research.training.freezing import part_names
 
+pytestmark = pytest.mark.slow
+
 TINY = {"num_envs": 4, "steps": 4, "batch_size": 8, "iterations": 1}
 RESULTS = ROOT / "experiments" / "results"
 FULL, FROZEN = "ours/none/fp32/standard", "ours/backbone/fp32/standard"
@@ -70,6 +72,48 @@ def test_committed_results_hold_no_absolute_path():
     assert len(files) > 10
     for file in files:
         assert not absolute.search(file.read_text()), file
+
+
+SPEED, RATIO, NUMBER = "{:,.0f}".format, "{:.2f}".format, "{:.3f}".format
+PEERS = {
+    "env_steps_per_second": SPEED, "ratio_to_sb3": RATIO, "ratio_to_sb3_full": RATIO, "iteration_over_floor": RATIO,
+    "bytes_per_transition": SPEED,
+}  # fmt: skip
+SHOWN = {  # committed table -> what RESULTS.md shows of each of its rows
+    "small-tabletop-cpu": PEERS,
+    "resnet18-tabletop-cpu": PEERS,
+    "small-tabletop-cuda": {
+        "env_steps_per_second": SPEED, "iteration_over_floor": RATIO, "collect_s": NUMBER, "update_s": NUMBER,
+    },
+    "gpt-tabletop-cuda": {
+        "env_steps_per_second": SPEED, "iteration_over_floor": RATIO,
+        "model_flops_per_second": lambda flops: f"{flops / 1e12:.0f} T", "mfu": "{:.1%}".format,
+        "bytes_per_transition": SPEED,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_results_say_what_the_committed_tables_say(name):
+    text = (ROOT / "experiments" / "RESULTS.md").read_text()
+    for row in benchmark.read_table(RESULTS / "throughput" / f"{name}.csv"):
+        if row["loop"] != "floor":
+            cells = [look(row[column]) if row[column] is not None else "-" for column, look in SHOWN[name].items()]
+            line = f"| `{row['row']}` | {' | '.join(cells)} |"
+            assert line in text, f"{name}: {line}"
+
+
+def test_the_page_on_scaling_says_what_the_committed_curves_say():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    curves = {}
+    for row in benchmark.read_table(RESULTS / "throughput" / "scaling-tabletop-cpu.csv"):
+        curves.setdefault(row["curve"], []).append(row)
+    assert len(curves) == 3
+    for rows in curves.values():
+        first, last = (1e3 * float(row["seconds_per_env_step"]) for row in (rows[0], rows[-1]))
+        error = f" ± {float(rows[0]['slope_stderr']):.2f}" if rows[0]["slope_stderr"] else ", two points"
+        line = f"| {first:.3g} to {last:.3g} ms | power {float(rows[0]['slope']):.2f}{error} |"
+        assert line in text, line
 
 
 def test_without_output_committed_tables_stay(tmp_path, monkeypatch):

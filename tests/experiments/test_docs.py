@@ -20,6 +20,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_integration_example_trains_as_printed(tmp_path, monkeypatch, capsys):
     """A model that is not in the repository, with its own checkpoint, rgb and language only, through JSON alone."""
     guide = ROOT / "docs" / "vla_integration.md"

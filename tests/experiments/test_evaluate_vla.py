@@ -7,6 +7,8 @@ import json
 import evaluate_vla
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FEW = ["--trainer.num_eval_episodes=6", "--trainer.num_eval_envs=4", "--trainer.progress_bar=False", "--film=1"]
 
 

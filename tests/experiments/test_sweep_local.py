@@ -19,6 +19,8 @@ from worlds import ROOT, write_config
 
 from research.runs.tracking import read_metrics
 
+pytestmark = pytest.mark.slow
+
 # What ppo_vla.py does to a run folder, in a moment. Success is 1 / (1 + |rate - 1|), so the best rate is 1.
 SCRIPT = """
 import json, os, signal, sys, time
@@ -90,7 +92,7 @@ def states() -> list[str]:
     return [trial.state.name for trial in study().trials]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=900):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -179,7 +181,7 @@ def test_two_processes_share_a_sweep():
     path = write_sweep(rates=[0.25, 0.5, 1.0])
     both = [in_background(path, pace=0.1) for _ in range(2)]
     for process in both:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
     assert len(points()) == len(set(points())) == 6
     assert states() == ["COMPLETE"] * 6
@@ -289,7 +291,7 @@ def test_a_signal_stops_cleanly_and_the_next_start_goes_on(number, code):
         os.killpg(process.pid, number)  # Ctrl-C reaches all that the terminal started
     else:
         process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     assert "2 interrupted" in out and "goes on from here" in out
     summaries = [json.loads(path.read_text()) for path in Path("runs/s").glob("*/summary.json")]

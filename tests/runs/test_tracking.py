@@ -20,6 +20,8 @@ from research.runs.tracking import Tracker, read_metrics, resolve_wandb_mode
 from research.runs.video import write_video
 from research.schema import UserError
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 NESTED, FLAT = {"trainer": {"seed": 1}}, {"trainer.seed": 1}
 
@@ -166,7 +168,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout.startswith("W&B: offline (no API key") and done.stdout.count("\n") == 1

@@ -53,7 +53,7 @@ def test_the_page_draws_itself_in_a_browser(report, tmp_path):
         "--virtual-time-budget=20000", "--dump-dom",
     ]  # fmt: skip
     page = f"file://{report / 'report.html'}"
-    result = subprocess.run([BROWSER, *flags, page], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([BROWSER, *flags, page], capture_output=True, text=True, timeout=600)
     drawn = result.stdout
     assert result.returncode == 0, result.stderr[-500:]
     assert not re.findall(r".*CONSOLE.*(?:Uncaught|Error).*", result.stderr)

@@ -21,6 +21,8 @@ from worlds import ROOT, run_folder, write_config
 from research.runs import tracking
 from research.runs.tracking import read_metrics
 
+pytestmark = pytest.mark.slow
+
 # The shipped sweeps, with a run small enough to repeat: reach, seen by an untrained model, in seconds.
 TINY = {
     "trainer.env_config": {
@@ -72,7 +74,7 @@ def create(server: StandInServer, tmp_path: Path, shipped: str, **changes) -> st
     content["parameters"] |= changes
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    done = subprocess.run(wandb_command("sweep", str(path)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(wandb_command("sweep", str(path)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (sweep,) = server.sweeps
     assert f"wandb agent {ENTITY}/vla-rl/{sweep}" in done.stderr
@@ -97,7 +99,7 @@ def start_agent(tmp_path):
                 time.sleep(1)
 
 
-def wait_for(condition, seconds=150):
+def wait_for(condition, seconds=900):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -109,7 +111,7 @@ def test_two_agents_share_a_grid(server, start_agent, tmp_path):
     two = {"trainer.seed": {"values": [1, 2]}, "policy.freeze": {"values": ["none", "backbone"]}}
     sweep = create(server, tmp_path, "freeze", **two)
     agents = [start_agent(sweep) for _ in range(2)]
-    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    assert [agent.wait(timeout=1200) for agent in agents] == [0, 0]
 
     runs = server.of_sweep(sweep)
     log = (tmp_path / "agents.log").read_text()
@@ -147,7 +149,7 @@ def test_preempted_runs_go_on_from_their_checkpoint_and_early_termination_ends_t
     agent = start_agent(sweep, "--forward-signals")
     (run,) = wait_for(lambda: [run for run in server.of_sweep(sweep) if len(rows(run)) >= 2])
     agent.send_signal(signal.SIGTERM)
-    agent.wait(timeout=120)
+    agent.wait(timeout=600)
     log = (tmp_path / "agents.log").read_text()
     wait_for(lambda: run.exit_codes, 30)
     assert (run.state, run.exit_codes) == ("preempted", [143]), log
@@ -166,7 +168,7 @@ def test_preempted_runs_go_on_from_their_checkpoint_and_early_termination_ends_t
     assert json.loads((folder / "summary.json").read_text())["exit_code"] == 130  # not a run to compare with whole ones
 
     # The agent goes on with the next suggestion, which is stopped as well: no failure, nothing queued again.
-    assert agent.wait(timeout=180) == 0
+    assert agent.wait(timeout=1200) == 0
     first, second = server.of_sweep(sweep)
     assert (second.state, second.exit_codes) == ("finished", [0])
     assert server.sweeps[sweep].requeued == []

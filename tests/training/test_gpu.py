@@ -21,7 +21,7 @@ from research.training.loss import make_loss
 from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 MODALITIES = ["rgb", "proprio", "language"]
 SCOPES = ["none", "vision", "language", "backbone"]
 CFG = PPOConfig(n_epochs=2, batch_size=64)

@@ -1,0 +1,77 @@
+"""Evaluation: every initial state once, in order, whatever the number of environments; what ends an episode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from envs.tabletop import TabletopEnv
+from research.schema import NonFiniteError
+from research.training.evaluation import Episode, Evaluation, evaluate, wilson_interval
+
+MODALITIES = ["proprio", "language"]
+
+
+class Expert:
+    """Does what the scripted expert of an environment does, or nothing."""
+
+    def __init__(self, env: TabletopEnv, idle: bool = False):
+        self.env, self.idle = env, idle
+
+    def __call__(self, step: TensorDict) -> TensorDict:
+        action = self.env.expert_action()
+        return step.set("action", torch.zeros_like(action) if self.idle else action)
+
+
+def run(num_envs: int, states, idle: bool = False, **options) -> Evaluation:
+    env = TabletopEnv(num_envs, "reach", modalities=MODALITIES, max_steps=20)
+    return evaluate(env, Expert(env, idle), states, **options)
+
+
+def test_episodes_are_those_of_the_states_whatever_the_number_of_environments():
+    states = [3, 0, 12, 7, 5, 9, 1]
+    results = [run(n, states).episodes for n in (1, 3, 7, 16)]
+    assert [episode.initial_state for episode in results[0]] == states
+    assert all(episodes == results[0] for episodes in results)
+    assert all(e.success and e.episode_return == 1.0 and 0 < e.length < 20 for e in results[0])
+
+
+def test_an_episode_that_ends_by_its_own_limit_and_one_that_is_cut_off():
+    assert [e.length for e in run(4, range(4), idle=True).episodes] == [20] * 4
+    cut = run(4, range(4), idle=True, max_steps=5).episodes
+    assert [(e.length, e.success) for e in cut] == [(5, False)] * 4
+    lengths = [e.length for e in run(4, range(4)).episodes]
+    assert min(lengths) < max(lengths)  # those that end early wait for the others, and their counts do not go on
+
+
+def test_films_are_of_the_first_episodes_and_as_long_as_they():
+    result = run(3, range(5), film=4)
+    assert [len(frames) for frames in result.frames] == [e.length for e in result.episodes[:4]]
+    assert result.filmed_success == [True] * 4
+
+
+def test_progress_is_told_after_every_wave():
+    seen = []
+    run(2, range(5), on_wave=seen.append)
+    assert seen == [2, 4, 5]
+
+
+def test_an_action_that_is_no_number_is_named():
+    env = TabletopEnv(2, "reach", modalities=MODALITIES)
+    with pytest.raises(NonFiniteError, match="action is nan at index .0, 0. in evaluation"):
+        evaluate(env, lambda step: step.set("action", torch.full((2, 3), float("nan"))), range(2))
+
+
+def test_metrics_have_wilsons_interval():
+    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)  # the formula, by hand
+    assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(10, 10)[1] == 1.0
+    episodes = [Episode(i, None, i < 8, float(i), 10) for i in range(10)]
+    metrics = Evaluation(episodes, []).metrics()
+    assert metrics["eval/success_rate"] == 0.8 and metrics["eval/return"] == 4.5
+    assert (metrics["eval/success_low"], metrics["eval/success_high"]) == wilson_interval(8, 10)
+    without = Evaluation([Episode(0, None, None, 2.0, 4)], [])
+    assert without.metrics() == {"eval/return": 2.0, "eval/episode_length": 4.0} and without.score == 2.0
+    assert without.rows(seed=3)[0] == {
+        "seed": 3, "initial_state": 0, "instruction": None, "success": None, "episode_return": 2.0, "length": 4
+    }  # fmt: skip
