@@ -22,16 +22,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
 from torchrl.envs.utils import ExplorationType, exploration_type
-from torchrl.modules import ProbabilisticActor, ValueOperator
 
+from agents.loss_modules import EVALUATED_ENTROPY, EVALUATED_LOG_PROB, EVALUATED_VALUE, ScoringActor, ScoringCritic
 from agents.reuse import DistinctInstructions, OncePerInstruction, blocked_stages, split_constant
 from agents.stages import Precision, StageSequence, compile_model, is_random, mixes_rows, reads_instruction, stage_name
 from agents.vla import Contract, contract_of
 from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, UserError, with_text_as
-
-EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE = "evaluated_log_prob", "evaluated_entropy", "evaluated_value"
 
 
 class VLAPolicy:
@@ -83,14 +80,8 @@ class VLAPolicy:
         self.frozen = StageSequence(model, constant, precision, graphs)
         self.rest = StageSequence(model, others, precision, graphs)
         self.act = Act(self.frozen, self.rest, self.contract, precision)
-        self.actor = ProbabilisticActor(
-            Score(self.rest, self.contract, precision),
-            in_keys={"log_prob": EVALUATED_LOG_PROB, "entropy": EVALUATED_ENTROPY},
-            out_keys=[ACTION],
-            distribution_class=EvaluatedActions,
-            return_log_prob=True,
-        )
-        self.critic = ValueOperator(nn.Identity(), in_keys=[EVALUATED_VALUE], out_keys=[VALUE])
+        self.actor = ScoringActor(Score(self.rest, self.contract, precision))
+        self.critic = ScoringCritic()
         self.kept_keys = self._kept_keys()
         self.precision, self._graphs = precision, graphs
 
@@ -172,23 +163,3 @@ class Score(TensorDictModuleBase):
             log_prob, entropy, value = self.contract.score(step)
         stored.set(EVALUATED_LOG_PROB, log_prob.float()).set(EVALUATED_ENTROPY, entropy.float())
         return stored.set(EVALUATED_VALUE, value.float())
-
-
-class EvaluatedActions(Distribution):
-    """What a model says about the decisions that it was given: a log-probability and an entropy, both `[B]`.
-
-    The form in which `ClipPPOLoss` takes them. It scores those decisions and no others, and cannot sample.
-    """
-
-    arg_constraints = {}  # noqa: RUF012
-    support = constraints.real
-
-    def __init__(self, log_prob: Tensor, entropy: Tensor):
-        self._log_prob, self._entropy = log_prob, entropy
-        super().__init__(log_prob.shape, validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self._log_prob
-
-    def entropy(self) -> Tensor:
-        return self._entropy

@@ -6,7 +6,7 @@
 
 The instruction attends to the visual tokens, each of which knows its place, so that "the red cube" comes out as one
 coordinate pair whatever else lies on the table. (Keypoints chosen before the instruction is known, as in a spatial
-soft-argmax, did not learn this: see experiments/RESULTS.md.)
+soft-argmax, did not learn this: see experiments/LOG.md.)
 """
 
 from __future__ import annotations

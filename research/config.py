@@ -28,7 +28,7 @@ class TrainerConfig:
     exp_name: str = "ppo"
     """Name of the experiment; the run folder is <run_dir>/<exp_name>-<id>."""
     env: str = "tabletop"
-    """Environment: tabletop, or gym:<id> for a Gymnasium environment."""
+    """Environment: tabletop, gym:<id> for a Gymnasium environment, gym_vec:<id> for one that steps its rows together."""
     env_config: dict[str, Any] = field(default_factory=dict)
     """Settings of the environment, free-form."""
     seed: NonNegativeInt = 1

@@ -1,6 +1,6 @@
 """One row of `benchmark_throughput.py`'s table, measured in a process of its own.
 
-python experiments/throughput.row.py SETTINGS.json RESULT.json
+python -m throughput.row SETTINGS.json RESULT.json, with experiments/ on the path
 """
 
 from __future__ import annotations
