@@ -27,7 +27,7 @@ from research.options import parse_config
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
-from research.schema import OBSERVATION, UserError
+from research.schema import OBSERVATION, NonFiniteError, UserError
 from research.training.evaluation import Evaluation, evaluate
 
 
@@ -50,6 +50,9 @@ class EvaluationConfig(ExperimentConfig):
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,29 +11,26 @@ iteration, writes a checkpoint that --trainer.resume=<run folder> continues exac
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from assembling import Assembly, assemble
-from configuration import with_default_config
-from training_run import FILMED, Stopwatch, TrainingRun, open_run
+from configuration import read_experiment
+from training_run import FILMED, Stopwatch, TrainingRun, load_resumed, open_run
 
 from research.config import ExperimentConfig
-from research.options import parse_config
-from research.runs.checkpoint import load_checkpoint
 from research.schema import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return train(parse_config(ExperimentConfig, with_default_config(argv), __doc__))
+        return train(read_experiment(ExperimentConfig, argv, __doc__))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def train(config: ExperimentConfig) -> int:
-    resumed = load_checkpoint(Path(config.trainer.resume)) if config.trainer.resume else None
+    resumed = load_resumed(config)
     parts = assemble(config)  # whatever can be refused is refused here
     with open_run(config, parts, resumed) as run:
         learn(parts, run)
@@ -47,6 +44,7 @@ def learn(parts: Assembly, run: TrainingRun) -> None:
         watch = Stopwatch()
         rollout = rollouts.next()  # [N, T]
         batch, metrics = algorithm.prepare(rollout)  # [N * T], with advantages
+        run.check_ratio(batch)  # before the first update: it should be 1
         watch.collected()
         metrics |= algorithm.update(batch, progress)
         rollouts.publish()

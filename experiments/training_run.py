@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from contextlib import ExitStack
 from types import TracebackType
 
 from assembling import Assembly, describe, measure_utilisation
+from configuration import changes_of_resuming, run_of_checkpoint
+from tensordict import TensorDictBase
 from tqdm import tqdm
 
 from research.config import ExperimentConfig
@@ -17,12 +20,32 @@ from research.runs.folder import RunFolder, append_rows
 from research.runs.reporting import last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker, resolve_wandb_mode
 from research.runs.video import video_grid, write_video
-from research.schema import FrozenWeightsChanged, NonFiniteError
+from research.schema import FrozenWeightsChanged, NonFiniteError, check_finite
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
+from research.training.ratio import describe_ratio, largest_log_ratio
+
+log = logging.getLogger(__name__)
 
 FILMED = 12  # evaluation episodes in a video
+
+
+def load_resumed(config: ExperimentConfig) -> dict | None:
+    """The checkpoint of `trainer.resume`, or None; says what the run does otherwise than before.
+
+    Raises:
+        UserError: there is none, or something that a run cannot change was changed.
+    """
+    if not config.trainer.resume:
+        return None
+    run_of_checkpoint(config.trainer.resume)
+    state = load_checkpoint(config.trainer.resume)
+    progress = Progress(config.trainer.iterations)
+    progress.load_state_dict(state.get("progress", state))
+    for line in changes_of_resuming(state["config"], config, progress.iteration):
+        print(line)
+    return state
 
 
 def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) -> TrainingRun:
@@ -102,6 +125,7 @@ class TrainingRun:
         self.config, self.trainer, self.parts = config, config.trainer, parts
         self.folder, self.tracker, self.progress, self.resumed = folder, tracker, progress, resumed
         self.code, self.result = 0, None
+        self._ratio_is_known = False
         self._at_exit = ExitStack()
 
     def __enter__(self) -> TrainingRun:
@@ -130,6 +154,16 @@ class TrainingRun:
                 unit_scale=True, disable=not self.trainer.progress_bar, dynamic_ncols=True,
             )
         )  # fmt: skip
+
+    def check_ratio(self, batch: TensorDictBase) -> None:
+        """Warn, once, of a policy that scores its own first decisions otherwise than it drew them."""
+        if self._ratio_is_known:
+            return
+        self._ratio_is_known = True
+        cfg, autocast = self.config.algorithm.cfg, self.trainer.autocast
+        ratio = largest_log_ratio(self.parts.policy, batch, cfg.micro_batch_size or cfg.batch_size)
+        if warning := describe_ratio(ratio, autocast):
+            log.warning(warning)
 
     def log(self, metrics: dict[str, float], transitions: int, collect_s: float, update_s: float) -> None:
         """Record an iteration that has just ended: its metrics, its times, and the share of the device's speed."""
@@ -161,9 +195,15 @@ class TrainingRun:
         return result
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint that `trainer.resume` goes on from, once it is sure that frozen weights are as before."""
+        """Write a checkpoint that `trainer.resume` goes on from, once it is sure that frozen weights are as before.
+
+        Raises:
+            NonFiniteError: a weight is not a number; the checkpoint before stays as it is.
+        """
         parts = self.parts
-        parts.audit.check(f"at env step {self.progress.env_steps}")
+        when = f"at env step {self.progress.env_steps}"
+        check_finite(((f"weight {n}", p) for n, p in parts.policy.model.named_parameters() if p.requires_grad), when)
+        parts.audit.check(when)
         save_checkpoint(
             self.folder.best_checkpoint if best else self.folder.last_checkpoint,
             model_state_dict=parts.policy.model.state_dict(),

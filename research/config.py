@@ -28,7 +28,7 @@ class TrainerConfig:
     exp_name: str = "ppo"
     """Name of the experiment; the run folder is <run_dir>/<exp_name>-<id>."""
     env: str = "tabletop"
-    """Environment: tabletop, gym:<id> for a Gymnasium environment, gym_vec:<id> for one that steps its rows together."""
+    """Environment: tabletop, gym:<id> for a Gymnasium environment, or gym_vec:<id> for one of many rows."""
     env_config: dict[str, Any] = field(default_factory=dict)
     """Settings of the environment, free-form."""
     seed: NonNegativeInt = 1
@@ -74,7 +74,7 @@ class TrainerConfig:
     run_dir: str = "runs"
     """Folder that holds the run folders."""
     resume: str | None = None
-    """Run folder or checkpoint to continue."""
+    """Run folder or checkpoint to continue, from its own configuration; auto = the newest run of this name, if any."""
     progress_bar: bool = True
     """Show a progress bar."""
 

@@ -158,6 +158,11 @@ def check_observation(observation: TensorDictBase, source: str) -> None:
             )
 
 
+def check_finite_observation(observation: TensorDictBase, when: str) -> None:
+    """`check_finite` of every entry of an observation `[B]`."""
+    check_finite([(f"observation {key!r}", value) for key, value in observation.items()], when)
+
+
 def check_finite(named: Iterable[tuple[str, Tensor]], when: str) -> None:
     """Raise `NonFiniteError` naming the first floating-point tensor that holds a NaN or an infinity.
 

@@ -15,7 +15,16 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from research.schema import ACTION, INITIAL_STATE, LANGUAGE, OBSERVATION, SUCCESS, check_finite, decode_text
+from research.schema import (
+    ACTION,
+    INITIAL_STATE,
+    LANGUAGE,
+    OBSERVATION,
+    SUCCESS,
+    check_finite,
+    check_finite_observation,
+    decode_text,
+)
 
 
 @dataclass
@@ -133,6 +142,7 @@ def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film:
         if not running[: len(wave)].any():
             break
         _film(env, shots, running)
+        check_finite_observation(step.get(OBSERVATION), "in evaluation")
         step = policy(step)
         check_finite([("action", step.get(ACTION))], "in evaluation")
         # Finished environments are reset and go on; what they do no longer counts.

@@ -6,6 +6,7 @@ The critic's gradient stays in the value head (`policy.critic_gradient: head`, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -68,7 +69,13 @@ class PPO:
         return self.policy_update.optimizer.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        self.policy_update.optimizer.load_state_dict(state)
+        optimizer = self.policy_update.optimizer
+        configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, configured, strict=True):
+            group.update(
+                own, initial_lr=own.get("initial_lr", own["lr"])
+            )  # settings are this run's, not the one's before
 
 
 class PolicyUpdate:
@@ -97,6 +104,8 @@ class PolicyUpdate:
         self.value_parameters, self.critic_apart = list(value_parameters), critic_apart
         self.measured = [name for name in MEASURED if name != "loss_critic" or loss.critic_network is not None]
         self.parts = [group["name"] for group in optimizer.param_groups]
+        norms = [*(f"train/grad_norm/{part}" for part in self.parts), "train/grad_norm"]
+        self.names = [MEASURED[name] for name in self.measured] + norms
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
         self._plans: dict[tuple[int, ...], tuple] = {}  # by which tensors have a gradient
         self._foreach = True if self.trainable[0].is_cpu else None  # on a GPU torch chooses so by itself
@@ -110,24 +119,24 @@ class PolicyUpdate:
         Returns:
             `train/*` metrics, means over the minibatches.
         Raises:
-            NonFiniteError: a loss is not a number.
+            NonFiniteError: a loss or a gradient is not a number; names it, and the step, which is not taken.
         """
         cfg, totals, count, rows = self.cfg, 0.0, 0, 0
         for minibatch in (m for _ in range(cfg.n_epochs) for m in minibatches(batch, cfg.batch_size)):
-            metrics = self._accumulate(minibatch, value_only, f"in gradient step {count} of the update")
-            totals = totals + torch.cat([metrics, self._clip()])
+            measured = torch.cat([self._accumulate(minibatch, value_only), self._clip()])
+            if not math.isfinite(measured.sum()):  # looked at once a step, as a GPU is waited for
+                check_finite(zip(self.names, measured, strict=True), f"in gradient step {count} of the update")
+            totals = totals + measured
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             count, rows = count + 1, rows + len(minibatch)
-            if cfg.target_kl is not None and metrics[APPROX_KL].item() > cfg.target_kl:
+            if cfg.target_kl is not None and measured[APPROX_KL].item() > cfg.target_kl:
                 break
-        norms = ["train/grad_norm", *(f"train/grad_norm/{part}" for part in self.parts)]
-        names = [MEASURED[name] for name in self.measured] + norms
-        means = {name: total / count for name, total in zip(names, totals.tolist(), strict=True)}
+        means = {name: total / count for name, total in zip(self.names, totals.tolist(), strict=True)}
         means |= {"train/gradient_steps": float(count), "train/epochs": rows / len(batch)}
         return means | {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
 
-    def _accumulate(self, minibatch: TensorDictBase, value_only: bool, when: str) -> Tensor:
+    def _accumulate(self, minibatch: TensorDictBase, value_only: bool) -> Tensor:
         """Gradients of one minibatch, summed over its micro-batches; returns the means of what `MEASURED` names."""
         if self.cfg.normalize_advantage and len(minibatch) > 1:
             advantage = minibatch["advantage"]
@@ -137,7 +146,6 @@ class PolicyUpdate:
         for micro in minibatch.split(size) if size else [minibatch]:
             share = len(micro) / len(minibatch)
             losses = self.loss(micro)
-            check_finite([(k, v) for k, v in losses.items() if k.startswith("loss_")], when)
             self._backward(losses, value_only, share)
             metrics = metrics + share * torch.stack([losses[name].detach() for name in self.measured])
         return metrics
@@ -152,7 +160,7 @@ class PolicyUpdate:
             (share * policy_loss).backward()
 
     def _clip(self) -> Tensor:
-        """Scale gradients that are too large; returns the norms before that: of all, and of each part."""
+        """Scale gradients that are too large; returns the norms before that: of each part, and of all."""
         having = tuple(i for i, p in enumerate(self.trainable) if p.grad is not None)
         if having not in self._plans:
             self._plans[having] = self._plan(having)
@@ -162,7 +170,7 @@ class PolicyUpdate:
             norm = torch.linalg.vector_norm(norms if len(groups) == 1 else norms[rows])
             nn.utils.clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=self._foreach)
         squares = norms.new_zeros(len(self.parts)).index_add_(0, parts, norms.square())
-        return torch.cat([torch.linalg.vector_norm(norms).view(1), squares.sqrt()])
+        return torch.cat([squares.sqrt(), torch.linalg.vector_norm(norms).view(1)])
 
     def _plan(self, having: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, list[nn.Parameter]]]]:
         """For the trainable tensors with a gradient: the part of each, and the rows that are clipped together."""

@@ -18,7 +18,16 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
 
-from research.schema import ACTION, LOG_PROB, OBSERVATION, SUCCESS, VALUE, check_finite, with_text_as
+from research.schema import (
+    ACTION,
+    LOG_PROB,
+    OBSERVATION,
+    SUCCESS,
+    VALUE,
+    check_finite,
+    check_finite_observation,
+    with_text_as,
+)
 from research.training.algorithm import Acting, Policy
 from research.training.episodes import EpisodeStatistics
 
@@ -54,8 +63,7 @@ class CollectingPolicy(TensorDictModuleBase):
         if self.before_step is not None:
             self.before_step(self)
         when = f"at env step {self.env_steps}"
-        observation = tensordict.get(OBSERVATION)
-        check_finite([(f"observation {key!r}", value) for key, value in observation.items()], when)
+        check_finite_observation(tensordict.get(OBSERVATION), when)
         tensordict = self.act(tensordict) if ahead is None else self.act.go_on(tensordict.update(ahead))
         check_finite([(key, tensordict.get(key)) for key in (ACTION, LOG_PROB, VALUE)], when)
         count = tensordict.batch_size[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,72 @@ def test_a_gpt_style_model_trains_with_its_language_model_frozen(tmp_path, capsy
     assert "feature reuse: not of hidden: it reads vision_tokens, which changes" in out
     row = [row for row in read_metrics(run_folder(tmp_path)) if "train/approx_kl" in row][-1]
     assert row["train/grad_norm/projector"] > 0 and "train/grad_norm/language_model" not in row
+
+
+@pytest.fixture
+def started(tmp_path) -> Path:
+    """A run of three iterations."""
+    assert ppo_vla.main(["--config", str(write_config(tmp_path, algorithm__cfg__anneal_lr=True))]) == 0
+    return run_folder(tmp_path)
+
+
+def test_a_run_is_resumed_from_its_own_configuration(started, capsys):
+    """Nothing but the folder is named; flags win and are told; a changed learning rate takes effect."""
+    flags = ["--trainer.iterations=6", "--algorithm.cfg.learning_rate=2e-4", "--trainer.progress_bar=false"]
+    capsys.readouterr()
+    assert ppo_vla.main([f"--trainer.resume={started}", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "resumed with trainer.iterations = 6 (was 3)" in out
+    assert "resumed with algorithm.cfg.learning_rate = 0.0002 (was 0.001)" in out
+    assert "learning rates now fall to 0 at iteration 6" in out and "trainer.env" not in out
+    rows = [row for row in read_metrics(started) if "train/approx_kl" in row]
+    assert [row["global_step"] for row in rows] == [64 * i for i in range(1, 7)]
+    rates = [row["train/learning_rate/fusion"] for row in rows]
+    assert rates[:3] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    assert rates[3:] == pytest.approx([2e-4 * (1 - i / 6) for i in (3, 4, 5)])  # as if asked for from the start
+    assert json.loads((started / "config.json").read_text())["trainer"]["iterations"] == 6
+
+
+def test_the_newest_run_of_a_name_is_resumed_automatically(tmp_path, capsys):
+    config = str(write_config(tmp_path, trainer__iterations=2))
+    assert ppo_vla.main(["--config", config, "--trainer.resume=auto"]) == 0  # there is none: it begins
+    first = run_folder(tmp_path)
+    assert ppo_vla.main(["--config", config, "--trainer.resume=auto", "--trainer.iterations=3"]) == 0
+    assert run_folder(tmp_path) == first
+    assert [r["global_step"] for r in read_metrics(first) if "train/approx_kl" in r] == [64, 128, 192]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--trainer.seed=2", "trainer.seed: the run to resume has 1, not 2"),
+        ("--trainer.env_config.task=push", "trainer.env_config: the run to resume has"),
+        ("--trainer.buffer_size=128", "trainer.buffer_size: the run to resume has 64, not 128"),
+        ("--policy.freeze=vision", "policy.freeze: the run to resume has 'none', not 'vision'"),
+        ("--policy.vla_config.model_config.hidden_size=32", "policy.vla_config.model_config: the run to resume has"),
+        ("--trainer.iterations=1", "trainer.iterations: is 1, but the run to resume has done 3 already"),
+    ],
+)
+def test_what_a_run_keeps_for_life_is_refused_by_name_and_nothing_is_written(started, capsys, flag, message):
+    before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+    assert ppo_vla.main([f"--trainer.resume={started}", flag]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert {path: path.read_bytes() for path in started.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_outside_of_a_run_is_not_resumed(started, tmp_path, capsys):
+    """What lies two folders above it is none of a run's business."""
+    other = tmp_path / "elsewhere" / "copies"
+    other.mkdir(parents=True)
+    (tmp_path / "elsewhere" / "config.json").write_text("mine")
+    shutil.copy(started / "checkpoints" / "last.pt", other / "last.pt")
+    (other / "link.pt").symlink_to(started / "checkpoints" / "last.pt")
+    for name in ("last.pt", "link.pt"):
+        assert ppo_vla.main([f"--trainer.resume={other / name}"]) == 2
+        assert "neither a run folder nor a checkpoint in one" in capsys.readouterr().err
+    assert (tmp_path / "elsewhere" / "config.json").read_text() == "mine"
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["config.json", "copies"]
 
 
 def test_best_is_the_best_of_all_evaluations(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_micro_batches_give_the_minibatchs_gradients_and_metrics(critic_gradient
             model, lr=1e-2, critic_gradient=critic_gradient, batch_size=64, n_epochs=1, micro_batch_size=micro
         )
         batch = make_batch(policy)
-        metrics = ppo.policy_update._accumulate(batch, value_only=False, when="")
+        metrics = ppo.policy_update._accumulate(batch, value_only=False)
         results.append(([p.grad.clone() for p in model.parameters()], metrics))
     for gradients, metrics in results[1:]:
         for a, b in zip(gradients, results[0][0], strict=True):
@@ -225,15 +225,36 @@ def test_nan_loss_stops_before_the_weights_are_touched():
     batch = make_batch(policy)
     batch["value_target"][:] = float("nan")
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(NonFiniteError, match="loss_critic is nan"):
+    with pytest.raises(NonFiniteError, match="loss_critic is nan.* in gradient step 0 of the update"):
         update(ppo, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_names_its_part_and_touches_nothing(bad):
+    """The losses are finite: it comes about on the way back, as an overflow in half precision does."""
+    model = make_model()
+    ppo, policy = make_ppo(model, batch_size=32)
+    batch, steps = make_batch(policy), []
+    model.fusion.layers[0].weight.register_hook(lambda g: steps.append(1) or (g * bad if len(steps) == 2 else g))
+    step = ppo.policy_update.optimizer.step
+    before = {}
+
+    def note():
+        step()
+        before.update({n: p.clone() for n, p in model.named_parameters()})
+
+    ppo.policy_update.optimizer.step = note
+    with pytest.raises(NonFiniteError, match="train/grad_norm/fusion is (nan|inf).* in gradient step 1 of the update"):
+        update(ppo, batch)
+    assert before and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def after_clipping(ppo: PPO, batch: TensorDict) -> dict[str, torch.Tensor]:
     """The gradients with which the optimizer steps, by name of the part and the tensor."""
     update = ppo.policy_update
-    update._accumulate(batch, value_only=False, when="")
+    update._accumulate(batch, value_only=False)
     update._clip()
     return {
         f"{g['name']}.{i}": p.grad.clone() for g in update.optimizer.param_groups for i, p in enumerate(g["params"])
@@ -274,7 +295,7 @@ def test_gradient_norms_are_those_before_clipping_and_means_over_the_minibatches
     expected = []
     for minibatch in minibatches(batch, 16):
         model.zero_grad()
-        ppo.policy_update._accumulate(minibatch, value_only=False, when="")
+        ppo.policy_update._accumulate(minibatch, value_only=False)
         gradients = {f"{n.split('.')[0]}.{n}": p.grad.clone() for n, p in model.named_parameters()}
         expected.append([norm(gradients, part) for part in parts] + [norm(gradients, *parts)])
     assert len(expected) == 4

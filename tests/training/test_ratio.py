@@ -1,0 +1,43 @@
+"""Before the first update the ratio is 1, or a warning says why it may not be."""
+
+from __future__ import annotations
+
+import ppo_vla
+import pytest
+import torch
+from worlds import INTERFACES, WRAP, rollout_batch, small_model, write_config
+
+from agents.policy import VLAPolicy
+from agents.small_vla import SmallVLA
+from research.training.ratio import describe_ratio, largest_log_ratio
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_it_is_one_for_a_policy_that_is_scored_as_it_acts(interface):
+    policy = VLAPolicy(WRAP[interface](small_model()))
+    batch = rollout_batch(policy)
+    state = torch.get_rng_state()
+    assert largest_log_ratio(policy, batch, micro_batch_size=7) < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)
+    batch["action_log_prob"][3] += 0.25
+    assert largest_log_ratio(policy, batch) == pytest.approx(0.25, abs=1e-5)
+
+
+def test_bf16_is_given_more_room():
+    assert describe_ratio(5e-3, "bf16") is None and describe_ratio(5e-4, "off") is None
+    assert "up to 0.005" in describe_ratio(5e-3, "off") and "below 0.01" in describe_ratio(0.02, "bf16")
+
+
+class Clamped(SmallVLA):
+    """Clamps what it drew before it is scored."""
+
+    def decide(self, step, deterministic):
+        step = super().decide(step, deterministic)
+        return step.set("action", step["action"].clamp(-0.05, 0.05))
+
+
+@pytest.mark.parametrize(("model", "warned"), [("agents.small_vla.SmallVLA", False), ("test_ratio.Clamped", True)])
+def test_a_run_warns_once_of_one_that_is_not(tmp_path, caplog, model, warned):
+    config = write_config(tmp_path, policy__vla_config__model_class=model, trainer__enable_eval=False)
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    assert sum("is not the one that acted" in message for message in caplog.messages) == warned
