@@ -90,6 +90,7 @@ def load_vla_model(
     shards = [_read(file, names, trust_checkpoint) for file, names in _weights_files(path)]
     shards = _renamed(shards, path, strip_prefix, add_prefix)
     model = _construct(cls, model_config)
+    _refuse_other_numbers(model, shards, path)
     fitting = _check_fit(model, shards, path, strict, suggest_prefix=not (strip_prefix or add_prefix))
     while shards:
         # Popped, so that the memory map of a shard is gone before the next one is read.
@@ -230,7 +231,7 @@ def _read(path: Path, names: list[str] | None, trust_checkpoint: bool) -> dict[s
 def _read_torch(path: Path, trust_checkpoint: bool) -> dict[str, Any]:
     if trust_checkpoint:
         log.warning("%s may run code while it is read: policy.vla_config.trust_checkpoint is set", path)
-    mmap = zipfile.is_zipfile(path)  # torch.save's older format cannot be
+    mmap = _is_stored_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust_checkpoint, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -243,6 +244,39 @@ def _read_torch(path: Path, trust_checkpoint: bool) -> dict[str, Any]:
             "trust its source, set policy.vla_config.trust_checkpoint: true, which RUNS CODE FROM THE FILE"
         ) from error
     return _state_dict_in(content, path)
+
+
+def _is_stored_zip(path: Path) -> bool:
+    """Whether a file can be mapped into memory: older formats cannot, and compressed entries would read as noise."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _refuse_other_numbers(model: nn.Module, shards: list[dict[str, Any]], path: Path) -> None:
+    """Refuse what copying would turn into other weights without a word, strict or not, and weights that are no numbers.
+
+    Integers and 8-bit floats stand for weights only with scales that are elsewhere; a complex number would lose a half;
+    sparse and meta tensors hold no dense values.
+    """
+    targets = model.state_dict(keep_vars=True)
+    for name, value in ((n, v) for shard in shards for n, v in shard.items()):
+        target = targets.get(name)
+        if not isinstance(value, Tensor) or not isinstance(target, Tensor) or is_lazy(target):
+            continue
+        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+            kind = "a meta tensor" if value.is_meta else "quantised" if value.is_quantized else str(value.layout)
+            raise UserError(f"{path}: {name} is {kind}, which holds no values to copy; save a dense state dict")
+        if target.is_floating_point() and (not value.is_floating_point() or value.element_size() == 1):
+            raise UserError(
+                f"{path}: {name} is {value.dtype}, where {type(model).__name__} has {target.dtype}: quantised or of "
+                "another model; dequantise it before, or leave it out of the file"
+            )
+        if target.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(
+                f"{path}: {name} holds a NaN or an infinity: that checkpoint was saved after something broke"
+            )
 
 
 def _state_dict_in(content: Any, path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ An environment that runs many worlds at once by itself is named `gym_vec:`; see 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,6 +49,8 @@ from envs.simulator import Layout
 from envs.vector import VectorEnv
 from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, UserError, base_modality
 
+log = logging.getLogger(__name__)
+
 
 def make_gym_env(
     env_id: str,
@@ -66,6 +69,7 @@ def make_gym_env(
     max_episode_steps: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     workers: int = 1,
+    ids_reproducible: bool = True,
     **unknown: Any,
 ) -> VectorEnv:
     """Make `num_envs` copies of a Gymnasium environment, stepped together.
@@ -92,6 +96,8 @@ def make_gym_env(
         env_kwargs: passed to `gymnasium.make`.
         workers: processes among which the environments are divided (at most N); 1 steps them in this process. Two on
             two cores were 1.5 to 1.9 times as fast as one where a step takes 5 ms, and slower where it takes 0.1 ms.
+        ids_reproducible: false says that one knows: the same id does not start from the same state here. Otherwise that
+            is tried, and such an environment refused. Comparisons of runs are then not paired by initial state.
 
     Raises:
         UserError: an option, the environment's spaces or its package do not fit; the message names the option.
@@ -115,8 +121,10 @@ def make_gym_env(
         success_key=success_key,
         success_return=success_return,
     )
-    recipe = _try_out(recipe, keys)
-    return VectorEnv(partial(GymnasiumSimulator, recipe), num_envs, workers, seed, device, name)
+    recipe, distinct = _try_out(recipe, keys, ids_reproducible)
+    env = VectorEnv(partial(GymnasiumSimulator, recipe), num_envs, workers, seed, device, name)
+    env.distinct_states = distinct
+    return env
 
 
 @dataclass(frozen=True)
@@ -267,8 +275,8 @@ class GymnasiumSimulator:
         return value
 
 
-def _try_out(recipe: Recipe, keys: Mapping[str, Any] | None) -> Recipe:
-    """Complete a recipe by what making one environment, resetting it and stepping it once tells about all of them."""
+def _try_out(recipe: Recipe, keys: Mapping[str, Any] | None, ids_reproducible: bool) -> tuple[Recipe, bool]:
+    """Complete a recipe by what one environment tells about all of them, and say whether ids differ in their states."""
     simulator = GymnasiumSimulator(recipe, check=True)
     try:
         sources = map_observations(simulator.env.observation_space, keys, recipe.name)
@@ -285,9 +293,45 @@ def _try_out(recipe: Recipe, keys: Mapping[str, Any] | None) -> Recipe:
             simulator.frame()  # a missing renderer shows now, not at the first evaluation
         reported = set(simulator.info)
         simulator.step(np.zeros(simulator.layout.action_dim, dtype=np.float32))
+        after_step = set(simulator.info)
+        distinct = _try_ids(simulator, ids_reproducible)
         if recipe.success_key is None and recipe.success_return is None:
-            found = next((key for key in SUCCESS_KEYS if key in reported | set(simulator.info)), None)
+            found = next((key for key in SUCCESS_KEYS if key in reported | after_step), None)
             recipe = replace(recipe, success_key=found)
     finally:
         simulator.close()
-    return recipe
+    return recipe, distinct
+
+
+def _try_ids(simulator: GymnasiumSimulator, reproducible: bool) -> bool:
+    """Refuse an environment whose ids do not decide the state, and say whether different ids differ in anything seen.
+
+    Id 0 is started a second time, with other episodes and a step between: what an environment keeps from one episode to
+    the next, or draws from elsewhere than its own generator, shows then.
+    """
+    name, rest = simulator.recipe.name, np.zeros(simulator.layout.action_dim, dtype=np.float32)
+    starts = []
+    for state in (0, 1, 2, 0):
+        starts.append({key: np.array(value) for key, value in simulator.reset(state).items()})
+        simulator.step(rest)
+    first, *others, again = starts
+    if reproducible and (key := _difference(first, again)):
+        raise UserError(
+            f"trainer.env: {name} starts the same initial-state id from another state the second time ({key!r} "
+            "differs), so that no two evaluations begin alike: let it draw from its own np_random only, and forget "
+            "what was before; or say trainer.env_config.ids_reproducible: false"
+        )
+    distinct = any(_difference(first, other) for other in others)
+    if not distinct:
+        log.warning("%s starts every initial-state id from the same state: an evaluation is of one state", name)
+    return distinct
+
+
+def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> str | None:
+    """The first observation that differs by more than rounding, pictures by more than a renderer's noise."""
+    for key, value in one.items():
+        apart = np.abs(value.astype(np.float64) - other[key].astype(np.float64))
+        rounding = 1.0 if base_modality(key) == RGB else 1e-5 * max(1.0, float(np.abs(value).max(initial=0.0)))
+        if apart.size and (apart.mean() if base_modality(key) == RGB else apart.max()) > rounding:
+            return key
+    return None

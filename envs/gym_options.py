@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,10 @@ def check_options(name: str, options: Mapping[str, Any], unknown: Mapping[str, A
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             place = "trainer" if option in of_trainer else "trainer.env_config"
             raise UserError(f"{place}.{option}: expected an integer of at least {least}, got {value!r}")
+    if not isinstance(options.get("ids_reproducible", True), bool):
+        raise UserError(
+            f"trainer.env_config.ids_reproducible: expected true or false, got {options['ids_reproducible']!r}"
+        )
     size = options.get("render")
     if size is not None and not (
         isinstance(size, Sequence) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)
@@ -100,12 +105,14 @@ def find_spec(name: str) -> EnvSpec:
 
 
 def _import(module_name: str, name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:  # as for models: at the end, so that nothing installed is hidden
+        sys.path.append(str(Path.cwd()))
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if f"{module_name}.".startswith(f"{missing}."):
-            problem = f"there is no module {missing!r}; is its package installed, or its folder on PYTHONPATH?"
+            problem = f"there is no module {missing!r}: neither installed nor in the current directory {Path.cwd()}"
         else:
             problem = f"importing {module_name!r} needs {missing!r}: pip install the package that provides it"
         raise UserError(f"trainer.env: {name!r}: {problem}") from error

@@ -114,6 +114,8 @@ class Environment(Protocol):
     batch_size: torch.Size
     held_out: int
     """Ids below it are never drawn in training."""
+    distinct_states: bool
+    """Whether different ids are different states (absent: they are); if not, an evaluation is of one state."""
     resumes_exactly: bool
     """Whether `load_state_dict` brings back the very step; else reset after it, and episodes start anew."""
 

@@ -169,6 +169,7 @@ class TabletopEnv(EnvBase):
     """
 
     batch_locked = True
+    distinct_states = True
     resumes_exactly = True
     held_out = HELD_OUT_STATES
 

@@ -48,6 +48,7 @@ class InitialStateEnv(EnvBase):
 
     batch_locked = True
     resumes_exactly = False
+    distinct_states = True
 
     def __init__(self, num_envs: int, seed: int, device: torch.device | str, held_out: int = HELD_OUT_STATES):
         super().__init__(device=device, batch_size=[num_envs])

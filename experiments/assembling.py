@@ -24,12 +24,12 @@ from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
 from envs import make_env
 from research.config import FREEZE_SWITCHES, ExperimentConfig, TrainerConfig
-from research.schema import OBSERVATION, UserError, check_observation
+from research.schema import OBSERVATION, PROPRIO, UserError, check_observation
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Algorithm, Collection
 from research.training.asynchronous import AsynchronousRollouts
 from research.training.audit import FreezeAudit
-from research.training.freezing import HEADS, freeze, named_parameters_within, parameter_groups, part_names
+from research.training.freezing import HEADS, freeze, named_parameters_within, parameter_groups, part_names, part_of
 from research.training.loss import make_loss
 from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
@@ -75,7 +75,7 @@ def assemble(config: ExperimentConfig) -> Assembly:
     observations = env.observation_spec[OBSERVATION].zero()
     check_observation(observations, f"env {trainer.env!r}")
     few, action_shape = observations[: min(2, trainer.num_envs)], env.action_spec.shape[1:]
-    if config.policy.action_dim != action_shape[-1]:
+    if config.policy.action_dim not in (None, action_shape[-1]):
         raise UserError(
             f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_shape[-1]} numbers"
         )
@@ -127,6 +127,11 @@ def make_model(
     named = inspect.signature(import_model_class(vla.model_class).__init__).parameters
     scopes = [policy.freeze] if isinstance(policy.freeze, str) else policy.freeze
     told = {switch: True for switch, preset in FREEZE_SWITCHES.items() if switch in named and preset in scopes}
+    # What follows from the environment need not be said; said otherwise, the model is tried and refused.
+    follows = {"action_dim": action_shape[-1]}
+    if PROPRIO in observations.keys():
+        follows["proprio_dim"] = observations[PROPRIO].shape[-1]
+    told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
     model = load_vla_model(
         vla.model_path,
         vla.model_class,
@@ -143,7 +148,19 @@ def make_model(
     value_head = [policy.value_head] if policy.value_head else find_value_head(model, observations)
     heads = getattr(model, "heads", None) or list(dict.fromkeys([*HEADS, *value_head]))
     freeze(model, policy.freeze, heads=heads, lora=policy.lora)
+    refuse_half_precision(model)
     return model.eval(), value_head
+
+
+def refuse_half_precision(model: nn.Module) -> None:
+    """Refuse to train weights in bfloat16 or float16: steps smaller than their rounding are lost without a word."""
+    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        parts = ", ".join(dict.fromkeys(map(part_of, half)))
+        raise UserError(
+            f"policy.vla_config: {type(model).__name__} trains {parts} in half precision, where small steps are lost; "
+            "construct what trains in float32 and set trainer.autocast=bf16, or freeze it"
+        )
 
 
 def load_trained(model: nn.Module, weights: dict, source: str) -> None:

@@ -14,7 +14,7 @@ from research.schema import UserError
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pick_place.json"
 FIXED = (  # what a run keeps for life
     "trainer.env", "trainer.env_config", "trainer.num_envs", "trainer.buffer_size", "trainer.buffer_type",
-    "trainer.seed", "policy.freeze", "policy.lora", "policy.action_dim", "policy.vla_config.model_class",
+    "trainer.seed", "policy.freeze", "policy.lora", "policy.vla_config.model_class",
     "policy.vla_config.model_config", "algorithm.name",
 )  # fmt: skip
 UNTOLD = ("trainer.resume", "trainer.run_dir", "trainer.progress_bar", "policy.vla_config.model_path")

@@ -125,8 +125,8 @@ class PolicyConfig:
 
     name: Literal["vla"] = "vla"
     """Kind of policy."""
-    action_dim: PositiveInt = 3
-    """Numbers per action; must equal the environment's."""
+    action_dim: PositiveInt | None = None
+    """Numbers per action; none = the environment's, which it must equal."""
     freeze: str | list[str] = "none"
     """none, vision, language, backbone (all but the heads), lora (backbone, with low-rank adapters in it), or a list of
     these, part names, module paths and globs."""

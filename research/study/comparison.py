@@ -135,11 +135,15 @@ def compare(
             f"all are compared at {steps:,.0f}."
         )
 
-    paired = longest == steps and all(run.final_episodes for run in complete)
+    reproducible = all(run.env_config.get("ids_reproducible", True) for run in complete)
+    paired = longest == steps and all(run.final_episodes for run in complete) and reproducible
     if not paired:
+        why = "the runs ended at different env steps" if longest > steps else "single episodes are missing"
+        if not reproducible:
+            why = "ids of initial states are not reproducible (trainer.env_config.ids_reproducible is false)"
         notes.append(
             "Differences are not paired by initial state, and intervals are for the states evaluated and not for new "
-            "ones: " + ("the runs ended at different env steps." if longest > steps else "single episodes are missing.")
+            f"ones: {why}."
         )
     if choose_on == "states" and not paired:
         raise UserError(

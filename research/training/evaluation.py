@@ -44,6 +44,8 @@ class Evaluation:
 
     episodes: list[Episode]
     frames: list[np.ndarray]
+    distinct: bool = True
+    """Whether the initial states differ; if not, the interval is that of a single episode."""
 
     @property
     def has_success(self) -> bool:
@@ -61,8 +63,9 @@ class Evaluation:
         }
         if self.has_success:
             successes = sum(e.success for e in self.episodes)
-            low, high = wilson_interval(successes, len(self.episodes))
             rate = successes / len(self.episodes)
+            states = len(self.episodes) if self.distinct else 1
+            low, high = wilson_interval(round(rate * states), states)
             metrics |= {"eval/success_rate": rate, "eval/success_low": low, "eval/success_high": high}
         return metrics
 
@@ -82,7 +85,8 @@ class Evaluation:
         m = self.metrics()
         if self.has_success:
             interval = f"{m['eval/success_rate']:.3f} [{m['eval/success_low']:.3f}, {m['eval/success_high']:.3f}]"
-            return f"{interval} success over {len(self.episodes)} episodes"
+            of = "" if self.distinct else ", all from one initial state"
+            return f"{interval} success over {len(self.episodes)} episodes{of}"
         return f"return {m['eval/return']:.3f} over {len(self.episodes)} episodes"
 
 
@@ -124,7 +128,7 @@ def evaluate(
             frames += recorded
             if on_wave is not None:
                 on_wave(len(episodes))
-    return Evaluation(episodes, frames)
+    return Evaluation(episodes, frames, getattr(env, "distinct_states", True))
 
 
 def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film: int, max_steps: int):

@@ -7,6 +7,7 @@ import pickle
 import sys
 import textwrap
 import weakref
+import zipfile
 
 import pytest
 import torch
@@ -746,3 +747,52 @@ def test_a_trusted_pickle_that_is_damaged(tmp_path, weights):
 def test_fresh_weights_that_are_meant_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     load_vla_model(None, "test_loading.VLA", {}, expect_fresh=True)
     assert caplog.text == ""
+
+
+# ---- numbers that are not the weights that they seem
+
+
+def test_compressed_entries_are_the_same_weights(tmp_path):
+    """Memory-mapped they would be read as noise, without a word."""
+    plain, deflated = tmp_path / "plain.pt", tmp_path / "deflated.pt"
+    torch.manual_seed(0)
+    weights = nn.Linear(30, 20).state_dict()
+    torch.save(weights, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry.filename))
+    read = loading._read(deflated, None, trust_checkpoint=False)
+    assert all(torch.equal(read[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to(torch.int8), "is torch.int8, where SmallVLA has torch.float32"),
+        (lambda w: w.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
+        (lambda w: w.to(torch.complex64), "is torch.complex64"),
+        (lambda w: w > 0, "is torch.bool"),
+        (lambda w: w.to_sparse(), "is torch.sparse_coo, which holds no values"),
+        (lambda w: w.to("meta"), "is a meta tensor"),
+        (lambda w: w * float("nan"), "holds a NaN or an infinity"),
+    ],
+)
+def test_other_numbers_are_refused_by_name(tmp_path, strict, change, message):
+    config = {"action_dim": 3, "modalities": ["proprio"], "hidden_size": 16}
+    weights = load_vla_model(None, "agents.small_vla.SmallVLA", config).state_dict()
+    weights["fusion.layers.0.weight"] = change(weights["fusion.layers.0.weight"])
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=rf"fusion\.layers\.0\.weight {message}") as caught:
+        load_vla_model(tmp_path / "w.pt", "agents.small_vla.SmallVLA", config, strict=strict)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_precision_and_doubles_are_rounded_to_the_models_own(tmp_path):
+    config = {"action_dim": 3, "modalities": ["proprio"], "hidden_size": 16}
+    weights = load_vla_model(None, "agents.small_vla.SmallVLA", config).state_dict()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        torch.save({name: w.to(dtype) for name, w in weights.items()}, tmp_path / "w.pt")
+        model = load_vla_model(tmp_path / "w.pt", "agents.small_vla.SmallVLA", config)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        torch.testing.assert_close(model.state_dict(), weights, rtol=1e-2, atol=1e-2)

@@ -15,6 +15,7 @@ from torchrl.envs.utils import check_env_specs
 from envs.gym import make_gym_env
 from envs.simulator import HELD_OUT_STATES
 from research.schema import UserError, check_observation, decode_text
+from research.training.evaluation import evaluate, wilson_interval
 
 REACH = "user_package.reach_env:ReachEnv"
 KEYS = {"proprio": ["state", "clock"], "rgb": "images.front", "depth": "depth"}
@@ -456,3 +457,50 @@ def test_a_misspelt_success_key_is_not_a_success_rate_of_zero(make):
 def test_negative_ids(make):
     with pytest.raises(UserError, match="initial_state: ids are seeds of at least 0, got -1"):
         reset_to(make(), [0, -1, 2])
+
+
+# ------------------------------------------------------------------- ids of initial states are tried, not assumed
+
+
+HABITS = "user_package.habits:"
+
+
+@pytest.mark.parametrize("habit", ["Global", "Remembering"])
+def test_ids_that_do_not_decide_the_state_are_refused(make, habit):
+    with pytest.raises(
+        UserError, match=r"same initial-state id from another state.*'proprio' differs.*ids_reproducible"
+    ):
+        make(f"{HABITS}{habit}")
+    env = make(f"{HABITS}{habit}", ids_reproducible=False)  # one that knows
+    one, other = (reset_to(env, [0, 1, 2])["observation", "proprio"] for _ in range(2))
+    assert not torch.equal(one, other)
+    with pytest.raises(UserError, match=r"env_config\.ids_reproducible: expected true or false, got 'no'"):
+        make(f"{HABITS}{habit}", ids_reproducible="no")
+
+
+def test_ids_that_decide_it_are_taken(make, caplog):
+    env = make(f"{HABITS}Honest")
+    assert env.distinct_states and caplog.text == ""
+    first = reset_to(env, [5, 6, 5])["observation", "proprio"]
+    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+
+
+def test_one_state_for_all_ids_is_named_and_counts_as_one(make, caplog):
+    env = make(f"{HABITS}Single")
+    assert not env.distinct_states and "an evaluation is of one state" in caplog.text
+    result = evaluate(env, forward_one, range(6))
+    assert result.metrics()["eval/success_rate"] == 1.0
+    assert (result.metrics()["eval/success_low"], result.metrics()["eval/success_high"]) == wilson_interval(1, 1)
+    assert "all from one initial state" in result.summary()
+    several = evaluate(make(f"{HABITS}Honest"), forward_one, range(6))
+    assert several.metrics()["eval/success_low"] > 0 or several.metrics()["eval/success_rate"] < 1
+
+
+def test_pictures_that_are_upside_down_in_memory_are_taken(make):
+    env = make(f"{HABITS}Honest", keys={}, render=[6, 4])
+    assert env.reset()["observation", "rgb"].shape == (3, 6, 4, 3)
+    assert env.render_frames(size=8).shape == (3, 8, 8, 3)
+
+
+def forward_one(td):
+    return td.set("action", torch.zeros(*td.batch_size, 1))

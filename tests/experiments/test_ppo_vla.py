@@ -460,3 +460,42 @@ def test_the_heads_that_a_model_declares_are_what_backbone_leaves(tmp_path, caps
     assert ppo_vla.main(["--config", str(config), "--policy.vla_config.model_class=test_ppo_vla.Hand"]) == 0
     summary = json.loads((run_folder(tmp_path) / "summary.json").read_text())
     assert summary["audit/frozen_tensors"] == 2  # the eyes
+
+
+def test_what_follows_from_the_environment_need_not_be_said(tmp_path, monkeypatch):
+    """Neither of the policy nor of the model; and an environment lies in the working directory, as a model may."""
+    (tmp_path / "my_env.py").write_text((ROOT / "tests" / "user_package" / "reach_env.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    config = write_config(
+        tmp_path,
+        trainer__env="gym:my_env:ReachEnv",
+        trainer__env_config={"keys": {"proprio": "state"}, "max_episode_steps": 6},
+        policy__action_dim=None,
+        policy__vla_config={
+            "model_class": "agents.small_vla.SmallVLA",
+            "model_config": {"modalities": ["proprio"], "hidden_size": 16},
+        },
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    trained = torch.load(run_folder(tmp_path) / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    assert trained["fusion.layers.0.weight"].shape == (256, 6) and trained["action_head.raw_std"].shape == (2,)
+
+
+class Half(SmallVLA):
+    """Its action head is as a large checkpoint is loaded: in bfloat16."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.action_head.mean.to(torch.bfloat16)
+
+    def action_distribution(self, hidden):
+        return super().action_distribution(hidden.to(torch.bfloat16))
+
+
+def test_weights_in_half_precision_are_not_trained(tmp_path, capsys):
+    config = write_config(tmp_path, policy__vla_config__model_class="test_ppo_vla.Half")
+    assert ppo_vla.main(["--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "trains action_head in half precision" in error and "trainer.autocast=bf16" in error
+    flags = ["--policy.freeze=[action_head.mean]", "--trainer.iterations=1"]
+    assert ppo_vla.main(["--config", str(config), *flags]) == 0

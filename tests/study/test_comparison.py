@@ -251,3 +251,11 @@ def test_scopes_may_differ_in_settings_and_the_report_says_in_which(tmp_path):
     make_run(tmp_path / "b", "vision", algorithm__cfg__n_epochs=8)
     notes = compare(read_folders([str(tmp_path)])).notes
     assert "Besides scope, rate and seed, the runs differ in `algorithm.cfg.n_epochs`." in notes
+
+
+def test_runs_whose_initial_states_have_no_ids_are_not_paired(tmp_path):
+    for scope, seed in itertools.product(("none", "vision"), (1, 2, 3)):
+        make_run(tmp_path / f"{scope}-{seed}", scope, seed=seed, trainer__env_config={"ids_reproducible": False})
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert not comparison.paired
+    assert any("ids of initial states are not reproducible" in note for note in comparison.notes)

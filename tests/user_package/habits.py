@@ -1,0 +1,58 @@
+"""Small environments, each with one habit that users' environments have: how their initial states come about."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+
+class Honest(gymnasium.Env):
+    """Ends after five steps; its state is a number that its seed decides."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = Box(-np.inf, np.inf, (2,), np.float64), Box(-1, 1, (1,), np.float32)
+
+    def start(self) -> float:
+        return float(self.np_random.random())
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state, self.t = self.start(), 0
+        return np.array([self.state, self.t]), {"success": False}
+
+    def step(self, action):
+        self.t += 1
+        return np.array([self.state, self.t]), 1.0, False, self.t >= 5, {"success": self.t >= 5 and self.state > 0.5}
+
+    def render(self):
+        return np.full((6, 4, 3), 7, np.uint8)[::-1]  # upside down, as OpenGL's pictures come: a negative stride
+
+
+class Global(Honest):
+    """Draws from NumPy's global generator, which no seed of `reset` reaches."""
+
+    def start(self):
+        return float(np.random.random())
+
+
+class Remembering(Honest):
+    """Starts where the last episode's start left off."""
+
+    last = 0.0
+
+    def start(self):
+        Remembering.last += 0.1 * self.np_random.random()
+        return Remembering.last
+
+
+class Single(Honest):
+    """Starts every episode alike."""
+
+    def start(self):
+        return 0.75
