@@ -33,6 +33,7 @@ from research.training.freezing import HEADS, freeze, named_parameters_within, p
 from research.training.loss import make_loss
 from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
+from research.training.threads import choose_threads
 from research.training.utilisation import Utilisation, matmul_flops_per_second
 from research.training.vtrace import VTraceAdvantages
 
@@ -70,6 +71,9 @@ def assemble(config: ExperimentConfig) -> Assembly:
     """
     trainer = config.trainer
     device = choose_device(trainer.device)
+    trainer.threads, why = choose_threads(trainer.threads)  # recorded: a resumed run takes the same
+    torch.set_num_threads(trainer.threads)
+    print(f"threads: {trainer.threads} ({why})", flush=True)
     torch.manual_seed(trainer.seed)
     env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, trainer.seed)
     observations = env.observation_spec[OBSERVATION].zero()

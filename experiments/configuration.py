@@ -17,7 +17,13 @@ FIXED = (  # what a run keeps for life
     "trainer.seed", "policy.freeze", "policy.lora", "policy.vla_config.model_class",
     "policy.vla_config.model_config", "algorithm.name",
 )  # fmt: skip
-UNTOLD = ("trainer.resume", "trainer.run_dir", "trainer.progress_bar", "policy.vla_config.model_path")
+UNTOLD = (
+    "trainer.resume",
+    "trainer.run_dir",
+    "trainer.progress_bar",
+    "trainer.threads",
+    "policy.vla_config.model_path",
+)
 
 C = TypeVar("C", bound=ExperimentConfig)
 

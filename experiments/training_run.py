@@ -170,6 +170,7 @@ class TrainingRun:
         seconds = collect_s + update_s
         metrics = metrics | {"time/collect_s": collect_s, "time/update_s": update_s}
         metrics["time/env_steps_per_second"] = transitions / seconds
+        metrics["time/threads"] = float(self.trainer.threads)
         if self.progress.iteration > self.config.algorithm.cfg.value_warmup_iterations:
             metrics["time/mfu"] = self._utilisation.of(transitions, metrics["train/epochs"], seconds)
         self.tracker.log(metrics, self.progress.env_steps)

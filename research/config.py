@@ -35,6 +35,9 @@ class TrainerConfig:
     """Seed of everything random."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
+    threads: PositiveInt | None = None
+    """Threads that torch computes with; none = OMP_NUM_THREADS, or else the cores that are free at the start. A run
+    repeats bit for bit on the same number."""
     num_envs: PositiveInt = 64
     """Environments that run side by side."""
     iterations: PositiveInt = 250

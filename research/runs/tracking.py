@@ -25,6 +25,7 @@ Metrics, the same names in every script, all against `global_step`:
 | `time/env_steps_per_second`             | 1/s       | env steps per second of the whole iteration                  |
 | `time/collect_s`, `time/update_s`       | s         | duration of the rollout and of the update                    |
 | `time/mfu`                              | 0..1      | the model's FLOP/s over the device's, from measured peak     |
+| `time/threads`                          | –         | threads that torch computes with                             |
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ _OWN_COLUMN = (
 _IRRELEVANT = (
     "trainer.exp_name", "trainer.env", "trainer.env_config", "trainer.seed", "trainer.run_dir", "trainer.use_wandb",
     "trainer.resume", "trainer.progress_bar", "trainer.save_freq", "trainer.eval_freq", "trainer.num_eval_envs",
-    "trainer.num_eval_episodes", "policy.freeze", "algorithm.cfg.learning_rate",
+    "trainer.num_eval_episodes", "trainer.threads", "policy.freeze", "algorithm.cfg.learning_rate",
 )  # fmt: skip
 
 
