@@ -80,8 +80,7 @@ def detach_value_head(model: nn.Module, parameters: Collection[nn.Parameter], ob
     """Let the value's gradient end at the input of the module that holds the value head, and say whether it does.
 
     It is tried, and taken back where it would change a gradient: where the parameters do not lie in one module, where
-        that
-    module runs more than once a pass, or where the value depends on other parameters past it.
+    that module runs more than once a pass, or where the value depends on other parameters past it.
 
     Args:
         model: the VLA, frozen as it will be trained.

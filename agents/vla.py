@@ -16,10 +16,9 @@
 or the trunk as named stages, from which frozen ones run once per transition instead of once per epoch (`StagedVLA`).
 
 **Below all of them is one contract**, `DecidingVLA`: stages for what depends on the observation alone, and three
-    functions
-of a step, `decide`, `score` and `state_value`. A model whose distribution runs a network on what was sampled (tokens
-one after the other, a denoising chain) implements it directly; for every other model it is derived, here, without work
-for its author. `agents/policy.py` knows nothing else.
+functions of a step, `decide`, `score` and `state_value`. A model whose distribution runs a network on what was sampled
+(tokens one after the other, a denoising chain) implements it directly; for every other model it is derived, here,
+without work for its author. `agents/policy.py` knows nothing else.
 """
 
 from __future__ import annotations

@@ -196,16 +196,25 @@ class GymnasiumSimulator:
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         with blame(f"{self.recipe.name}: step()"):
             observation, reward, terminated, truncated, self.info = self.env.step(self._action(action))
-            out = {
-                "reward": np.array([reward], dtype=np.float32),
-                "terminated": np.array([terminated], dtype=bool),
-                "truncated": np.array([truncated], dtype=bool),
-            }
+        out = {
+            "reward": self._one("reward", reward, np.float32),
+            "terminated": self._one("terminated", terminated, bool),
+            "truncated": self._one("truncated", truncated, bool),
+        }
         self._return += float(out["reward"][0])
         success = self._success(bool(terminated or truncated))
         if success is not None:
             out[SUCCESS] = np.array([success], dtype=bool)
         return {**out, **self._observe(observation)}
+
+    def _one(self, what: str, value: Any, dtype: type) -> np.ndarray:
+        """What a step returned for one environment, `[1]`: a number, or an array or tensor of one element."""
+        array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+        if array.size != 1 or array.dtype.kind not in "bifu":
+            raise UserError(
+                f"{self.recipe.name}: step() should return one number as {what}, got {type(value).__name__} {value!r}"
+            )
+        return array.reshape(1).astype(dtype)
 
     def frame(self) -> np.ndarray:
         with blame(f"{self.recipe.name}: render()"):

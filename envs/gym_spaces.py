@@ -152,6 +152,8 @@ def names_of(info: Mapping[str, Any]) -> str:
 class ActionScale:
     """How actions reach a Box: a component with two finite bounds is rescaled from [-1, 1] and clipped; others pass.
 
+    Bounds at the edge of what their type can hold, as environments without bounds declare them, are none.
+
     Raises:
         UserError: the space is no Box of floats.
     """
@@ -161,7 +163,8 @@ class ActionScale:
             raise UserError(f"trainer.env: {name} takes actions from {space}; only float Box actions are supported")
         self.shape, self.dtype, self.size = space.shape, space.dtype, prod(space.shape)
         self.low, self.high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
-        finite = np.isfinite(self.low) & np.isfinite(self.high)
+        edge = np.finfo(space.dtype).max / 10
+        finite = (self.low > -edge) & (self.high < edge)
         self.bounded = bool(finite.all())
         self.scale, self.offset = np.ones_like(self.low), np.zeros_like(self.low)
         low, high = self.low[finite], self.high[finite]

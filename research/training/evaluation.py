@@ -152,6 +152,7 @@ def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film:
         # Finished environments are reset and go on; what they do no longer counts.
         step, following = env.step_and_maybe_reset(step)
         after = step.get("next")
+        check_finite([("reward", after.get("reward"))], "in evaluation")
         total += torch.where(running, after.get("reward").squeeze(-1), 0.0)
         length += running
         done = after.get("done").squeeze(-1)

@@ -73,9 +73,7 @@ class PPO:
         configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, own in zip(optimizer.param_groups, configured, strict=True):
-            group.update(
-                own, initial_lr=own.get("initial_lr", own["lr"])
-            )  # settings are this run's, not the one's before
+            group.update(own, initial_lr=own.get("initial_lr", own["lr"]))  # as this run is configured
 
 
 class PolicyUpdate:

@@ -504,3 +504,28 @@ def test_pictures_that_are_upside_down_in_memory_are_taken(make):
 
 def forward_one(td):
     return td.set("action", torch.zeros(*td.batch_size, 1))
+
+
+# ------------------------------------------------------------------- one number, in whatever form
+
+
+@pytest.mark.parametrize("form", ["arrays", "tensors"])
+def test_rewards_and_ends_of_one_element_are_taken(make, form):
+    env = make(f"{HABITS}Returning", env_kwargs={"form": form})
+    env.reset()
+    for t in range(1, 6):
+        after = act(env, torch.zeros(3, 1))
+        assert after["reward"].flatten().tolist() == [1.0] * 3
+        assert after["truncated"].all() == (t == 5) and not after["terminated"].any()
+
+
+@pytest.mark.parametrize("form", ["two", "none", "text"])
+def test_a_reward_that_is_no_single_number_is_named(make, form):
+    with pytest.raises(UserError, match="step.. should return one number as reward, got"):
+        make(f"{HABITS}Returning", env_kwargs={"form": form})
+
+
+def test_bounds_that_are_finite_in_name_only_do_not_rescale(make):
+    env = make(f"{HABITS}NamedBounds")
+    env.reset()
+    assert act(env, torch.full((3, 1), 0.5))["observation", "proprio"][:, 1].tolist() == [0.5] * 3

@@ -63,6 +63,23 @@ def test_an_action_that_is_no_number_is_named():
         evaluate(env, lambda step: step.set("action", torch.full((2, 3), float("nan"))), range(2))
 
 
+@pytest.mark.parametrize(
+    ("place", "message"), [("observation", "observation 'proprio' is nan"), ("reward", "reward is nan")]
+)
+def test_what_the_environment_breaks_is_named_and_not_the_action(monkeypatch, place, message):
+    env = TabletopEnv(2, "reach", modalities=MODALITIES)
+    step = env._step
+
+    def broken(tensordict):
+        after = step(tensordict)
+        (after["observation", "proprio"] if place == "observation" else after["reward"])[1, 0] = float("nan")
+        return after
+
+    monkeypatch.setattr(env, "_step", broken)
+    with pytest.raises(NonFiniteError, match=message):
+        evaluate(env, Expert(env), range(2))
+
+
 def test_metrics_have_wilsons_interval():
     assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)  # the formula, by hand
     assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(10, 10)[1] == 1.0

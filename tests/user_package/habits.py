@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 
 
@@ -49,6 +50,35 @@ class Remembering(Honest):
     def start(self):
         Remembering.last += 0.1 * self.np_random.random()
         return Remembering.last
+
+
+class Returning(Honest):
+    """Returns rewards and ends in a form of its own."""
+
+    def __init__(self, form: str, render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.form = form
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.form == "arrays":
+            return observation, np.array([reward]), np.array([terminated]), np.array([truncated]), info
+        if self.form == "tensors":
+            return observation, torch.tensor([reward]), torch.tensor(terminated), torch.tensor([truncated]), info
+        return observation, {"two": np.zeros(2), "none": None, "text": "1"}[self.form], terminated, truncated, info
+
+
+class NamedBounds(Honest):
+    """Has bounds in name only; reports the action that reached it."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode)
+        most = np.finfo(np.float32).max
+        self.action_space = Box(-most, most, (1,), np.float32)
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return np.array([observation[0], float(action[0])]), *rest
 
 
 class Single(Honest):
