@@ -29,6 +29,7 @@ from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION, NonFiniteError, UserError
 from research.training.evaluation import Evaluation, evaluate
+from research.training.threads import choose_threads
 
 
 @dataclass
@@ -72,6 +73,7 @@ def run(argv: list[str]) -> int:
     trainer, output = config.trainer, Path(config.output)
 
     device = choose_device(trainer.device)
+    torch.set_num_threads(choose_threads(trainer.threads)[0])  # those of the run, where it is one: the same results
     num_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
     envs = {
         split: make_env(trainer.env, num_envs, options, device, seed=trainer.seed)
