@@ -17,7 +17,7 @@ evaluate: $(READY)  ## evaluate the shipped checkpoint
 test: $(READY)  ## all tests
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-test-fast: $(READY)  ## mathematics, contracts and parsing: no training run, no other process
+test-fast: $(READY)  ## mathematics, contracts and parsing: no training run, nothing compiled
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
 
 lint: $(READY)  ## what CI checks besides the tests

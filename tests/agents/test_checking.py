@@ -17,6 +17,7 @@ from envs.tabletop import TabletopEnv
 from research.schema import UserError
 
 
+@pytest.mark.slow
 def test_checking_a_policy_compiles_nothing():
     torch._dynamo.reset()
     policy = VLAPolicy(small_model(), compile=True)

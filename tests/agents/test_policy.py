@@ -119,6 +119,7 @@ def test_bf16_keeps_the_ratio_at_one_and_the_mathematics_in_float32(interface, s
     torch.testing.assert_close(*values, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", ["staged", "methods"])
 def test_compiled_policies_give_equal_losses_and_gradients(interface):
     gradients = []

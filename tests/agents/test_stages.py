@@ -39,6 +39,7 @@ class MethodStage(SmallVLA):
         return self.fusion(self.vision_encoder(rgb), self.language_encoder(language), proprio)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [False, True])
 def test_a_stage_that_is_a_method_or_function_can_be_compiled(function):
     gradients = []

@@ -36,6 +36,7 @@ class Clamped(SmallVLA):
         return step.set("action", step["action"].clamp(-0.05, 0.05))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "warned"), [("agents.small_vla.SmallVLA", False), ("test_ratio.Clamped", True)])
 def test_a_run_warns_once_of_one_that_is_not(tmp_path, caplog, model, warned):
     config = write_config(tmp_path, policy__vla_config__model_class=model, trainer__enable_eval=False)
