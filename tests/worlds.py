@@ -18,7 +18,7 @@ from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
 from research.runs.tracking import read_metrics
 from research.training.advantages import GAEAdvantages
-from research.training.freezing import named_parameters_within
+from research.training.freezing import freeze, named_parameters_within
 from research.training.loss import make_loss
 from research.training.rollout import Rollouts
 
@@ -183,3 +183,14 @@ def gradients_of(policy: VLAPolicy, batch: TensorDict) -> list[torch.Tensor]:
     losses = total_loss(policy, batch)
     (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
     return [losses["loss_objective"].detach(), *(p.grad.clone() for p in policy.model.parameters() if p.requires_grad)]
+
+
+def reach_policy(scope: str = "none") -> VLAPolicy:
+    torch.manual_seed(0)
+    model = SmallVLA(3, modalities=["rgb", "proprio"], token_size=8, hidden_size=16).eval()
+    freeze(model, scope)
+    return VLAPolicy(model)
+
+
+def reach_env(worker: int = 0, num_envs: int = 4) -> TabletopEnv:
+    return TabletopEnv(num_envs, "reach", image_size=16, max_steps=6, modalities=["rgb", "proprio"], seed=worker)

@@ -86,7 +86,9 @@ class AsynchronousRollouts:
         while sum(part.numel() for part in self._fifo) < self.buffer_size:
             part = next(self._arriving)
             first = self.share * int(part[WORKER][0, 0])
-            self.episodes.observe(part.to("cpu"), slice(first, first + self.share))  # also of what is thrown away
+            self.episodes.observe(
+                part.select("next").to("cpu"), slice(first, first + self.share)
+            )  # also of what is thrown away
             if self._lag(part).max() > self.max_staleness:
                 self._discarded += part.numel()
             else:

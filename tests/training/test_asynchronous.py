@@ -9,34 +9,19 @@ import ppo_vla
 import pytest
 import torch
 from tensordict import assert_close
-from worlds import run_folder, write_config
+from worlds import reach_env, reach_policy, run_folder, write_config
 
-from agents.policy import VLAPolicy
-from agents.small_vla import SmallVLA
-from envs.tabletop import TabletopEnv
 from research.runs.tracking import read_metrics
 from research.training.asynchronous import AsynchronousRollouts
-from research.training.freezing import freeze
 from research.training.rollout import Rollouts
 
 pytestmark = pytest.mark.slow
 
 
-def make_policy(scope: str = "none") -> VLAPolicy:
-    torch.manual_seed(0)
-    model = SmallVLA(3, modalities=["rgb", "proprio"], token_size=8, hidden_size=16).eval()
-    freeze(model, scope)
-    return VLAPolicy(model)
-
-
-def make_env(worker: int = 0, num_envs: int = 4) -> TabletopEnv:
-    return TabletopEnv(num_envs, "reach", image_size=16, max_steps=6, modalities=["rgb", "proprio"], seed=worker)
-
-
 @pytest.fixture(scope="module")
 def asynchronous():
-    policy = make_policy()
-    rollouts = AsynchronousRollouts(make_env, 8, policy, 2, 8 * 6, max_staleness=3, seed=0)
+    policy = reach_policy()
+    rollouts = AsynchronousRollouts(reach_env, 8, policy, 2, 8 * 6, max_staleness=3, seed=0)
     rollouts.actor = policy.actor
     yield rollouts
     rollouts.shutdown()
@@ -85,14 +70,14 @@ def test_what_is_too_stale_is_thrown_away_and_reported(asynchronous):
 
 def test_workers_send_what_the_update_reads_and_nothing_else():
     """What arrives, before the main process has touched it, is what `Rollouts` keeps of the same steps."""
-    policy = make_policy("backbone")
-    asynchronous = AsynchronousRollouts(make_env, 4, policy, 1, 4 * 8, max_staleness=0, seed=5)
+    policy = reach_policy("backbone")
+    asynchronous = AsynchronousRollouts(reach_env, 4, policy, 1, 4 * 8, max_staleness=0, seed=5)
     try:
         arriving = iter(asynchronous.collector)
         arrived = [next(arriving), next(arriving)]
     finally:
         asynchronous.shutdown()
-    rollouts = Rollouts(make_env(), policy, 4 * 8)
+    rollouts = Rollouts(reach_env(), policy, 4 * 8)
     rollouts.collector.set_seed(5)
     rollouts.collector.reset()
     torch.manual_seed(5)

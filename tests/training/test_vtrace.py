@@ -6,13 +6,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.objectives.value import GAE
-from worlds import gae
+from worlds import gae, reach_env, reach_policy
 
-from agents.policy import VLAPolicy
-from agents.small_vla import SmallVLA
-from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
-from research.training.freezing import freeze
 from research.training.loss import make_loss
 from research.training.rollout import Rollouts
 from research.training.vtrace import VTraceAdvantages, vtrace
@@ -62,20 +58,9 @@ def test_vtrace_is_the_sum_in_the_paper():
             assert advantage[i, first, 0].item() == pytest.approx(float(total), abs=1e-12)
 
 
-def make_policy(scope: str = "none") -> VLAPolicy:
-    torch.manual_seed(0)
-    model = SmallVLA(3, modalities=["rgb", "proprio"], token_size=8, hidden_size=16).eval()
-    freeze(model, scope)
-    return VLAPolicy(model)
-
-
-def make_env(worker: int = 0, num_envs: int = 4) -> TabletopEnv:
-    return TabletopEnv(num_envs, "reach", image_size=16, max_steps=6, modalities=["rgb", "proprio"], seed=worker)
-
-
 def test_a_fresh_rollout_is_prepared_as_without_staleness():
-    policy = make_policy()
-    rollouts = Rollouts(make_env(), policy, 4 * 8)
+    policy = reach_policy()
+    rollouts = Rollouts(reach_env(), policy, 4 * 8)
     rollout = rollouts.next()
     expected, _ = gae(policy, CFG)(rollout)
     batch, metrics = VTraceAdvantages(policy, GAMMA, LAMBDA)(rollout)
@@ -87,8 +72,8 @@ def test_a_fresh_rollout_is_prepared_as_without_staleness():
 
 
 def test_a_stale_rollout_is_scored_by_the_current_policy_and_weighted():
-    policy = make_policy()
-    rollouts = Rollouts(make_env(), policy, 4 * 8)
+    policy = reach_policy()
+    rollouts = Rollouts(reach_env(), policy, 4 * 8)
     rollout = rollouts.next()
     with torch.no_grad():
         for p in policy.model.parameters():
