@@ -8,10 +8,14 @@
 Splits are compared too, where each run was evaluated in them:
     python experiments/evaluate_vla.py --checkpoint=runs/<run> --split=all --output=runs/<run>/splits
 
+A scope's learning rate is best chosen by deterministic success on states that are not reported, on seeds of its own:
+    python experiments/evaluate_vla.py --checkpoint=runs/<run> --first_state=256 --output=runs/<run>/choosing
+    python experiments/compare_runs.py runs --choose_on=other_states --choosing_seeds 1 2 3
+
 Runs are compared by success, or by return where their environment has no success. Writes into --output: report.md,
 report.html (one file: figures, tables, videos), curves.png, success.png or return.png, heatmap.png, and runs.csv, from
 which the last command recomputes every number. Runs of different environments, or evaluated from different initial
-states, are refused; runs that crashed are listed and left out of all means.
+states, are refused; runs that crashed, or whose files cannot be read, are listed and left out of all means.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from research.schema import UserError
+from research.schema import UserError, one_line
 from research.study.comparison import compare
 from research.study.report import ranking, write_report
-from research.study.run_table import read_folders, read_table, read_wandb
+from research.study.run_sources import read_folders, read_wandb
+from research.study.run_table import read_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", metavar="CSV", help="a runs.csv that this script wrote, instead of folders")
     parser.add_argument("--output", default="comparison", help="folder to write, default comparison")
     parser.add_argument(
-        "--choose_on", choices=["training", "states"], default="training",
-        help="what chooses each scope's rate: training success or return (default), or every other evaluation state",
+        "--choose_on", choices=["training", "states", "other_states"], default="training",
+        help="what chooses each scope's rate: training success or return (default), every other evaluation state, or "
+        "the episodes of <run>/choosing, see above",
     )  # fmt: skip
     parser.add_argument(
         "--choosing_seeds", type=int, nargs="+", default=[], metavar="SEED",
@@ -54,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         command = f"python experiments/compare_runs.py {shlex.join(argv)}"
         write_report(comparison, Path(options.output), command)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print("\n".join(ranking(comparison)))
     print(f"report: {options.output}/report.html and report.md; the numbers again: --table={options.output}/runs.csv")

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Property-based tests: few examples, the same every time; `pytest --hypothesis-profile=faults` looks for new ones.
+_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+settings.register_profile("short", max_examples=50, deadline=None, derandomize=True, suppress_health_check=_SLOW)
+settings.register_profile("faults", max_examples=1000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from scipy.special import expit
 
 from research.runs.video import write_video
 
 STATES = 40
 EASY = np.where(np.arange(STATES) % 2 == 0, 5.0, -5.0)  # what a state adds to every run's return; variance 25 * 40 / 39
+
+
+def simulate(
+    repeats, mean, seed_sd, state_sd, seeds=5, settings=1, shift=0.0, rng_seed=0, states=128
+):  # fmt: skip
+    """Success `[settings, repeats, seeds, states]`: logit of the rate = mean + seed + state, states shared by all."""
+    rng = np.random.default_rng(rng_seed)
+    of_seed = rng.normal(0, seed_sd, (settings, repeats, seeds, 1))
+    of_state = rng.normal(0, state_sd, (repeats, 1, states))
+    level = mean - shift * np.arange(settings).reshape(-1, 1, 1, 1)
+    return (rng.random((settings, repeats, seeds, states)) < expit(level + of_seed + of_state)).astype(np.float32)
 
 
 def config_of(scope="none", rate=1e-4, seed=1, **changes):
@@ -35,7 +47,7 @@ def make_run(
     folder, scope="none", rate=1e-4, seed=1, final=0.8, sampled=None, steps=(0, 1000, 2000), pace=0.1, returns=None,
     **changes,
 ):  # fmt: skip
-    """A run folder as ppo_vla.py leaves it: success rises evenly from 0.5 to `final`, `pace` seconds per env step.
+    """A run folder as ppo_vla.py leaves it: success goes from 0.5 to `final`, `pace` seconds per env step.
 
     `final` is a rate, whose episodes are then drawn, or the outcomes of the final episodes themselves. With `returns`,
     those of the final episodes, the environment is one without success, and returns rise from 0.03.
@@ -46,27 +58,29 @@ def make_run(
     if isinstance(final, float):
         rng = np.random.default_rng([seed, int(rate * 1e7), len(str(scope))])
         final = rng.random(config["trainer"]["num_eval_episodes"]) < final
-    final = np.asarray(final, dtype=bool)
     has_success = returns is None
-    returns = np.asarray(-7.0 * final if has_success else returns, dtype=float)  # logged next to success, too
+    returns = np.asarray(-7.0 * np.asarray(final) if has_success else returns, dtype=float)  # logged with success, too
+    final = np.asarray(final if has_success else np.zeros(len(returns)), dtype=bool)
     trained = {"rollout/return": returns.mean() if sampled is None else sampled, "rollout/episodes": 10.0}
     if has_success:
         trained["rollout/success_rate"] = final.mean() if sampled is None else sampled
     rows, episodes = [], []
     for i, step in enumerate(steps):
         done = i / (len(steps) - 1)
-        row = {"global_step": step, "time/elapsed_s": pace * step, "eval/return": 0.03 + done * (returns.mean() - 0.03)}
+        states = np.arange(len(final))
+        # Before training every other state succeeds; the final outcomes come in from the first state on.
+        success = np.where(states < done * len(final), final, states % 2 == 0)
+        of_states = 0.03 + done * (returns - 0.03)
+        row = {"global_step": step, "time/elapsed_s": pace * step, "eval/return": of_states.mean()}
         if has_success:
-            row["eval/success_rate"] = float(0.5 + done * (final.mean() - 0.5))
+            row["eval/success_rate"] = float(success.mean())
         rows += [row, {"global_step": step + 1, "time/elapsed_s": pace * step, **trained}]
-        last = step == steps[-1]
         episodes += [
             {
                 "global_step": step, "seed": seed, "initial_state": state, "instruction": "",
-                "success": bool(last and final[state]) if has_success else None,
-                "episode_return": last * returns[state],
+                "success": bool(success[state]) if has_success else None, "episode_return": float(of_states[state]),
             }
-            for state in range(config["trainer"]["num_eval_episodes"])
+            for state in range(len(final))
         ]  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "videos").mkdir()
@@ -107,6 +121,16 @@ def write_splits(run, **outcomes):
         for i, mark in enumerate(marks)
     ]
     (run / "splits" / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_choosing(run, outcomes, first=STATES):
+    """What `evaluate_vla.py --first_state=<first> --output=<run>/choosing` leaves behind."""
+    (run / "choosing").mkdir()
+    rows = [
+        {"split": "train", "initial_state": first + i, "success": bool(mark), "episode_return": float(mark)}
+        for i, mark in enumerate(outcomes)
+    ]
+    (run / "choosing" / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_sweep(rates=(0.5, 1.0), **changes) -> str:

@@ -8,27 +8,53 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from research.schema import UserError
-from research.study.run_table import Run
+from research.study.rate_choice import (
+    REPORTING_STATES,
+    Cell,
+    ChooseOn,
+    choose_rate,
+    choosing_scores,
+    describe_choice,
+    few_seeds_note,
+)
+from research.study.run_table import Axis, Run, plain, quoted
+from research.study.sample_size import seeds_needed, states_needed
 from research.study.statistics import (
     Array,
     Estimate,
     difference_interval,
     holm,
+    holm_levels,
     iqm_interval,
     mean_interval,
     probability_of_improvement,
     rank_ranges,
-    seeds_needed,
 )
 
-Cell = tuple[str, float]  # scope, learning rate
 ALPHA = 0.05
-CHOOSING_STATES, REPORTING_STATES = slice(0, None, 2), slice(1, None, 2)
+VERDICT_SEEDS = 3  # what two can tell, and how often they err: at the top of statistics.py
+ALIKE_LENGTH = 1.1  # runs whose times differ by less ended at the same time, but for a machine's noise
+
+
+@dataclass
+class RunnerUp:
+    """A rate of a scope that the choice could not tell from the one it took."""
+
+    learning_rate: float
+    behind: float
+    """In what the choice was by."""
+    error: float
+    """Standard error of that; NaN where one of the two has a single choosing seed."""
+    mean: Estimate
+    """Its own score, from the same states as the scope's."""
+    seeds: int
+    fresh: bool
+    """Whether these are seeds that had no part in the choice, where there are seeds for the choice alone."""
 
 
 @dataclass
@@ -44,6 +70,7 @@ class ScopeResult:
     mean: Estimate
     iqm: Estimate
     at_equal_time: Estimate
+    runners_up: list[RunnerUp] = field(default_factory=list)
     splits: dict[str, Estimate] = field(default_factory=dict)
     """Mean score in every split in which all of these runs were evaluated."""
     rank: tuple[int, int] = (1, 1)
@@ -58,10 +85,12 @@ class Pair:
     second: str
     difference: Estimate
     p_value: float
-    """Corrected after Holm for all pairs; NaN where one has a single seed."""
+    """Corrected after Holm for all pairs that were tested; NaN where one has too few seeds for a verdict."""
     improvement: Estimate
     more_seeds: float
-    """For each of the two, on top of what there is; NaN where it cannot be said, infinite where seeds alone cannot."""
+    """For each of the two, on top of what there is; NaN where it cannot be said, infinite where the states bind."""
+    states: float = math.nan
+    """Where the states bind: how many in all, with the seeds that there are; infinite where the seeds bind as well."""
 
     @property
     def separable(self) -> bool:
@@ -75,6 +104,8 @@ class Comparison:
     runs: list[Run]
     env_steps: float
     seconds: float
+    interrupted: bool
+    """Whether runs of a schedule that ends with the run are cut at `seconds`."""
     cells: dict[Cell, list[Run]]
     chosen_by: dict[Cell, float]
     scopes: list[ScopeResult]
@@ -99,27 +130,24 @@ class Comparison:
         return max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 0
 
 
-def compare(
-    runs: Sequence[Run], choose_on: Literal["training", "states"] = "training", choosing_seeds: Sequence[int] = ()
-) -> Comparison:
+def compare(runs: Sequence[Run], choose_on: ChooseOn = "training", choosing_seeds: Sequence[int] = ()) -> Comparison:
     """Compare freeze scopes, each at its own best learning rate.
 
     Args:
         runs: of one environment, measure and set of evaluation states; those that did not complete only get a note.
         choose_on: what the best rate is best in: "training" scores, so that all evaluation episodes are fresh for the
-            report, or the final evaluation from every other state ("states"), with the report on the remaining ones.
+            report; the final evaluation from every other state ("states"), with the report on the remaining ones; or an
+            evaluation on states that are not reported ("other_states").
         choosing_seeds: seeds that choose the rate and are left out of the report; none = all seeds do both.
     Raises:
         UserError: runs that cannot be compared (the message says which and why), or nothing left to compare.
     """
-    _refuse_different(runs, [_question(run) for run in runs])
     complete = [run for run in runs if run.complete]
-    notes = [f"`{run.run}` is excluded from all means: {run.status}." for run in runs if not run.complete]
+    notes = [f"{quoted(run.run)} is excluded from all means: {plain(run.status)}." for run in runs if not run.complete]
     if not complete:
         raise UserError(f"none of the {len(runs)} runs is complete; the first, {runs[0].run}: {runs[0].status}")
-    # Of complete runs only: one that ended before its first evaluation has not shown its measure.
-    _refuse_different(complete, [{"what evaluations measure": run.measure} for run in complete])
-    measure = complete[0].measure
+    _refuse_different(complete, [_question(run) | {"what evaluations measure": run.measure} for run in complete])
+    measure, bounded = complete[0].measure, complete[0].bounded
     cells: dict[Cell, list[Run]] = defaultdict(list)
     for run in sorted(complete, key=lambda run: (run.scope, run.learning_rate, run.seed)):
         cells[run.cell].append(run)
@@ -127,50 +155,111 @@ def compare(
         _refuse_unlike_seeds(cell)
     steps = min(run.eval_steps[-1] for run in complete)
     seconds = min(run.eval_seconds[-1] for run in complete)
-    longest = max(run.eval_steps[-1] for run in complete)
-    if longest > steps:
-        shortest = min(complete, key=lambda run: run.eval_steps[-1]).run
-        notes.append(
-            f"`{shortest}` ended at {steps:,.0f} env steps, others at up to {longest:,.0f}: "
-            f"all are compared at {steps:,.0f}."
-        )
-
-    reproducible = all(run.env_config.get("ids_reproducible", True) for run in complete)
-    paired = longest == steps and all(run.final_episodes for run in complete) and reproducible
-    if not paired:
-        why = "the runs ended at different env steps" if longest > steps else "single episodes are missing"
-        if not reproducible:
-            why = "ids of initial states are not reproducible (trainer.env_config.ids_reproducible is false)"
-        notes.append(
-            "Differences are not paired by initial state, and intervals are for the states evaluated and not for new "
-            f"ones: {why}."
-        )
+    notes += _shorter_note(complete, steps)
+    paired, paired_in_time, pairing_notes = _pairing(complete, steps, seconds)
+    notes += pairing_notes
+    interrupted, interruption_notes = _interruption(complete, seconds)
+    notes += interruption_notes
     if choose_on == "states" and not paired:
         raise UserError(
-            "the rate can be chosen on evaluation states only where all runs have their final episodes, at the same "
-            f"env step; choose on training {measure}"
+            "the rate can be chosen on evaluation states only where all runs have the episodes of their evaluations; "
+            f"choose on training {measure}"
         )
-    chosen_by = {cell: _criterion(members, choose_on, choosing_seeds) for cell, members in cells.items()}
+    chosen_on = {cell: choosing_scores(members, choose_on, choosing_seeds, steps) for cell, members in cells.items()}
+    reported = REPORTING_STATES if choose_on == "states" else slice(None)
+    try:
+        choices = {
+            scope: choose_rate(scope, {rate: of for (s, rate), of in chosen_on.items() if s == scope}, bounded, notes)
+            for scope in dict.fromkeys(scope for scope, _ in cells)
+        }
+    except UserError as error:
+        raise UserError(f"{error}: {list(choosing_seeds)}") from None
+    notes += few_seeds_note(choices)
     scopes = []
-    for scope in dict.fromkeys(scope for scope, _ in cells):
-        rate = _choose_rate({c: m for c, m in cells.items() if c[0] == scope}, chosen_by, choosing_seeds, notes)
-        members = [run for run in cells[scope, rate] if run.seed not in choosing_seeds]
+    for scope, choice in choices.items():
+        members = [run for run in cells[scope, choice.learning_rate] if run.seed not in choosing_seeds]
         if not members:
             raise UserError(
-                f"{scope} at {rate:g} has no seeds besides those that chose the rate: {list(choosing_seeds)}"
+                f"{scope} at {choice.learning_rate:g} has no seeds besides those that chose the rate: "
+                f"{list(choosing_seeds)}"
             )
-        scopes.append(_scope_result(scope, rate, members, steps, seconds, paired, choose_on))
+        scores = scores_at(members, "steps", steps, paired)[:, reported]
+        in_time = scores_at(members, "seconds", seconds, paired_in_time)
+        result = _scope_result(scope, choice.learning_rate, members, scores, in_time)
+        for rate, (behind, error) in choice.runners_up.items():
+            fresh = [run for run in cells[scope, rate] if run.seed not in choosing_seeds]
+            seeds = fresh or cells[scope, rate]
+            mean = mean_interval(scores_at(seeds, "steps", steps, paired)[:, reported], bounded=bounded)
+            result.runners_up.append(RunnerUp(rate, behind, error, mean, len(seeds), bool(fresh)))
+        scopes.append(result)
     scopes.sort(key=lambda result: -result.mean.value)
-    if alone := [result.scope for result in scopes if len(result.runs) == 1]:
-        notes.append(f"One seed only, so no interval and no ranking: {', '.join(alone)}.")
+    for number, word in ((1, "One seed"), (2, "Two seeds")):
+        if few := [result.scope for result in scopes if len(result.runs) == number]:
+            why = "no interval and no ranking" if number == 1 else "intervals are too short, and no verdict"
+            notes.append(f"{word} only, so {why}: {', '.join(map(plain, few))}.")
     differing = sorted({key for run in complete for key in run.settings})
     if differing:
-        notes.append(f"Besides scope, rate and seed, the runs differ in {', '.join(f'`{key}`' for key in differing)}.")
+        notes.append(f"Besides scope, rate and seed, the runs differ in {', '.join(map(quoted, differing))}.")
     pairs = _compare_pairs(scopes)
+    chosen_by = {cell: math.nan if scores is None else float(scores.mean()) for cell, scores in chosen_on.items()}
     return Comparison(
-        list(runs), steps, seconds, dict(cells), chosen_by, scopes, pairs,
-        [_selection_note(measure, choose_on, choosing_seeds), *notes],
+        list(runs), steps, seconds, interrupted, dict(cells), chosen_by, scopes, pairs,
+        [describe_choice(measure, choose_on, choosing_seeds), *notes],
     )  # fmt: skip
+
+
+def _shorter_note(complete: Sequence[Run], steps: float) -> list[str]:
+    longest = max(run.eval_steps[-1] for run in complete)
+    if longest == steps:
+        return []
+    shortest = min(complete, key=lambda run: run.eval_steps[-1]).run
+    return [
+        f"{quoted(shortest)} ended at {steps:,.0f} env steps, others at up to {longest:,.0f}: "
+        f"all are compared at {steps:,.0f}."
+    ]
+
+
+def _pairing(complete: Sequence[Run], steps: float, seconds: float) -> tuple[bool, bool, list[str]]:
+    """Whether runs are paired by initial state at equal env steps, and in time; what is not, and why."""
+    why = "single episodes are missing"
+    if not all(map(_reproducible, complete)):
+        why = "ids of initial states are not reproducible (trainer.env_config.ids_reproducible is false)"
+    paired, in_time = (
+        all(_reproducible(run) and run.episodes_at(axis, place) is not None for run in complete)
+        for axis, place in (("steps", steps), ("seconds", seconds))
+    )
+    for_states = f"for the states evaluated and not for new ones: {why}."
+    if not paired:
+        return False, False, [f"Differences are not paired by initial state, and intervals are {for_states}"]
+    if not in_time:
+        return True, False, [f"Intervals at equal wall time, and the bands of curves, are {for_states}"]
+    return True, True, []
+
+
+def _reproducible(run: Run) -> bool:
+    return bool(run.env_config.get("ids_reproducible", True))
+
+
+def _interruption(complete: Sequence[Run], seconds: float) -> tuple[bool, list[str]]:
+    """Whether schedules are cut at equal wall time, and what that means."""
+    longest = max(run.eval_seconds[-1] for run in complete)
+    annealed = [run for run in complete if run.anneal_lr is not False and run.eval_seconds[-1] > ALIKE_LENGTH * seconds]
+    if not annealed:
+        return False, []
+    said = "" if any(run.anneal_lr for run in annealed) else " (as far as is known)"
+    return True, [
+        f"At equal wall time schedules are interrupted{said}: learning rates fall to 0 at each run's own end "
+        f"(`algorithm.cfg.anneal_lr`), and runs took {seconds:,.0f} to {longest:,.0f} s. At {seconds:,.0f} s some have "
+        "finished and others hardly begun to anneal, so that the column says nothing of an order: for that, give each "
+        "scope the iterations that fit the time."
+    ]
+
+
+def scores_at(runs: Sequence[Run], axis: Axis, place: float, paired: bool = True) -> Array:
+    """Scores of runs at an env step or second: `[n, K]`, or their means `[n, 1]` where they are not `paired`."""
+    if paired:
+        return np.array([run.episodes_at(axis, place) for run in runs])
+    return np.array([[run.mean_at(axis, place)] for run in runs])
 
 
 def _question(run: Run) -> dict[str, Any]:
@@ -209,49 +298,7 @@ def _refuse_unlike_seeds(cell: Sequence[Run]) -> None:
                 )
 
 
-def _episodes(runs: Sequence[Run], part: slice = slice(None)) -> Array:
-    return np.array([run.scores(run.final_episodes)[part] for run in runs])  # [n, K]
-
-
-def _criterion(cell: Sequence[Run], choose_on: str, choosing_seeds: Sequence[int]) -> float:
-    """What the best learning rate of a scope is highest in; NaN for a cell without choosing seeds."""
-    members = [run for run in cell if not choosing_seeds or run.seed in choosing_seeds]
-    if not members:
-        return math.nan
-    if choose_on == "states":
-        return float(_episodes(members, CHOOSING_STATES).mean())
-    if missing := [run for run in members if math.isnan(run.training_score)]:
-        raise UserError(
-            f"{missing[0].run} has no training {missing[0].measure} to choose the learning rate on; choose on states"
-        )
-    return float(np.mean([run.training_score for run in members]))
-
-
-def _choose_rate(
-    cells: Mapping[Cell, list[Run]], chosen_by: Mapping[Cell, float], choosing_seeds: Sequence[int], notes: list[str]
-) -> float:
-    """The scope's best rate, among those with at least half as many choosing seeds as its best-covered one."""
-    (scope, _), rates = next(iter(cells)), [rate for _, rate in cells]
-    counts = {
-        rate: sum(not choosing_seeds or run.seed in choosing_seeds for run in runs) for (_, rate), runs in cells.items()
-    }
-    candidates = [rate for rate in rates if counts[rate] > 0 and 2 * counts[rate] >= max(counts.values())]
-    if not candidates:
-        raise UserError(f"{scope} has no run with one of the seeds {list(choosing_seeds)} that should choose its rate")
-    best = max(candidates, key=lambda rate: chosen_by[scope, rate])
-    if len(rates) > 1 and best in (min(rates), max(rates)):
-        side = "lowest" if best == min(rates) else "highest"
-        notes.append(
-            f"The best learning rate of {scope}, {best:g}, is the {side} one tried: a better one may lie beyond."
-        )
-    return best
-
-
-def _scope_result(
-    scope: str, rate: float, runs: list[Run], steps: float, seconds: float, paired: bool, choose_on: str
-) -> ScopeResult:
-    reported = REPORTING_STATES if choose_on == "states" else slice(None)
-    scores = _episodes(runs, reported) if paired else np.array([[run.at_step(steps)] for run in runs])
+def _scope_result(scope: str, rate: float, runs: list[Run], scores: Array, in_time: Array) -> ScopeResult:
     bounded = runs[0].bounded
     return ScopeResult(
         scope,
@@ -261,7 +308,7 @@ def _scope_result(
         before=float(np.mean([run.eval_scores[0] for run in runs])),
         mean=mean_interval(scores, bounded=bounded),
         iqm=iqm_interval([scores], bounded=bounded),
-        at_equal_time=mean_interval([[run.at_second(seconds)] for run in runs], bounded=bounded),
+        at_equal_time=mean_interval(in_time, bounded=bounded),
         splits={
             split: mean_interval([run.scores(run.splits[split]) for run in runs], bounded=bounded)
             for split in runs[0].splits
@@ -274,53 +321,49 @@ def _compare_pairs(scopes: list[ScopeResult]) -> list[Pair]:
     """All pairs, and from them the ranks and who is separable from whom, written into `scopes`."""
     indices, bounded = list(combinations(range(len(scopes)), 2)), scopes[0].runs[0].bounded
     differences = [difference_interval(scopes[i].scores, scopes[j].scores, bounded=bounded) for i, j in indices]
-    corrected = holm([difference.p_value for difference in differences])
+    fewest = [min(len(scopes[i].runs), len(scopes[j].runs)) for i, j in indices]
+    tested = [d.p_value if n >= VERDICT_SEEDS else math.nan for d, n in zip(differences, fewest, strict=True)]
     better = np.zeros((len(scopes), len(scopes)), dtype=bool)
     pairs = []
-    for (i, j), difference, p_value in zip(indices, differences, corrected, strict=True):
+    for (i, j), difference, have, p_value, level in zip(
+        indices, differences, fewest, holm(tested), holm_levels(tested, ALPHA), strict=True
+    ):
         first, second = scopes[i], scopes[j]
-        have = min(len(first.runs), len(second.runs))
-        # To be found after Holm's correction, in the worst case, a pair must pass Bonferroni's.
-        alpha = ALPHA / len(indices)
-        needed = seeds_needed(first.scores, second.scores, alpha, bounded=bounded) if have > 1 else math.nan
         pair = Pair(
             first.scope, second.scope, difference, float(p_value),
-            probability_of_improvement(first.scores.mean(1), second.scores.mean(1)), max(needed - have, 0.0),
+            probability_of_improvement(first.scores.mean(1), second.scores.mean(1)), math.nan,
         )  # fmt: skip
         if pair.separable:
             better[i, j] = True
             first.separable_from.append(second.scope)
             second.separable_from.append(first.scope)
             pair.more_seeds = 0.0
+        elif not math.isnan(p_value):
+            pair.more_seeds = max(seeds_needed(first.scores, second.scores, level, bounded=bounded) - have, 0.0)
+            if math.isinf(pair.more_seeds) and first.scores.shape[1] > 1:
+                pair.states = states_needed(first.scores, second.scores, level, bounded=bounded)
         pairs.append(pair)
     for result, rank in zip(scopes, rank_ranges(better), strict=True):
         result.rank = rank
     return pairs
 
 
-def _selection_note(measure: str, choose_on: str, choosing_seeds: Sequence[int]) -> str:
-    by = {
-        "training": f"{measure} in the last tenth of training, so that every evaluation episode is fresh",
-        "states": "the final evaluation from every other initial state; the numbers are from the remaining states",
-    }[choose_on]
-    if choosing_seeds:
-        seeds = ", ".join(map(str, choosing_seeds))
-        return f"Each scope's learning rate was chosen by {by}, on seeds {seeds}; the numbers are from the other seeds."
-    return (
-        f"Each scope's learning rate was chosen by {by}. The same seeds chose it, which still favours rates with lucky "
-        "seeds, and scopes with more rates tried: --choosing_seeds keeps seeds for the choice alone."
-    )
+def has_crossed_bands(runs: Sequence[Run]) -> bool:
+    """Whether the intervals of the runs' `curve` are for new initial states too, and not over the seeds alone."""
+    return all(_reproducible(run) and all(run.episodes) for run in runs)
 
 
-def curve(runs: Sequence[Run], axis: Literal["steps", "seconds"]) -> tuple[Array, Estimate]:
-    """Mean evaluation curve of some runs, with intervals over their seeds, as far as all of them go.
+def curve(runs: Sequence[Run], axis: Axis) -> tuple[Array, Estimate]:
+    """Mean evaluation curve of some runs, as far as all of them go, with intervals as those of a scope's mean.
+
+    Where the episodes of an evaluation are not known, intervals are over the seeds alone, everywhere.
 
     Returns:
         env steps or seconds `[G]`, and the mean score at them, fields `[G]`.
     """
-    places = [getattr(run, f"eval_{axis}") for run in runs]
+    places = [run.places(axis) for run in runs]
     start, end = max(place[0] for place in places), min(place[-1] for place in places)
-    every = np.unique(np.concatenate(places))
-    grid = np.unique(np.clip(every, start, end))
-    values = np.array([np.interp(grid, place, run.eval_scores) for place, run in zip(places, runs, strict=True)])
-    return grid, mean_interval(values.T[..., None], bounded=runs[0].bounded)  # [G, n, 1]
+    grid = np.unique(np.clip(np.unique(np.concatenate(places)), start, end))
+    paired = has_crossed_bands(runs)
+    means = [mean_interval(scores_at(runs, axis, place, paired), bounded=runs[0].bounded) for place in grid]
+    return grid, Estimate(*(np.array([getattr(mean, name) for mean in means]) for name in ("value", "low", "high")))

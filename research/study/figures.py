@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, PercentFormatter, ScalarFormatter
 from plotly.subplots import make_subplots
 
-from research.study.comparison import Comparison, ScopeResult, curve
+from research.study.comparison import Comparison, ScopeResult, curve, has_crossed_bands
 from research.study.statistics import Array, Estimate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,6 +35,11 @@ def _label(result: ScopeResult) -> str:
     return f"{result.scope} at {result.learning_rate:g} ({seeds})"
 
 
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is: between two "$" it would read mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _band(estimate: Estimate) -> tuple[Array, Array]:
     """The interval, closed to a line where there is none."""
     low, high = np.broadcast_arrays(estimate.low, estimate.high, np.asarray(estimate.value))[:2]
@@ -55,7 +60,7 @@ def draw_scores(comparison: Comparison) -> Figure:
         axes.plot(result.mean.value, y, "o", color=colors[result.scope], markersize=8)
         of_seeds = result.scores.mean(1)
         axes.plot(of_seeds, np.full(len(of_seeds), y + 0.22), "|", color=colors[result.scope], markersize=8, alpha=0.8)
-    axes.set_yticks(range(len(scopes)), [_label(result) for result in reversed(scopes)])
+    axes.set_yticks(range(len(scopes)), [_plain(_label(result)) for result in reversed(scopes)])
     axes.set_ylim(-0.5, len(scopes) - 0.4)
     axes.set_xlabel(f"{comparison.measure}: mean, 95 % interval, and above it the single seeds")
     axes.xaxis.set_major_formatter(_ticks(comparison))
@@ -96,14 +101,16 @@ def draw_curves(comparison: Comparison) -> Figure:
     for axes, (axis, label), budget in zip(panels, AXES.items(), budgets, strict=True):
         for result in comparison.scopes:
             x, estimate = curve(result.runs, axis)
-            axes.plot(x, estimate.value, color=colors[result.scope], linewidth=2, label=_label(result))
+            axes.plot(x, estimate.value, color=colors[result.scope], linewidth=2, label=_plain(_label(result)))
             axes.fill_between(x, *_band(estimate), color=colors[result.scope], alpha=0.15, linewidth=0)
         axes.axvline(budget, color="0.5", linewidth=1, linestyle=":")
-        axes.set_xlabel(f"{label}; dotted: what all runs reached")
+        cut = ", schedules interrupted" if axis == "seconds" and comparison.interrupted else ""
+        axes.set_xlabel(f"{label}{cut}; dotted: what all runs reached")
         _clean(axes, "both")
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].yaxis.set_major_formatter(_ticks(comparison))
-    panels[0].set_ylabel(f"evaluation {comparison.measure}, 95 % interval over seeds")
+    crossed = all(has_crossed_bands(result.runs) for result in comparison.scopes)
+    panels[0].set_ylabel(f"evaluation {comparison.measure}\n95 % interval{'' if crossed else ' over seeds alone'}")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     return figure
@@ -144,7 +151,7 @@ def _grid(comparison: Comparison) -> tuple[list[str], list[float], Array, list[l
     texts = [["" for _ in rates] for _ in scopes]
     for (scope, rate), runs in comparison.cells.items():
         i, j = scopes.index(scope), rates.index(rate)
-        values[i, j] = np.mean([run.at_step(comparison.env_steps) for run in runs])
+        values[i, j] = np.mean([run.mean_at("steps", comparison.env_steps) for run in runs])
         score = f"{values[i, j]:{'.1%' if comparison.measure == 'success' else f'.{comparison.decimals}f'}}"
         texts[i][j] = f"{score}{' *' if (scope, rate) in chosen else ''}\nn = {len(runs)}"
     return scopes, rates, values, texts
@@ -162,7 +169,7 @@ def draw_heatmap(comparison: Comparison) -> Figure:
             color = "black" if values[i, j] > middle else "white"  # viridis is light at its upper end
             axes.text(j, i, text, ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    axes.set_yticks(range(len(scopes)), scopes)
+    axes.set_yticks(range(len(scopes)), map(_plain, scopes))
     axes.set_xlabel("learning rate; *: the scope's best, as chosen")
     figure.colorbar(image, label=f"mean {comparison.measure}", format=_ticks(comparison))
     return figure

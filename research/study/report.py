@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
 from research.schema import UserError
 from research.study import figures
-from research.study.comparison import Comparison
-from research.study.run_table import write_table
+from research.study.comparison import VERDICT_SEEDS, Comparison, Pair, RunnerUp
+from research.study.run_table import plain, quoted, write_table
 from research.study.statistics import Estimate
 
 LARGEST_VIDEO = 4 * 2**20  # bytes; a page holds one per scope
@@ -20,12 +21,15 @@ LARGEST_VIDEO = 4 * 2**20  # bytes; a page holds one per scope
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 METHOD = (
-    "Intervals are 95 % and speak of a new seed and, where episodes are paired, of new initial states: seeds and "
-    "states are crossed random effects (two-way analysis of variance, Satterthwaite, {scale}). The "
-    "interquartile mean (IQM) has a stratified bootstrap standard error. Differences are paired by initial state; two "
-    "scopes are separable where the p-value, after Holm's correction for all pairs, is below 0.05. P(better) is how "
-    "often a run of the first scope beats one of the second (Newcombe's interval). More seeds: for 80 % power at the "
-    "observed difference. `research/study/statistics.py` says what was measured about each."
+    "Intervals, those of curves and at equal wall time too, are 95 % and speak of a new seed and, where single "
+    "episodes are known, of new initial states: seeds and states are crossed random effects (two-way analysis of "
+    "variance, Satterthwaite, {scale}). The interquartile mean (IQM) has a stratified bootstrap standard error. "
+    "Differences are paired by initial state; two scopes are separable where the p-value, after Holm's correction for "
+    "all pairs, is below 0.05; with fewer than three seeds there is no verdict. P(better) is how often a run of the "
+    "first scope beats one of the second (Newcombe's interval). More seeds: for 80 % power at the observed difference "
+    "and the level that the pair faced in Holm's procedure; where no number of seeds would do, as all share the same "
+    "initial states, the states needed with the seeds that there are. A runner-up is a rate within two standard errors "
+    "of the chosen one, in what the choice was by. `research/study/statistics.py` says what was measured about each."
 )
 SCALE = {"success": "t on the logit scale", "return": "t"}
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
@@ -51,7 +55,9 @@ def write_report(comparison: Comparison, output: Path, command: str) -> None:
         UserError: the folder cannot be written.
     """
     title = "Freeze scopes compared"
-    facts, notes, measure = describe(comparison), comparison.notes, comparison.measure
+    facts, measure = describe(comparison), comparison.measure
+    notes = [*comparison.notes, *runner_up_notes(comparison)]
+    made_by = f"Made by {quoted(command)}"
     method = METHOD.format(scale=SCALE[measure])
     sections = [
         ("Each scope at its own best learning rate", measure, scope_table(comparison)),
@@ -63,8 +69,9 @@ def write_report(comparison: Comparison, output: Path, command: str) -> None:
     pages = {measure: figures.scores_page, "curves": figures.curves_page, "heatmap": figures.heatmap_page}
     images = {measure: figures.draw_scores, "curves": figures.draw_curves, "heatmap": figures.draw_heatmap}
 
-    markdown = [f"# {title}", *facts, "## Ranking", *(f"{i}. {line}" for i, line in enumerate(ranking(comparison), 1))]
-    markdown += ["", "## Notes", *(f"- {note}" for note in notes)]
+    markdown = [f"# {title}", *map(escaped, facts), "## Ranking"]
+    markdown += [f"{i}. {escaped(line)}" for i, line in enumerate(ranking(comparison), 1)]
+    markdown += ["", "## Notes", *(f"- {in_markdown(note)}" for note in notes)]
     body = [f"<h1>{title}</h1>", *map(paragraph, facts), "<h2>Ranking</h2>", items("ol", ranking(comparison))]
     body += ["<h2>Notes</h2>", items("ul", notes)]
     plotly_js: bool = True  # in the first figure only
@@ -81,8 +88,8 @@ def write_report(comparison: Comparison, output: Path, command: str) -> None:
         if table:
             markdown += markdown_table(table)
             body += [html_table(table)]
-    markdown += ["", "## Method", method, "", f"Made by `{command}`"]
-    body += [*videos(comparison), "<h2>Method</h2>", paragraph(method), paragraph(f"Made by `{command}`")]
+    markdown += ["", "## Method", method, "", made_by]
+    body += [*videos(comparison), "<h2>Method</h2>", paragraph(method), paragraph(made_by)]
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_table(output / "runs.csv", comparison.runs)
@@ -100,7 +107,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> None:
 
 def describe(comparison: Comparison) -> list[str]:
     """What was compared: environment, initial states, runs, and the env steps and seconds that all of them reached."""
-    first, complete = comparison.runs[0], sum(run.complete for run in comparison.runs)
+    first, complete = comparison.scopes[0].runs[0], sum(run.complete for run in comparison.runs)
     config = ", ".join(f"{key} = {value}" for key, value in sorted(first.env_config.items()))
     return [
         f"{first.environment} ({config or 'default settings'}), initial states {first.states}. "
@@ -134,11 +141,12 @@ def interval(estimate: Estimate, decimals: int = 3, signed: bool = False) -> str
 def scope_table(comparison: Comparison) -> Table:
     """Each scope at its own best learning rate, best first."""
     measure, decimals = comparison.measure, comparison.decimals
-    equal_time = f"{measure} at equal wall time"
+    equal_time = f"{measure} at equal wall time{', schedules interrupted' if comparison.interrupted else ''}"
     header = ["scope", "learning rate", "seeds", "before", measure, "IQM", equal_time, "run, s", "rank"]
     rows = [
         [
-            result.scope, f"{result.learning_rate:g}", str(len(result.runs)), f"{result.before:.{decimals}f}",
+            result.scope, f"{result.learning_rate:g}", count_of_seeds(len(result.runs)),
+            f"{result.before:.{decimals}f}",
             *(interval(mean, decimals) for mean in (result.mean, result.iqm, result.at_equal_time)),
             f"{np.mean([run.eval_seconds[-1] for run in result.runs]):.0f}",
             "-".join(map(str, dict.fromkeys(result.rank))),
@@ -154,14 +162,37 @@ def pair_table(comparison: Comparison) -> Table | None:
     rows = []
     for pair in comparison.pairs:
         untested = math.isnan(pair.p_value)
-        why = "equal scores" if pair.improvement.has_interval else "one seed"
-        verdict = f"{why}: cannot say" if untested else "separable" if pair.separable else "not separable"
-        more = "-" if untested or pair.separable else f"{pair.more_seeds:.0f}"
-        more = "seeds alone cannot" if math.isinf(pair.more_seeds) else "> 1000" if pair.more_seeds > 1000 else more
+        verdict = "separable" if pair.separable else "not separable"
         p_value = "-" if untested else "< 0.001" if pair.p_value < 0.001 else f"{pair.p_value:.3f}"
         difference = interval(pair.difference, comparison.decimals, signed=True)
-        rows.append([pair.first, pair.second, difference, p_value, verdict, interval(pair.improvement), more])
+        verdict = f"{_why_untested(comparison, pair)}: cannot say" if untested else verdict
+        rows.append(
+            [pair.first, pair.second, difference, p_value, verdict, interval(pair.improvement), more_needed(pair)]
+        )
     return (header, rows) if rows else None
+
+
+def _why_untested(comparison: Comparison, pair: Pair) -> str:
+    fewest = min(len(result.runs) for result in comparison.scopes if result.scope in (pair.first, pair.second))
+    return {1: "one seed", 2: "two seeds"}.get(fewest, "equal scores")
+
+
+def more_needed(pair: Pair) -> str:
+    """What would tell a pair apart that is not separable: more seeds for each, or more initial states for all."""
+    if pair.separable or math.isnan(pair.more_seeds):
+        return "-"
+    if math.isfinite(pair.more_seeds):
+        return "> 1000" if pair.more_seeds > 1000 else f"{pair.more_seeds:.0f}"
+    if pair.difference.value == 0 or math.isnan(pair.states):
+        return "seeds alone cannot"
+    if math.isinf(pair.states):
+        return "more states, and seeds"
+    return "more states: > 100,000" if pair.states > 100_000 else f"more states: {pair.states:,.0f}"
+
+
+def count_of_seeds(number: int) -> str:
+    """How many seeds, flagged where they are too few for a verdict."""
+    return str(number) if number >= VERDICT_SEEDS else f"{number}, too few"
 
 
 def split_table(comparison: Comparison) -> Table | None:
@@ -176,24 +207,72 @@ def split_table(comparison: Comparison) -> Table | None:
 
 
 def cell_table(comparison: Comparison) -> Table:
-    """Each scope at every learning rate tried, with the mean score of every seed."""
-    header = ["scope", "learning rate", "seeds", "chosen by", comparison.measure, "of each seed", "chosen"]
-    chosen = {(result.scope, result.learning_rate) for result in comparison.scopes}
+    """Each scope at every learning rate tried: the mean score of every seed; of chosen rates and runners-up, what the
+    report would be with them.
+    """
+    header = ["scope", "learning rate", "seeds", "chosen by", comparison.measure, "of each seed", "chosen", "reported"]
+    chosen, decimals = (
+        {(result.scope, result.learning_rate): result for result in comparison.scopes},
+        comparison.decimals,
+    )
+    runners_up = {(r.scope, other.learning_rate): other for r in comparison.scopes for other in r.runners_up}
     rows = []
     for (scope, rate), runs in comparison.cells.items():
-        scores = [run.at_step(comparison.env_steps) for run in runs]
+        scores = [run.mean_at("steps", comparison.env_steps) for run in runs]
         criterion, mean, *each = (
-            f"{x:.{comparison.decimals}f}" for x in (comparison.chosen_by[scope, rate], np.mean(scores), *scores)
+            f"{x:.{decimals}f}" for x in (comparison.chosen_by[scope, rate], np.mean(scores), *scores)
         )
-        mark = "yes" if (scope, rate) in chosen else ""
-        rows.append([scope, f"{rate:g}", str(len(runs)), criterion, mean, " ".join(each), mark])
+        mark = reported = ""
+        if (scope, rate) in chosen:
+            mark, reported = "yes", interval(chosen[scope, rate].mean, decimals)
+        elif (scope, rate) in runners_up:
+            mark, reported = "runner-up", _reported(runners_up[scope, rate], decimals)
+        rows.append([scope, f"{rate:g}", str(len(runs)), criterion, mean, " ".join(each), mark, reported])
     return header, rows
 
 
+def runner_up_notes(comparison: Comparison) -> list[str]:
+    """One note per scope whose rate the choice could not tell from others: what the report would be with those."""
+    notes = []
+    for result in comparison.scopes:
+        found = []
+        for other in result.runners_up:
+            error = "one seed" if math.isnan(other.error) else f"standard error {other.error:.{comparison.decimals}f}"
+            found.append(
+                f"{other.learning_rate:g} is {other.behind:.{comparison.decimals}f} behind ({error}) and its "
+                f"{comparison.measure} {_reported(other, comparison.decimals)}"
+            )
+        if found:
+            notes.append(
+                f"The choice of a rate for {plain(result.scope)} is open. It took {result.learning_rate:g}, with "
+                f"{interval(result.mean, comparison.decimals)}; {'; '.join(found)}."
+            )
+    return notes
+
+
+def _reported(other: RunnerUp, decimals: int) -> str:
+    which = f"{'' if other.fresh else 'choosing '}seed{'s' * (other.seeds > 1)}"
+    return f"{interval(other.mean, decimals)} ({other.seeds} {which})"
+
+
 def markdown_table(table: Table) -> list[str]:
-    """The lines of a table in Markdown."""
+    """The lines of a table in Markdown, its text escaped."""
     header, rows = table
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    cells = ([escaped(cell) for cell in row] for row in rows)
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
+
+
+def in_markdown(text: str) -> str:
+    """Escaped text on one line; what stands between backquotes stays code."""
+    parts = text.split("`")
+    return "`".join(part if i % 2 else escaped(part) for i, part in enumerate(parts))
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown, in a table too, shows as it is, on one line."""
+    line = re.sub(r"\s+", " ", text)
+    # A "(" only where it would make a link, a "<" only where a tag, an "_" only where a word begins or ends with it.
+    return re.sub(r"[\\`*|~&]|(?<=\])\(|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)|^#", r"\\\g<0>", line)
 
 
 def html_table(table: Table) -> str:

@@ -1,7 +1,7 @@
-"""Training runs as rows of one table, read from their folders, from W&B, or from a `runs.csv`.
+"""Training runs as rows of one table, `runs.csv`.
 
-The three give the same `Run`, and a comparison works from nothing else, so that a committed `runs.csv` recomputes every
-number of it. Its columns:
+`run_sources` makes the same `Run` of run folders and of W&B, and a comparison works from nothing else, so that a
+committed `runs.csv` recomputes every number of it. Its columns:
 
 | column             | meaning                                                                                     |
 |--------------------|---------------------------------------------------------------------------------------------|
@@ -10,9 +10,9 @@ number of it. Its columns:
 | `scope`            | what was frozen: `policy.freeze`, a list joined by `+`                                      |
 | `learning_rate`    | `algorithm.cfg.learning_rate`                                                               |
 | `seed`             | `trainer.seed`                                                                              |
-| `environment`      | `trainer.env`                                                                               |
+| `environment`      | `trainer.env`; empty where the run's configuration could not be read                        |
 | `env_config`       | `trainer.env_config` as JSON with dotted keys                                               |
-| `states`           | ids of the evaluation's initial states, as in `0-255`                                       |
+| `states`           | ids of the evaluation's initial states, as in `0-255` or `0-9 20`                           |
 | `measure`          | what scores are: `success` where the run logged it in its evaluations, else `return`        |
 | `training_score`   | mean score of the training episodes in the last tenth of the env steps                      |
 | `eval_steps`       | env steps of the evaluations, separated by spaces                                           |
@@ -22,41 +22,36 @@ number of it. Its columns:
 |                    | returns separated by spaces; empty where not known                                          |
 | `splits`           | JSON: a split's name -> its episodes, as in `final_episodes`; see below                     |
 | `settings`         | JSON: the other settings in which the runs of the table differ                              |
+| `earlier_episodes` | as `final_episodes`, of the evaluations before the last, separated by `;`                   |
+| `anneal_lr`        | `algorithm.cfg.anneal_lr`: `true` or `false`; empty where not known                         |
+| `choosing_states`  | ids of the states of `choosing/`, see below                                                 |
+| `choosing_episodes`| their scores, as in `final_episodes`                                                        |
 
 Splits are what `evaluate_vla.py --split=all` wrote into the folder `splits/` of a run folder, from the run's last
-checkpoint and the same initial states as its own evaluations.
+checkpoint and the same initial states as its own evaluations; `choosing/` is what it wrote there on other states, with
+`--first_state`. Tables of earlier versions do not have the last four columns: they are read, too.
 """
 
 from __future__ import annotations
 
 import csv
-import glob
 import json
 import math
-from collections import defaultdict
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from research.config import FREEZE_SWITCHES, split_switches
-from research.options import flatten_dict
-from research.runs.folder import RunFolder, read_json, read_rows
-from research.runs.tracking import read_metrics
-from research.schema import UserError, one_line
+from research.runs.folder import RunFolder
+from research.schema import UserError
 
-# Settings that do not change what is learned, or that have a column of their own.
-_OWN_COLUMN = (
-    "trainer.env_config.", "policy.vla_config.model_config.freeze_", "trainer.wandb_",
-    "policy.learning_rate_by_scope", "policy.learning_rate_factor",  # how a sweep arrives at the learning rate
-)  # fmt: skip
-_IRRELEVANT = (
-    "trainer.exp_name", "trainer.env", "trainer.env_config", "trainer.seed", "trainer.run_dir", "trainer.use_wandb",
-    "trainer.resume", "trainer.progress_bar", "trainer.save_freq", "trainer.eval_freq", "trainer.num_eval_envs",
-    "trainer.num_eval_episodes", "trainer.threads", "policy.freeze", "algorithm.cfg.learning_rate",
-)  # fmt: skip
+Axis = Literal["steps", "seconds"]
+LARGEST_SCORE = 1e100  # what squares and sums of scores still hold
 
 
 class Measure(NamedTuple):
@@ -93,7 +88,11 @@ class Run:
     eval_steps: list[float]
     eval_seconds: list[float]
     eval_scores: list[float]
-    final_episodes: str = ""
+    episodes: list[str] = field(default_factory=list)
+    """Of each evaluation, as in `final_episodes`."""
+    anneal_lr: bool | None = None
+    choosing_states: str = ""
+    choosing_episodes: str = ""
     splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     folder: RunFolder | None = None
@@ -113,74 +112,121 @@ class Run:
         """Whether its scores lie within 0..1."""
         return MEASURES[self.measure].extent is not None
 
-    def at_step(self, step: float) -> float:
-        """Mean score at an env step, linear between evaluations."""
-        return float(np.interp(step, self.eval_steps, self.eval_scores))
+    def places(self, axis: Axis) -> list[float]:
+        """Where its evaluations lie: their env steps, or their seconds."""
+        return self.eval_steps if axis == "steps" else self.eval_seconds
 
-    def at_second(self, second: float) -> float:
-        """Mean score at a wall-clock time, linear between evaluations."""
-        return float(np.interp(second, self.eval_seconds, self.eval_scores))
+    def mean_at(self, axis: Axis, place: float) -> float:
+        """Mean score at an env step or second, linear between evaluations."""
+        return float(np.interp(place, self.places(axis), self.eval_scores))
+
+    def episodes_at(self, axis: Axis, place: float) -> list[float] | None:
+        """Score by initial state at an env step or second, linear between evaluations; None where not known."""
+        position = float(np.interp(place, self.places(axis), range(len(self.eval_scores))))
+        before, share = int(position), position % 1
+        around = [self.episodes[before], self.episodes[before + 1 if share else before]]
+        if not all(around):
+            return None
+        low, high = (np.array(self.scores(text)) for text in around)
+        return list(low + share * (high - low))
 
     def scores(self, episodes: str) -> list[float]:
-        """Scores of single episodes, from `final_episodes` or one of `splits`; ValueError where they are no numbers."""
+        """Scores of single episodes, from the text of one evaluation; ValueError where they are no numbers."""
         return [float(score) for score in (episodes if self.measure == "success" else episodes.split())]
 
 
-# ---- reading
-
-
-def read_folders(paths: Sequence[str]) -> list[Run]:
-    """Read run folders, and those anywhere below the folders given; `paths` may hold globs.
+def check(run: Run) -> None:
+    """Refuse a complete run from whose evaluations nothing can be computed.
 
     Raises:
-        UserError: a path that does not exist, no runs at all, or a file that cannot be read.
+        UserError: no evaluations, unequal numbers of them, values out of order or out of range, or episodes that are
+            not one score for each initial state.
     """
-    folders: set[RunFolder] = set()
-    for pattern in paths:
-        found = [Path(path) for path in sorted(glob.glob(pattern))] if glob.has_magic(pattern) else [Path(pattern)]
-        if missing := [path for path in found if not path.is_dir()] if not glob.has_magic(pattern) else []:
-            raise UserError(f"no such folder: {missing[0]}")
-        for path in found:
-            folders.update(RunFolder.all_below(path))
-    if not folders:
-        raise UserError(f"no runs found in {' '.join(paths)}: a run folder holds config.json and metrics.jsonl")
-    return _only_differing_settings([_read_folder(folder) for folder in sorted(folders)])
+    if not run.eval_scores:
+        raise UserError("no evaluations in its metrics")
+    if len({len(values) for values in (run.eval_steps, run.eval_seconds, run.eval_scores, run.episodes)}) > 1:
+        raise UserError("its evaluations have unequal numbers of env steps, seconds, scores and episodes")
+    for name, values in (("env steps", run.eval_steps), ("seconds", run.eval_seconds)):
+        if not all(map(is_number, values)):
+            raise UserError(f"an evaluation has no {name}")
+        if any(b < a or (b == a and name == "env steps") for a, b in pairwise(values)):
+            raise UserError(f"the {name} of its evaluations do not rise")
+    if not (is_number(run.learning_rate) and run.learning_rate > 0):
+        raise UserError(f"its learning rate is {run.learning_rate}")
+    low, high = MEASURES[run.measure].extent or (-LARGEST_SCORE, LARGEST_SCORE)
+    scores = [*run.eval_scores, *([] if math.isnan(run.training_score) else [run.training_score])]
+    count = number_of_states(run.states)
+    texts = [(text, count) for text in (*run.episodes, *run.splits.values()) if text]
+    if run.choosing_episodes or run.choosing_states:
+        texts.append((run.choosing_episodes, number_of_states(run.choosing_states)))
+    for text, expected in texts:
+        try:
+            found = run.scores(text)
+        except ValueError as error:
+            raise UserError(f"its episodes are no scores: {error}") from None
+        if len(found) != expected:
+            raise UserError(f"{len(found)} scores of episodes for {expected} initial states")
+        if run.measure == "success" and not {0.0, 1.0}.issuperset(found):
+            raise UserError("the success of an episode is neither 0 nor 1")
+        scores += found
+    if wrong := [score for score in scores if not (is_number(score) and low <= score <= high)]:
+        raise UserError(f"a {run.measure} of {wrong[0]} is not within {low:g} and {high:g}")
 
 
-def _read_folder(folder: RunFolder) -> Run:
-    rows = read_metrics(folder)
-    if folder.summary.is_file():
-        code = read_json(folder.summary).get("exit_code", 0)
-        status = "complete" if code == 0 else f"exit code {code}"
-    else:
-        status = f"no {folder.summary.name}: killed, or still running"
-    config = read_json(folder.config)
-    run = _make_run(folder.path.name, status, config, rows)
-    run.folder = folder
-    if run.complete and folder.episodes.is_file():
-        scores = _final_episodes(folder.episodes, run.eval_steps[-1], run.measure)
-        if len(scores) == config["trainer"]["num_eval_episodes"] and all(map(_finite, scores.values())):
-            run.states = _as_ranges(sorted(scores))
-            run.final_episodes = _as_text(scores, run.measure)
-            run.splits = _read_splits(folder.splits, sorted(scores), run.measure)
-    return run
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
-def _final_episodes(path: Path, step: float, measure: str) -> dict[int, float | None]:
-    """Scores by initial state in the evaluation at an env step; of one that a resumed run repeated, the last."""
-    rows = read_rows(path, torn_anywhere=True)
-    return {row["initial_state"]: row[MEASURES[measure].field] for row in rows if row["global_step"] == step}
+def plain(name: str) -> str:
+    """A name from a run for a note of the report: on one line, without the backquotes that mark code there."""
+    return " ".join(name.replace("`", "'").split())
 
 
-def _read_splits(path: Path, states: Sequence[int], measure: str) -> dict[str, str]:
-    """The episodes of every split that was evaluated from exactly these states."""
-    scores: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in read_rows(path, torn_anywhere=True) if path.is_file() else ():
-        scores[row.get("split", "")][row["initial_state"]] = row[MEASURES[measure].field]
-    return {split: _as_text(found, measure) for split, found in scores.items() if split and sorted(found) == states}
+def quoted(name: str) -> str:
+    """A name from a run as code in a note."""
+    return f"`{plain(name)}`"
 
 
-def _as_text(scores: Mapping[int, float], measure: str) -> str:
+# ---- ids of initial states
+
+
+def as_ranges(ids: Sequence[int]) -> str:
+    """Sorted ids as text: "0-255", "0-9 20"."""
+    starts = [i for i, n in enumerate(ids) if i == 0 or n != ids[i - 1] + 1]
+    spans = [(ids[i], ids[j - 1]) for i, j in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def spans_of(states: str) -> list[tuple[int, int]]:
+    """First and last id of every range that `as_ranges` wrote; UserError where it did not."""
+    spans = []
+    for word in states.split():
+        if not (match := re.fullmatch(r"([0-9]{1,19})(?:-([0-9]{1,19}))?", word)):
+            raise UserError(f"{states[:80]!r} are no ids of initial states, as in '0-255'")
+        first = int(match[1])
+        spans.append((first, int(match[2] or first)))
+    return spans
+
+
+def number_of_states(states: str) -> int:
+    """How many ids a text of `as_ranges` holds."""
+    return sum(last - first + 1 for first, last in spans_of(states))
+
+
+# ---- the table
+
+_COLUMNS = (
+    "run", "status", "scope", "learning_rate", "seed", "environment", "env_config", "states", "measure",
+    "training_score", "eval_steps", "eval_seconds", "eval_scores", "final_episodes", "splits", "settings",
+)  # fmt: skip
+_LATER = ("earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes")  # not in tables of earlier versions
+_LISTS = ("eval_steps", "eval_seconds", "eval_scores")
+_OBJECTS = ("env_config", "splits", "settings")
+_SWITCH = {True: "true", False: "false", None: ""}
+
+
+def as_text(scores: Mapping[int, float], measure: str) -> str:
     """Scores by initial state as the text that `Run.scores` reads, in the order of the states."""
     ordered = [scores[state] for state in sorted(scores)]
     return "".join(str(int(score)) for score in ordered) if measure == "success" else _numbers(ordered)
@@ -191,124 +237,17 @@ def _numbers(values: Iterable[float]) -> str:
     return " ".join(repr(float(x)).removesuffix(".0") for x in values)
 
 
-def read_wandb(path: str) -> list[Run]:
-    """Read the runs of a W&B sweep, `entity/project/sweep_id`, or of a project, `entity/project`.
-
-    Single episodes are not on W&B: differences are then not paired by initial state.
-
-    Raises:
-        UserError: W&B has no such sweep or project, cannot be reached, or has no runs there.
-    """
-    import wandb
-
-    try:
-        api = wandb.Api()
-        runs = list(api.sweep(path).runs if path.count("/") == 2 else api.runs(path))
-        found = [_read_wandb_run(run) for run in runs]
-    except (wandb.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B: cannot read {path}: {one_line(error)}") from error
-    if not found:
-        raise UserError(f"W&B: no runs in {path}")
-    return _only_differing_settings(found)
-
-
-def _read_wandb_run(run: Any) -> Run:
-    # Rows that hold all of the keys: evaluations and rollouts are logged in rows of their own.
-    for metric in (measure.metric for measure in MEASURES.values()):
-        evaluations = list(run.scan_history(keys=["global_step", "time/elapsed_s", f"eval/{metric}"]))
-        if evaluations:
-            break
-    rollouts = run.scan_history(keys=["global_step", f"rollout/{metric}", "rollout/episodes"])
-    status = "complete" if run.state == "finished" else f"W&B state {run.state}"
-    return _make_run(run.name, status, dict(run.config), [*evaluations, *rollouts])
-
-
-def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Run:
-    config = flatten_dict(config)
-    try:
-        scope, rate, seed = config["policy.freeze"], config["algorithm.cfg.learning_rate"], config["trainer.seed"]
-        environment, episodes = config["trainer.env"], config["trainer.num_eval_episodes"]
-    except KeyError as error:
-        raise UserError(f"{name} is not a run of ppo_vla.py: its config has no {error.args[0]}") from None
-    switches = {name: config.get(f"policy.vla_config.model_config.{name}", False) for name in FREEZE_SWITCHES}
-    scope, _ = split_switches(scope, switches)
-
-    rows = [row for row in rows if _finite(row.get("global_step"))]
-    measure = "success" if any(_finite(row.get("eval/success_rate")) for row in rows) else "return"
-    metric = MEASURES[measure].metric
-    by_step = {row["global_step"]: row for row in rows if _finite(row.get(f"eval/{metric}"))}
-    evaluations = [by_step[step] for step in sorted(by_step)]  # W&B keeps what a resumed run logs twice
-    rollouts = {row["global_step"]: row for row in rows if _finite(row.get(f"rollout/{metric}"))}
-    late = [row for step, row in rollouts.items() if step > 0.9 * max(rollouts)]
-    weights = [row.get("rollout/episodes", 1) for row in late]
-    if status == "complete" and not evaluations:
-        status = "no evaluations in its metrics"
-    return Run(
-        run=name,
-        status=status,
-        scope=scope if isinstance(scope, str) else "+".join(scope),
-        learning_rate=float(rate),
-        seed=int(seed),
-        environment=environment,
-        env_config={
-            k.removeprefix("trainer.env_config."): v for k, v in config.items() if k.startswith("trainer.env_config.")
-        },
-        states=_as_ranges(range(episodes)),
-        measure=measure,
-        training_score=(
-            float(np.average([row[f"rollout/{metric}"] for row in late], weights=weights))
-            if sum(weights) > 0
-            else math.nan
-        ),
-        eval_steps=[float(row["global_step"]) for row in evaluations],
-        eval_seconds=[float(row.get("time/elapsed_s", math.nan)) for row in evaluations],
-        eval_scores=[float(row[f"eval/{metric}"]) for row in evaluations],
-        settings={
-            # The checkpoint's name: the folder it lies in differs between machines.
-            key: Path(value).name if key == "policy.vla_config.model_path" and value else value
-            for key, value in config.items()
-            if key not in _IRRELEVANT and not key.startswith(_OWN_COLUMN) and not key.startswith("_")
-        },
-    )
-
-
-def _only_differing_settings(runs: list[Run]) -> list[Run]:
-    texts: dict[str, set[str]] = defaultdict(set)
-    for key in {key for run in runs for key in run.settings}:
-        texts[key] = {json.dumps(run.settings.get(key), sort_keys=True) for run in runs}
-    for run in runs:
-        run.settings = {key: value for key, value in sorted(run.settings.items()) if len(texts[key]) > 1}
-    return runs
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _as_ranges(ids: Sequence[int]) -> str:
-    """Sorted ids as text: "0-255", "0-9 20"."""
-    starts = [i for i, n in enumerate(ids) if i == 0 or n != ids[i - 1] + 1]
-    spans = [(ids[i], ids[j - 1]) for i, j in zip(starts, [*starts[1:], len(ids)], strict=True)]
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-# ---- the table
-
-_COLUMNS = [name for name in Run.__dataclass_fields__ if name != "folder"]
-_LISTS = ("eval_steps", "eval_seconds", "eval_scores")
-_OBJECTS = ("env_config", "splits", "settings")
-
-
 def write_table(path: Path, runs: Sequence[Run]) -> None:
     """Write `runs.csv`: one row per run, all that `compare` needs."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        writer.writerow((*_COLUMNS, *_LATER))
         for run in runs:
-            values = {name: getattr(run, name) for name in _COLUMNS}
+            values = vars(run) | {"final_episodes": "".join(run.episodes[-1:]), "anneal_lr": _SWITCH[run.anneal_lr]}
+            values |= {"earlier_episodes": ";".join(run.episodes[:-1])}
             values |= {name: _numbers(values[name]) for name in _LISTS}
             values |= {name: json.dumps(values[name], sort_keys=name != "splits") for name in _OBJECTS}
-            writer.writerow(values.values())
+            writer.writerow([values[name] for name in (*_COLUMNS, *_LATER)])
 
 
 def read_table(path: str | Path) -> list[Run]:
@@ -318,24 +257,52 @@ def read_table(path: str | Path) -> list[Run]:
         UserError: no such file, missing columns, or a value that does not parse (with its line).
     """
     runs = []
+    limit = csv.field_size_limit(2**31 - 1)  # the episodes of a run may be longer than the default of 131,072
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or [])]:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            if missing := [name for name in _COLUMNS if name not in columns]:
                 raise UserError(f"{path} has no column {', '.join(missing)}: compare_runs.py writes such a table")
             for row in reader:
-                values: dict[str, Any] = {name: row[name] for name in _COLUMNS}
                 try:
-                    values |= {name: [float(word) for word in row[name].split()] for name in _LISTS}
-                    values |= {name: json.loads(row[name]) for name in _OBJECTS}
-                    values |= {name: float(row[name]) for name in ("learning_rate", "training_score")}
-                    if row["measure"] not in MEASURES:
-                        raise ValueError(f"measure is {row['measure']!r}, neither of {', '.join(MEASURES)}")
-                    runs.append(Run(**values | {"seed": int(row["seed"])}))
-                except (ValueError, AttributeError) as error:
+                    runs.append(_read_row(row))
+                except (UserError, ValueError, RecursionError) as error:
                     raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        csv.field_size_limit(limit)
     if not runs:
         raise UserError(f"no runs found: {path} has no rows")
     return runs
+
+
+def _read_row(row: Mapping[str | None, Any]) -> Run:
+    """One row; UserError or ValueError where a value does not parse."""
+    if None in row or None in row.values():
+        raise UserError("it has more or fewer values than there are columns")
+    values: dict[str, Any] = {name: row[name] for name in (*_COLUMNS, *_LATER) if name in row}
+    values |= {name: [float(word) for word in row[name].split()] for name in _LISTS}
+    for name in _OBJECTS:
+        values[name] = json.loads(row[name])
+        if not isinstance(values[name], dict):
+            raise UserError(f"{name}: expected a JSON object, got {row[name][:80]}")
+        json.dumps(values[name], ensure_ascii=False).encode()  # half of a character can be escaped, but not written
+    if not all(isinstance(text, str) for text in values["splits"].values()):
+        raise UserError("splits: expected the episodes of each as text")
+    values |= {name: float(row[name]) for name in ("learning_rate", "training_score")}
+    values["seed"] = int(row["seed"])
+    if row["measure"] not in MEASURES:
+        raise UserError(f"measure is {row['measure']!r}, neither of {', '.join(MEASURES)}")
+    earlier, final = values.pop("earlier_episodes", None), values.pop("final_episodes")
+    before = len(values["eval_scores"]) - 1
+    known = [] if before < 1 else [""] * before if earlier is None else earlier.split(";")
+    values["episodes"] = [*known, final] if before >= 0 else []
+    if (switch := values.get("anneal_lr", "")) not in _SWITCH.values():
+        raise UserError(f"anneal_lr is {switch!r}, neither true nor false nor empty")
+    values["anneal_lr"] = {text: value for value, text in _SWITCH.items()}[switch]
+    run = Run(**values)
+    if run.complete:
+        check(run)
+    return run

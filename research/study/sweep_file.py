@@ -25,10 +25,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from research.schema import UserError, one_line
+from research.schema import UserError
+from research.study.plain_yaml import read_yaml, shown
 
 METHODS = ("grid", "random", "bayes")
 COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
@@ -40,6 +40,7 @@ DISTRIBUTIONS = {
     "log_uniform_values": (True, False, False),
     "q_log_uniform_values": (True, True, False),
 }
+LARGEST_GRID = 10_000  # points; each is tried on the script's own parser before the first run
 _KEYS = {
     "a sweep": (
         "program", "method", "metric", "parameters", "early_terminate", "run_cap", "command", "name", "description",
@@ -148,13 +149,7 @@ def load_sweep(path: str | Path) -> Sweep:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {one_line(error)}") from None
-    try:
-        return _sweep(path, content)
+        return _sweep(path, read_yaml(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -183,21 +178,26 @@ def _sweep(path: Path, content: Any) -> Sweep:
             raise UserError(f"{key} is missing")
     method = content["method"]
     if method not in METHODS:
-        raise UserError(f"method: {method!r} is none of {', '.join(METHODS)}")
+        raise UserError(f"method: {shown(method)} is none of {', '.join(METHODS)}")
     if not isinstance(content["program"], str):
-        raise UserError(f"program: expected the path of a script, got {content['program']!r}")
+        raise UserError(f"program: expected the path of a script, got {shown(content['program'])}")
     metric = _mapping(content["metric"], "metric", "metric")
     goal = metric.get("goal", "minimize")
     if not isinstance(metric.get("name"), str) or goal not in ("minimize", "maximize"):
-        raise UserError(f"metric: needs a name, and a goal that is minimize or maximize; got {metric!r}")
+        raise UserError(f"metric: needs a name, and a goal that is minimize or maximize; got {shown(metric)}")
     target = metric.get("target")
     if not isinstance(content["parameters"], dict) or not content["parameters"]:
         raise UserError("parameters: expected option names with their values")
     parameters = tuple(_parameter(str(key), spec, method) for key, spec in content["parameters"].items())
     run_cap = content.get("run_cap")
-    name = str(content.get("name", path.stem))
-    if Path(name).name != name:
-        raise UserError(f"name: {name!r} becomes a folder's name, so no slashes")
+    name = content.get("name", path.stem)
+    name = str(name) if type(name) in (int, float) else name
+    if not isinstance(name, str) or Path(name).name != name or name == ".." or len(name.encode()) > 200:
+        raise UserError(f"name: {shown(name)} becomes a folder's name, so one word without slashes")
+    if not isinstance(content.get("project"), str | None):
+        raise UserError(f"project: expected text, got {shown(content['project'])}")
+    if method == "grid":
+        _check_grid(parameters)
     return Sweep(
         path=path,
         name=name,
@@ -212,6 +212,15 @@ def _sweep(path: Path, content: Any) -> Sweep:
         command=_command(content.get("command", list(COMMAND))),
         project=content.get("project"),
     )
+
+
+def _check_grid(parameters: Sequence[Parameter]) -> None:
+    points = math.prod(len(p.choices) or int(p.high) - int(p.low) + 1 for p in parameters)
+    if points > LARGEST_GRID:
+        raise UserError(
+            f"parameters: a grid of {points:,} points, more than {LARGEST_GRID:,}; list fewer values, or use the "
+            "method random with a run_cap"
+        )
 
 
 def _parameter(name: str, spec: Any, method: str) -> Parameter:
@@ -230,11 +239,11 @@ def _parameter(name: str, spec: Any, method: str) -> Parameter:
             raise UserError(f"{where}: {key} leaves no room for {', '.join(map(str, others))}")
         values = [spec[key]] if key == "value" else spec[key]
         if not isinstance(values, list) or not values:
-            raise UserError(f"{where}: values: expected a list that is not empty, got {values!r}")
+            raise UserError(f"{where}: values: expected a list that is not empty, got {shown(values)}")
         for value in values:
             _no_number_as_text(value, where)
-        if twice := [v for i, v in enumerate(values) if any(v == w and type(v) is type(w) for w in values[:i])]:
-            raise UserError(f"{where}: values: {twice[0]!r} is listed twice")
+        if twice := _repeated(values):
+            raise UserError(f"{where}: values: {shown(twice[0])} is listed twice")
         return Parameter(name, tuple(values))
 
     missing = [key for key in ("min", "max") if key not in spec]
@@ -244,8 +253,8 @@ def _parameter(name: str, spec: Any, method: str) -> Parameter:
         )
     if given is None:
         given = "int_uniform" if all(type(spec[key]) is int for key in ("min", "max")) else "uniform"
-    if given not in DISTRIBUTIONS:
-        raise UserError(f"{where}: distribution {given!r} is not supported; use one of {', '.join(DISTRIBUTIONS)}")
+    if not isinstance(given, str) or given not in DISTRIBUTIONS:
+        raise UserError(f"{where}: distribution {shown(given)} is not supported; use one of {', '.join(DISTRIBUTIONS)}")
     if method == "grid" and given != "int_uniform":
         raise UserError(f"{where}: a grid needs values, not a range (distribution {given})")
     log, rounded, integer = DISTRIBUTIONS[given]
@@ -258,7 +267,20 @@ def _parameter(name: str, spec: Any, method: str) -> Parameter:
     q = _number(spec.get("q", 1), f"{where}.q") if rounded else None
     if q is not None and q <= 0:
         raise UserError(f"{where}: q must be greater than 0, got {q}")
+    if not math.isfinite(high - low) or (q is not None and max(abs(low), abs(high)) / q > 1e15):
+        raise UserError(f"{where}: the range is too wide" + ("" if q is None else f" for steps of {q}"))
     return Parameter(name, low=low, high=high, log=log, q=q, integer=integer)
+
+
+def _repeated(values: list[Any]) -> list[Any]:
+    """Those values, with their types, that stand in the list before."""
+    seen, repeated = set(), []
+    for value in values:
+        key = repr(value)  # 1, 1.0 and True differ in it, as they do on a command line
+        if key in seen:
+            repeated.append(value)
+        seen.add(key)
+    return repeated
 
 
 def _hyperband(spec: Any) -> dict[str, int]:
@@ -267,19 +289,21 @@ def _hyperband(spec: Any) -> dict[str, int]:
         return {}
     spec = _mapping(spec, "early_terminate", "early_terminate")
     if spec.get("type") != "hyperband":
-        raise UserError(f"early_terminate: type {spec.get('type')!r} is not supported; use hyperband")
+        raise UserError(f"early_terminate: type {shown(spec.get('type'))} is not supported; use hyperband")
     eta = _whole(spec.get("eta", 3), "early_terminate.eta", 2)
     if "min_iter" in spec:
         return {"min_iter": _whole(spec["min_iter"], "early_terminate.min_iter", 1), "eta": eta}
     if "max_iter" not in spec or "s" not in spec:
         raise UserError("early_terminate: hyperband needs min_iter, or max_iter and s")
     most, brackets = (_whole(spec[key], f"early_terminate.{key}", 1) for key in ("max_iter", "s"))
+    if brackets >= 64:  # more than any number of evaluations can be halved
+        return {"min_iter": 1, "eta": eta}
     return {"min_iter": max(most // eta**brackets, 1), "eta": eta}
 
 
 def _command(words: Any) -> tuple[str, ...]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"command: expected a list of words, got {words!r}")
+        raise UserError(f"command: expected a list of words, got {shown(words)}")
     for word in words:
         if word.startswith("${") and word not in COMMAND:
             raise UserError(f"command: {word} is not supported; use {', '.join(COMMAND)}")
@@ -290,25 +314,25 @@ def _command(words: Any) -> tuple[str, ...]:
 
 def _mapping(value: Any, where: str, kind: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected keys and values, got {value!r}")
+        raise UserError(f"{where}: expected keys and values, got {shown(value)}")
     for key in value:
         if key not in _KEYS[kind]:
             close = get_close_matches(str(key), _KEYS[kind], 1)
             hint = f"did you mean {close[0]}?" if close else f"{kind} has {', '.join(_KEYS[kind])}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+            raise UserError(f"{where}: unknown key {shown(key)}; {hint}")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     _no_number_as_text(value, where)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{where}: expected a number, got {value!r}")
+        raise UserError(f"{where}: expected a number, got {shown(value)}")
     return value
 
 
 def _whole(value: Any, where: str, least: int) -> int:
     if type(value) is not int or value < least:
-        raise UserError(f"{where}: expected a whole number of at least {least}, got {value!r}")
+        raise UserError(f"{where}: expected a whole number of at least {least}, got {shown(value)}")
     return value
 
 

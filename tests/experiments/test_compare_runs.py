@@ -12,7 +12,7 @@ from scipy import stats
 from study_worlds import EASY, make_run, write_return_study, write_study
 
 from research.study.report import interval
-from research.study.run_table import read_folders
+from research.study.run_sources import read_folders
 from research.study.statistics import iqm_interval, mean_interval
 
 
@@ -38,7 +38,7 @@ def final_rates(folder, pattern):
 
 def test_the_report_has_the_numbers_of_the_run_folders(study, report):
     text = (report / "report.md").read_text()
-    episodes = [[float(c) for c in run.final_episodes] for run in read_folders([f"{study}/vision-0.0003-*"])]
+    episodes = [[float(c) for c in run.episodes[-1]] for run in read_folders([f"{study}/vision-0.0003-*"])]
     np.testing.assert_allclose(np.mean(episodes, axis=1), final_rates(study, "vision-0.0003-*"))
     estimate = mean_interval(episodes)
     interval = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
@@ -87,12 +87,11 @@ def test_runs_without_success_are_compared_by_return(return_study, tmp_path, cap
     assert f"| vision | 0.0003 | 3 | 0.0 | {mean} | 987.6 [" in text
     iqm = iqm_interval([[987.6 + seed + EASY for seed in (-10, 0, 10)]], bounded=False)
     assert f"| {interval(iqm, decimals=1)} |" in text
-    # At equal time, from the curves: Student's interval of three seeds, 4.3027 * 10 / sqrt(3).
-    assert "] | 987.6 [962.8, 1012.4] | 200 | 1 |" in text
+    assert f"] | {mean} | 200 | 1 |" in text  # at equal time the same: all runs took 200 s
     # What states add cancels out: Welch's interval, 2.7764 * sqrt(200 / 3) for 4 degrees of freedom.
     assert "| vision | none | +87.6 [+64.9, +110.3] | < 0.001 | separable | 1.000 [" in text
-    assert "| none | 1e-05 | 3 | 0.0 | 0.0 | -10.0 0.0 10.0 |  |" in text
-    assert "| vision | 0.0003 | 3 | 98.8 | 987.6 | 977.6 987.6 997.6 | yes |" in text
+    assert "| none | 1e-05 | 3 | 0.0 | 0.0 | -10.0 0.0 10.0 |  |  |" in text
+    assert f"| vision | 0.0003 | 3 | 98.8 | 987.6 | 977.6 987.6 997.6 | yes | {mean} |" in text
     assert "Return at 2,000 env steps" in text and "chosen by return in the last tenth of training" in text
     assert "![Each scope at its own best learning rate](return.png)" in text
     assert (tmp_path / "return.png").read_bytes().startswith(b"\x89PNG")
@@ -128,8 +127,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         (f"--table={tmp_path}/missing.csv",): "cannot be read: No such file",
         (f"--table={tmp_path}/bad.csv",): "has no column scope, learning_rate",
         (str(unfinished),): "none of the 1 runs is complete; the first, unfinished: exit code 143",
-        (str(foreign),): "foreign is not a run of ppo_vla.py: its config has no policy.freeze",
+        (str(foreign),): "the first, foreign: cannot be read: not a run of ppo_vla.py: its config has no policy.freeze",
         (str(folder), f"--output={folder}/config.json"): "cannot write to",
+        (
+            str(folder),
+            "--choose_on=other_states",
+        ): "run was not evaluated on other states; evaluate_vla.py --checkpoint",
     }.items():
         assert compare_runs.main(list(arguments)) == 2
         error = capsys.readouterr().err

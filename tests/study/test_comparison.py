@@ -4,13 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 from study_worlds import STATES, make_run, write_return_study, write_splits
 
 from research.schema import UserError
 from research.study.comparison import compare, curve
-from research.study.report import interval, pair_table, ranking, split_table
-from research.study.run_table import read_folders, read_table, write_table
-from research.study.statistics import difference_interval, mean_interval, seeds_needed
+from research.study.report import interval, pair_table, ranking, scope_table, split_table
+from research.study.run_sources import read_folders
+from research.study.run_table import read_table, write_table
+from research.study.sample_size import seeds_needed, states_needed
+from research.study.statistics import difference_interval, mean_interval
 
 
 def test_the_best_rate_is_chosen_on_training_success_not_on_what_is_reported(tmp_path):
@@ -41,7 +44,7 @@ def test_choosing_seeds_are_left_out_of_the_report(tmp_path):
     comparison = compare(read_folders([str(tmp_path)]), choosing_seeds=[1])
     assert comparison.scopes[0].learning_rate == 1e-4
     assert [run.seed for run in comparison.scopes[0].runs] == [2, 3]
-    with pytest.raises(UserError, match="no run with one of the seeds \\[9\\]"):
+    with pytest.raises(UserError, match="no run with one of the seeds that should choose its rate: \\[9\\]"):
         compare(read_folders([str(tmp_path)]), choosing_seeds=[9])
     with pytest.raises(UserError, match="no seeds besides those that chose"):
         compare(read_folders([str(tmp_path)]), choosing_seeds=[1, 2, 3])
@@ -65,13 +68,119 @@ def test_success_is_compared_at_equal_steps_and_at_equal_wall_time(tmp_path):
     none, vision = comparison.scopes
     assert (none.mean.value, vision.mean.value) == pytest.approx((0.75, 0.5))
     assert (none.at_equal_time.value, vision.at_equal_time.value) == pytest.approx((0.55, 0.5))
-    assert not comparison.paired
+    assert comparison.paired and none.scores[0].tolist() == [1.0, 0.5] * (STATES // 2)  # state by state
     assert any(
         "ended at 1,000 env steps, others at up to 2,000: all are compared at 1,000." in note
         for note in comparison.notes
     )
+
+
+def test_without_single_episodes_nothing_is_paired_and_intervals_are_over_the_seeds_alone(tmp_path):
+    for scope, seed in itertools.product(("vision", "none"), (1, 2, 3)):
+        folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=0.6 + 0.1 * seed)
+    (folder / "episodes.jsonl").unlink()
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert not comparison.paired
+    assert any(
+        "for the states evaluated and not for new ones: single episodes are missing" in n for n in comparison.notes
+    )
     with pytest.raises(UserError, match="choose on training success"):
         compare(comparison.runs, choose_on="states")
+
+
+def test_an_earlier_evaluation_without_episodes_makes_bands_and_equal_time_of_the_seeds_alone(tmp_path):
+    for seed in (1, 2, 3):
+        folder = make_run(tmp_path / f"a{seed}", "vision", seed=seed, final=0.6 + 0.1 * seed, pace=0.5)
+        make_run(tmp_path / f"b{seed}", "none", seed=seed, final=0.6 + 0.1 * seed)
+    rows = [row for row in (folder / "episodes.jsonl").read_text().splitlines() if '"global_step": 0,' not in row]
+    (folder / "episodes.jsonl").write_text("\n".join(rows) + "\n")
+    comparison = compare(read_folders([str(tmp_path)]))
+    vision = next(result for result in comparison.scopes if result.scope == "vision")
+    assert comparison.paired
+    assert any(
+        "Intervals at equal wall time, and the bands of curves, are for the states" in n for n in comparison.notes
+    )
+    expected = mean_interval([[run.mean_at("seconds", comparison.seconds)] for run in vision.runs])
+    assert vision.at_equal_time == expected
+    _, band = curve(vision.runs, "steps")
+    assert band.high[-1] == mean_interval([[run.eval_scores[-1]] for run in vision.runs]).high
+
+
+def test_curves_and_equal_time_have_the_interval_of_the_mean_seeds_and_states_crossed(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"a{seed}", "vision", seed=seed, final=0.6 + 0.1 * seed, pace=0.5)
+        make_run(tmp_path / f"b{seed}", "none", seed=seed, final=0.6 + 0.1 * seed)
+    comparison = compare(read_folders([str(tmp_path)]))
+    vision = next(result for result in comparison.scopes if result.scope == "vision")
+    # 200 s, what the fast runs took, are 400 env steps of the slow ones: two fifths of the way to their second.
+    episodes = np.array([[run.scores(text) for text in run.episodes] for run in vision.runs])
+    expected = mean_interval(0.6 * episodes[:, 0] + 0.4 * episodes[:, 1])
+    found = vision.at_equal_time
+    assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))
+    steps, band = curve(vision.runs, "steps")
+    for i in range(len(steps)):
+        at = mean_interval(episodes[:, i])
+        assert (band.value[i], band.low[i], band.high[i]) == pytest.approx((at.value, at.low, at.high))
+    assert not any("for the states evaluated" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize(
+    ("anneal", "pace", "interrupted"), [(True, 0.5, True), (None, 0.5, True), (False, 0.5, False), (True, 0.1, False)]
+)
+def test_equal_wall_time_cuts_schedules_and_the_report_says_so(tmp_path, anneal, pace, interrupted):
+    changes = {} if anneal is None else {"algorithm__cfg__anneal_lr": anneal}
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"a{seed}", "vision", seed=seed, pace=0.1, **changes)
+        make_run(tmp_path / f"b{seed}", "none", seed=seed, pace=pace, **changes)
+    comparison = compare(read_folders([str(tmp_path)]))
+    notes = [note for note in comparison.notes if note.startswith("At equal wall time schedules are interrupted")]
+    assert (comparison.interrupted, len(notes)) == (interrupted, interrupted)
+    assert [("as far as is known" in note, "runs took 200 to 1,000 s" in note) for note in notes] in (
+        [], [(anneal is None, True)],
+    )  # fmt: skip
+    assert (scope_table(comparison)[0][6] == "success at equal wall time, schedules interrupted") == interrupted
+
+
+def test_two_seeds_have_an_interval_but_no_verdict(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"none{seed}", "none", seed=seed, final=0.2)
+        make_run(tmp_path / f"vision{seed}", "vision", seed=seed, final=0.8)
+        if seed < 3:
+            make_run(tmp_path / f"lora{seed}", "lora", seed=seed, final=np.ones(STATES))
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert comparison.scopes[0].scope == "lora" and comparison.scopes[0].mean.has_interval
+    assert comparison.scopes[0].rank == (1, 3)
+    assert any("Two seeds only, so intervals are too short, and no verdict: lora." in n for n in comparison.notes)
+    tested = next(pair for pair in comparison.pairs if "lora" not in (pair.first, pair.second))
+    assert tested.p_value == pytest.approx(tested.difference.p_value) and tested.separable  # corrected for one pair
+    _, rows = pair_table(comparison)
+    assert [row[4] for row in rows if "lora" in row] == ["two seeds: cannot say"] * 2
+    assert ["2, too few" in row for row in scope_table(comparison)[1]] == [True, False, False]
+
+
+def test_a_pair_needs_what_its_own_level_in_holms_procedure_asks(tmp_path):
+    rng = np.random.default_rng(0)
+    chance = {"none": 0.5, "vision": 0.62, "language": 0.97}
+    for scope, seed in itertools.product(chance, (1, 2, 3, 4)):
+        make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=rng.random(STATES) < chance[scope])
+    comparison = compare(read_folders([str(tmp_path)]))
+    arrays = {result.scope: result.scores for result in comparison.scopes}
+    last = max(comparison.pairs, key=lambda pair: pair.difference.p_value)
+    assert not last.separable
+    assert last.more_seeds == seeds_needed(arrays[last.first], arrays[last.second], 0.05) - 4  # not 0.05 / 3
+    assert last.more_seeds != seeds_needed(arrays[last.first], arrays[last.second], 0.05 / 3) - 4
+
+
+def test_where_states_bind_more_states_are_asked_for(tmp_path):
+    marks = np.arange(STATES) % 4
+    for seed in (1, 2, 3):  # seeds agree, so that no number of them would do
+        make_run(tmp_path / f"a{seed}", "vision", seed=seed, final=marks < 2)
+        make_run(tmp_path / f"b{seed}", "none", seed=seed, final=(marks % 2 == 0) & (np.arange(STATES) > 3))
+    comparison = compare(read_folders([str(tmp_path)]))
+    (pair,) = comparison.pairs
+    arrays = [result.scores for result in comparison.scopes]
+    assert pair.more_seeds == np.inf and pair.states == states_needed(*arrays) > STATES
+    assert np.isfinite(pair.states) and pair_table(comparison)[1][0][-1] == f"more states: {pair.states:,.0f}"
 
 
 def test_splits_are_compared_where_all_reported_runs_were_evaluated_in_them(tmp_path):
@@ -151,7 +260,10 @@ def test_curves_of_returns_have_students_interval(return_study):
     steps, estimate = curve(runs, "steps")
     np.testing.assert_array_equal(steps, [0, 1000, 2000])
     np.testing.assert_allclose(estimate.value, [0.03, (0.03 + 987.6) / 2, 987.6])
-    np.testing.assert_allclose(estimate.high[1:] - estimate.value[1:], [24.8414 / 2, 24.8414], rtol=1e-5)
+    # 100 / 3 from the seeds with 2 degrees of freedom, 25 / 39 from the states with 39; half way, a fourth of it.
+    variance = 100 / 3 + 25 / 39
+    half = stats.t.ppf(0.975, variance**2 / ((100 / 3) ** 2 / 2 + (25 / 39) ** 2 / 39)) * variance**0.5
+    np.testing.assert_allclose(estimate.high[1:] - estimate.value[1:], [half / 2, half], rtol=1e-5)
 
 
 def test_seeds_of_equal_mean_return_are_not_taken_for_certain(tmp_path):
@@ -170,7 +282,7 @@ def test_a_final_episode_without_return_leaves_the_comparison_unpaired(tmp_path)
     lines = (folder / "episodes.jsonl").read_text().replace('"episode_return": 7.0', '"episode_return": null', 1)
     (folder / "episodes.jsonl").write_text(lines)
     comparison = compare(read_folders([str(tmp_path)]))
-    assert comparison.runs[0].final_episodes == "" and not comparison.paired
+    assert comparison.runs[0].episodes[-1] == "" and not comparison.paired
     assert comparison.scopes[0].mean.value == 7
 
 
@@ -209,6 +321,12 @@ def test_runs_of_different_environments_are_refused(tmp_path):
     assert message == (
         'these runs cannot be compared, trainer.env differs: "tabletop" in run0 and 1 more; "gym:Reacher-v5" in run2'
     )
+
+
+def test_a_crashed_run_of_another_environment_is_left_out_and_does_not_end_the_comparison(tmp_path):
+    make_run(tmp_path / "a")
+    (make_run(tmp_path / "b", trainer__env="gym:Reacher-v5") / "summary.json").unlink()
+    assert [run.run for run in compare(read_folders([str(tmp_path)])).scopes[0].runs] == ["a"]
 
 
 def test_runs_with_success_and_runs_with_return_only_are_refused(tmp_path):

@@ -6,7 +6,7 @@ from study_worlds import make_run, write_return_study, write_study
 
 from research.study import figures
 from research.study.comparison import compare, curve
-from research.study.run_table import read_folders
+from research.study.run_sources import read_folders
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,19 @@ def test_curves_are_drawn_against_steps_and_time_with_the_common_budget(comparis
             corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
             assert {*zip(x, low, strict=True), *zip(x, high, strict=True)} <= corners
             assert line.get_color() == colours(comparison)[result.scope]
+    assert steps.get_ylabel() == "evaluation success\n95 % interval"
     assert steps.get_xlabel().startswith("environment steps") and seconds.get_xlabel().startswith("wall time")
+
+
+def test_axes_say_where_schedules_are_cut_and_where_bands_are_of_seeds_alone(tmp_path):
+    for seed in (1, 2, 3):
+        for scope, pace in (("none", 0.5), ("vision", 0.1)):
+            folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, pace=pace, algorithm__cfg__anneal_lr=True)
+    (folder / "episodes.jsonl").unlink()
+    steps, seconds = figures.draw_curves(compare(read_folders([str(tmp_path)]))).axes
+    assert steps.get_ylabel() == "evaluation success\n95 % interval over seeds alone"
+    assert "interrupted" not in steps.get_xlabel()
+    assert seconds.get_xlabel() == "wall time (s), schedules interrupted; dotted: what all runs reached"
 
 
 def test_the_page_of_curves_names_each_scope_once(comparison):
@@ -73,8 +85,8 @@ def test_the_page_of_curves_names_each_scope_once(comparison):
     x, estimate = curve(comparison.scopes[0].runs, "steps")
     np.testing.assert_array_equal(line.x, x)
     np.testing.assert_array_equal(line.y, estimate.value)
-    assert np.isnan(estimate.low[0]) and band.y[0] == band.y[-1] == estimate.value[0]  # all seeds alike: no interval
-    np.testing.assert_array_equal(band.y[1:-1], [*estimate.low[1:], *estimate.high[:0:-1]])
+    assert estimate.low[0] < estimate.value[0] < estimate.high[0]  # seeds are alike before training, states are not
+    np.testing.assert_array_equal(band.y, [*estimate.low, *estimate.high[::-1]])
 
 
 def test_the_heat_map_marks_the_chosen_rate_and_leaves_untried_cells_empty(comparison):

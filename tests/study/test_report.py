@@ -1,6 +1,7 @@
 """The report of a comparison: its tables and text, and the page that shows everything in one file."""
 
 import base64
+import itertools
 import re
 import shutil
 import subprocess
@@ -11,8 +12,19 @@ from study_worlds import EASY, make_run, write_study
 from research.schema import UserError
 from research.study import report as report_module
 from research.study.comparison import compare
-from research.study.report import cell_table, code, html_table, interval, markdown_table, ranking, videos, write_report
-from research.study.run_table import read_folders
+from research.study.report import (
+    cell_table,
+    code,
+    escaped,
+    html_table,
+    in_markdown,
+    interval,
+    markdown_table,
+    ranking,
+    videos,
+    write_report,
+)
+from research.study.run_sources import read_folders
 from research.study.statistics import Estimate
 
 
@@ -73,6 +85,49 @@ def test_text_from_runs_is_escaped_in_the_page():
     assert code("`x<y` & z") == "<code>x&lt;y</code> &amp; z"
 
 
+HOSTILE = "a|b`c<script>alert(1)</script>\n\n# d *e* _f_ ![g](h) &lt;"
+
+
+def test_text_from_runs_is_escaped_in_markdown():
+    """What a reader of Markdown would take for a cell, code, a tag, a heading, a link, an emphasis or an entity."""
+    text = r"a\|b\`c\<script>alert(1)\</script> # d \*e\* \_f\_ ![g]\(h) \&lt;"
+    assert escaped(HOSTILE) == text
+    assert markdown_table((["x"], [[HOSTILE]]))[-1] == f"| {text} |"
+    assert escaped("# a") == r"\# a"
+    untouched = "+0.002 [-0.014, +0.018] < 0.001 > 1000 learning_rate (x) -"
+    assert escaped(untouched) == untouched
+    assert in_markdown("`a_b` *c*") == r"`a_b` \*c\*"
+
+
+def test_hostile_names_stay_text_everywhere_in_the_report(tmp_path):
+    scopes = [HOSTILE, "vision"]
+    for scope, seed in itertools.product(scopes, (1, 2, 3)):
+        changes = {"trainer__env_config": {HOSTILE: HOSTILE}, f"algorithm__cfg__{HOSTILE}": scopes.index(scope)}
+        make_run(tmp_path / f"runs/{scopes.index(scope)}-{seed}`<b>|\n", scope, seed=seed, **changes)
+        make_run(tmp_path / f"runs/r{scopes.index(scope)}-{seed}", scope, 3e-4, seed=seed, **changes)
+    (make_run(tmp_path / "runs/dead`<b>|\n", seed=9, **changes) / "summary.json").write_text('{"exit_code": "`<b>"}')
+    output = tmp_path / "report"
+    write_report(compare(read_folders([str(tmp_path / "runs")])), output, "command `<b>")
+    text = (output / "report.md").read_text()
+    outside = re.sub(r"(?<!\\)`[^`\n]*`", "", text)  # code shows what it holds as it is
+    assert not re.search(r"(?<!\\)<(script|/script|b>)", outside)
+    assert not re.search(r"(?<!\\)`", outside) and not re.search(r"\]\((?!\w+\.png\))", outside)
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:  # every line has as many cells as the header
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    page = (output / "report.html").read_text()
+    assert "<script>alert" not in page and "<b>|" not in page
+    assert all((output / name).stat().st_size for name in ("success.png", "curves.png", "heatmap.png", "runs.csv"))
+
+
+def test_dollars_in_names_are_no_mathematics(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"runs/{seed}", ["$x^$", "a"], seed=seed)
+    write_report(compare(read_folders([str(tmp_path / "runs")])), tmp_path / "report", "x")
+    assert "$x^$+a" in (tmp_path / "report" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(("scale", "mean"), [(1e-4, "0.09876 [0.0"), (1.0, "987.6 [9"), (1e3, "987600 [9")])
 def test_returns_are_shown_with_four_digits_whatever_their_unit(tmp_path, scale, mean):
     for seed in (1, 2, 3):
@@ -91,10 +146,10 @@ def test_every_rate_is_listed_with_its_seeds_and_the_chosen_one_marked(tmp_path)
     for rate, seed in ((1e-4, 1), (1e-4, 2), (3e-4, 1)):
         make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed, returns=100 * seed + EASY, sampled=1e5 * rate)
     header, rows = cell_table(compare(read_folders([str(tmp_path)])))
-    assert header[-3:] == ["return", "of each seed", "chosen"]
+    assert header[-4:] == ["return", "of each seed", "chosen", "reported"]
     assert rows == [
-        ["none", "0.0001", "2", "10.0", "150.0", "100.0 200.0", ""],
-        ["none", "0.0003", "1", "30.0", "100.0", "100.0", "yes"],
+        ["none", "0.0001", "2", "10.0", "150.0", "100.0 200.0", "runner-up", "150.0 [-484.6, 784.6] (2 seeds)"],
+        ["none", "0.0003", "1", "30.0", "100.0", "100.0", "yes", "100.0 (no interval)"],
     ]
 
 

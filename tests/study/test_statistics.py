@@ -4,31 +4,24 @@ import numpy as np
 import pytest
 from scipy import stats
 from scipy.special import expit
+from study_worlds import simulate
 
 from research.schema import UserError
 from research.study import statistics
+from research.study.sample_size import seeds_needed, states_needed
 from research.study.statistics import (
     difference_interval,
     holm,
+    holm_levels,
     iqm,
     iqm_interval,
     mean_interval,
     probability_of_improvement,
     rank_ranges,
-    seeds_for_power,
-    seeds_needed,
+    standard_error_of_difference,
 )
 
 SEEDS, STATES = 5, 128
-
-
-def simulate(repeats, mean, seed_sd, state_sd, seeds=SEEDS, settings=1, shift=0.0, rng_seed=0):
-    """Success `[settings, repeats, seeds, STATES]`: logit of the rate = mean + seed + state, states shared by all."""
-    rng = np.random.default_rng(rng_seed)
-    of_seed = rng.normal(0, seed_sd, (settings, repeats, seeds, 1))
-    of_state = rng.normal(0, state_sd, (repeats, 1, STATES))
-    level = mean - shift * np.arange(settings).reshape(-1, 1, 1, 1)
-    return (rng.random((settings, repeats, seeds, STATES)) < expit(level + of_seed + of_state)).astype(np.float32)
 
 
 def rates_of_seeds(mean, seed_sd, state_sd):
@@ -70,6 +63,23 @@ def test_a_95_percent_interval_of_a_difference_covers_95_percent(setting):
     assert 0.93 <= np.mean((estimate.low <= truth) & (truth <= estimate.high)) <= 0.97
 
 
+def test_between_two_evaluations_the_interval_covers_as_well_and_that_of_the_seeds_alone_does_not():
+    """What curves and success at equal wall time are: the scores of two evaluations of a run, a share of each."""
+    rng = np.random.default_rng(0)
+    of_seed, of_state = rng.normal(0, 0.3, (1000, SEEDS, 1)), rng.normal(0, 2.0, (1000, 1, STATES))
+    two = [rng.random((1000, SEEDS, STATES)) < expit(mean + of_seed + of_state) for mean in (1.0, 2.0)]
+    truth = 0.6 * rates_of_seeds(1.0, 0.3, 2.0).mean() + 0.4 * rates_of_seeds(2.0, 0.3, 2.0).mean()
+    scores = 0.6 * two[0] + 0.4 * two[1]
+    covered = {
+        name: np.mean((e.low <= truth) & (truth <= e.high))
+        for name, e in {
+            "crossed": mean_interval(scores),
+            "alone": mean_interval(scores.mean(-1, keepdims=True)),
+        }.items()
+    }
+    assert 0.93 <= covered["crossed"] <= 0.975 and covered["alone"] < 0.9, covered
+
+
 def simulate_returns(repeats, seed_sd, state_sd, noise, settings=1, shift=0.0):
     """Returns about 1000, as `simulate`; an episode's own noise is exponential: few are far above the others."""
     rng = np.random.default_rng(0)
@@ -98,6 +108,50 @@ def test_95_percent_intervals_of_returns_cover_95_percent(setting):
         assert 0.93 <= np.mean((estimate.low <= truth) & (truth <= estimate.high)) <= 0.97
 
 
+def near_one(true, kind, seeds, repeats=400, states=256, rng_seed=1):
+    """Success `[repeats, seeds, states]` of a true mean near 1: states have success probabilities that seeds share."""
+    rng = np.random.default_rng(rng_seed)
+    missed, shape = 1 - true, (repeats, 1, states)
+    of_state = {
+        "0 or 1": lambda: (rng.random(shape) >= missed).astype(float),
+        "0.5 or 1": lambda: 1 - 0.5 * (rng.random(shape) < 2 * missed),
+        "0.9 or 1": lambda: 1 - 0.1 * (rng.random(shape) < 10 * missed),
+        "beta": lambda: rng.beta(2 * true, 2 * missed, shape),
+        "alike": lambda: np.full(shape, true),
+    }[kind]()
+    return (rng.random((repeats, seeds, states)) < of_state).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["0 or 1", "0.5 or 1", "0.9 or 1", "beta", "alike"])
+@pytest.mark.parametrize("seeds", [10, 20])
+@pytest.mark.parametrize("true", [0.99, 0.995, 0.998])
+def test_intervals_near_one_do_not_take_shared_states_for_independent_episodes(true, seeds, kind):
+    success = near_one(true, kind, seeds)
+    estimates = {"mean": mean_interval(success), "iqm": iqm_interval([success[:100]], resamples=100)}
+    covered = {name: np.mean((e.low <= true) & (true <= e.high)) for name, e in estimates.items()}
+    assert covered["mean"] >= 0.93
+    assert covered["iqm"] >= (0.9 if true > 0.99 else 0.88), covered  # the middle half is nearer to 1 than the mean
+    assert np.mean(estimates["mean"].high - estimates["mean"].low) < 0.035  # and not by saying nothing
+
+
+@pytest.mark.parametrize("kind", ["0 or 1", "0.5 or 1", "beta"])
+@pytest.mark.parametrize("seeds", [5, 20])
+def test_differences_near_one_do_not_either(seeds, kind):
+    first, second = near_one(0.998, kind, seeds), near_one(0.995, kind, seeds, rng_seed=2)
+    estimate = difference_interval(first, second)
+    assert np.mean((estimate.low <= 0.003) & (estimate.high >= 0.003)) >= 0.93
+    alike = difference_interval(first, near_one(0.998, kind, seeds, rng_seed=2))
+    assert np.mean(alike.p_value < 0.05) <= 0.05
+
+
+def test_all_ones_on_few_states_are_no_better_with_more_seeds():
+    # One of K + 2 = 66 states of another kind: of the mean, 1 / 66 * 65 / 66 / 64, and 1 - 1 / 66 in its middle.
+    low = [mean_interval(np.ones((n, 64))).low for n in (10, 1000)]
+    half = stats.t.ppf(0.975, 63) * np.sqrt(1 / 66 * 65 / 66 / 64) / (1 / 66 * 65 / 66)
+    assert low[1] == pytest.approx(expit(np.log(65) - half), abs=1e-4)
+    assert low[0] == pytest.approx(low[1], abs=1e-3)
+
+
 def test_two_equal_settings_are_called_different_at_most_5_percent_of_the_time():
     first, second = simulate(2500, 3.0, 0.3, 2.0, settings=2)
     assert 0.03 <= np.mean(difference_interval(first, second).p_value < 0.05) <= 0.06
@@ -111,15 +165,6 @@ def test_a_95_percent_interval_of_the_probability_of_improvement_covers_95_perce
     assert 0.94 <= np.mean([e.low <= truth <= e.high for e in found]) <= 0.98
 
 
-@pytest.mark.parametrize("state_sd", [0.0, 2.0])
-def test_seeds_needed_give_the_promised_power(state_sd):
-    first, second = simulate(1, 1.5, 0.4, state_sd, seeds=2000, settings=2, shift=0.45, rng_seed=1)[:, 0]
-    seeds = seeds_needed(first, second, power=0.8)
-    assert 6 <= seeds <= 60
-    first, second = simulate(500, 1.5, 0.4, state_sd, seeds=int(seeds), settings=2, shift=0.45)
-    assert 0.72 <= np.mean(difference_interval(first, second).p_value < 0.05) <= 0.9
-
-
 # ---- by hand
 
 
@@ -131,7 +176,7 @@ def test_iqm_is_the_mean_of_the_middle_half():
 
 def test_the_variance_parts_are_those_of_a_two_way_analysis_of_variance():
     success = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0]], dtype=float)
-    spread = statistics._spread(success)
+    spread = statistics.spread_of(success)
     # Seeds 3/4, 2/4, 2/4; states 1, 2/3, 0, 2/3; mean 7/12.
     assert spread.seed == pytest.approx(1 / 48)
     total = (7 * 5) / 12  # sum of squares about the mean
@@ -173,8 +218,10 @@ def test_intervals_of_returns_are_the_same_in_any_unit(unit):
         return np.array([[e.value, e.low, e.high] for e in estimates]) / unit
 
     np.testing.assert_allclose(numbers(unit), numbers(1.0), rtol=1e-6)
-    needed = [seeds_needed(u * first, u * second, bounded=False) for u in (1.0, unit)]
-    assert needed[0] == needed[1] < np.inf
+    needed = [find(u * first, u * second, bounded=False) for find in (seeds_needed, states_needed) for u in (1.0, unit)]
+    assert needed[0] == needed[1] < np.inf and needed[2] == needed[3]
+    apart = [states_needed(u * first, u * (second - 100), bounded=False) for u in (1.0, unit)]
+    assert apart[0] == apart[1] < np.inf
 
 
 def test_without_states_the_difference_is_welchs():
@@ -216,18 +263,25 @@ def test_holm_by_hand():
     np.testing.assert_allclose(holm([0.9, 0.6]), [1, 1])
 
 
+def test_the_level_that_each_p_value_faces_in_holms_procedure_by_hand():
+    np.testing.assert_allclose(holm_levels([0.01, 0.04, 0.03, np.nan], 0.06), [0.02, 0.06, 0.03, np.nan])
+    p_values = np.array([0.001, 0.02, 0.012, 0.3])  # in order of size: 0.0125, 0.0167, 0.025, 0.05
+    np.testing.assert_array_equal(holm(p_values) < 0.05, p_values < holm_levels(p_values))
+
+
+def test_the_standard_error_of_a_difference_is_that_of_its_interval():
+    first, second = simulate(1, 1.2, 0.2, 3.0, settings=2, shift=0.3)[:, 0]
+    estimate, error = difference_interval(first, second), standard_error_of_difference(first, second)
+    assert stats.norm.ppf(0.975) < (estimate.high - estimate.value) / error < stats.t.ppf(0.975, 4)
+    by_hand = standard_error_of_difference([[0.9], [0.8]], [[0.6], [0.7], [0.8]])
+    assert by_hand == pytest.approx(np.sqrt(0.005 / 2 + 0.01 / 3))
+    assert np.isnan(standard_error_of_difference([[0.9]], [[0.6], [0.7]]))
+
+
 def test_rank_ranges():
     better = np.zeros((3, 3), dtype=bool)
     better[0, 2] = True  # the first is better than the third; the second is separable from neither
     assert rank_ranges(better) == [(1, 2), (1, 3), (2, 3)]
-
-
-def test_seeds_for_power_by_hand():
-    # 2 * (1.96 + 0.8416)^2 * 0.03^2 / 0.04^2 = 8.83, and 1.96^2 / 4 = 0.96
-    assert seeds_for_power(0.04, 2 * 0.03**2) == 10
-    assert seeds_for_power(0.04, 2 * 0.03**2, state_variance=0.0001) == 19  # 0.0018 / (0.04^2 / 7.849 - 0.0001) + 0.96
-    assert seeds_for_power(0.04, 2 * 0.03**2, state_variance=0.001) == np.inf
-    assert seeds_for_power(0.0, 0.001) == np.inf
 
 
 def test_strata_are_resampled_on_their_own():

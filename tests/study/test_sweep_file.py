@@ -74,6 +74,7 @@ def test_a_run_is_called_with_the_commands_own_flags_and_the_point():
         ({"min_iter": 4, "eta": 2}, (4, 2)),
         ({"max_iter": 27, "s": 2}, (3, 3)),
         ({"max_iter": 3, "s": 4, "eta": 2}, (1, 2)),
+        ({"max_iter": 27, "s": 10**18}, (1, 3)),  # 3 to that power would never end
     ],
 )
 def test_hyperband_begins_at_min_iter_or_at_its_lowest_bracket(spec, expected):
@@ -122,6 +123,17 @@ BAD = [
     ({"command": ["python", "${program}"]}, "${args} at its end"),
     ({"command": ["python", "${program}", "${args_json}"]}, "${args_json} is not supported"),
     ({"program": "nowhere.py"}, "program: nowhere.py does not exist (current directory: /"),
+    ({"parameters": {RATE: {"min": 1, "max": 2, "distribution": ["x"]}}, "method": "random"}, "['x'] is not supported"),
+    ({"parameters": {RATE: {"min": -9.0e307, "max": 9.0e307}}, "method": "random"}, "the range is too wide"),
+    ({"parameters": {RATE: {"min": 0.0, "max": 1.0, "q": 1.0e-300, "distribution": "q_uniform"}}, "method": "random"},
+     "the range is too wide for steps of 1e-300"),
+    ({"parameters": {"trainer.seed": {"min": 1, "max": 10**9}}}, "a grid of 2,000,000,000 points, more than 10,000"),
+    ({"parameters": {"trainer.seed": {"min": -(2**63) + 1, "max": 2**63 - 1}}}, "a grid of 36,893,488,147,419,"),
+    ({"parameters": {RATE: {"values": [[1.0] * 99] * 2}}}, "1.0, 1... is listed twice"),
+    ({"name": ".."}, "name: '..' becomes a folder's name"),
+    ({"name": ["x"]}, "name: ['x'] becomes a folder's name"),
+    ({"name": "x" * 201}, "becomes a folder's name"),
+    ({"project": ["x"]}, "project: expected text, got ['x']"),
     ({"run_cap": 0}, "run_cap: expected a whole number of at least 1"),
 ]  # fmt: skip
 

@@ -1,0 +1,136 @@
+"""Each scope's learning rate: what chooses it, on which seeds, and which rates the choice cannot tell from the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from research.schema import UserError
+from research.study.run_table import Run, plain, spans_of
+from research.study.statistics import Array, standard_error_of_difference
+
+Cell = tuple[str, float]  # scope, learning rate
+ChooseOn = Literal["training", "states", "other_states"]
+CHOOSING_STATES, REPORTING_STATES = slice(0, None, 2), slice(1, None, 2)  # with choose_on "states"
+ENOUGH_SEEDS = 3  # with fewer, the choice is as much of the seeds as of the rates
+OPEN = 2  # standard errors; a rate that is no further behind the best is carried along
+
+
+@dataclass
+class Choice:
+    """The rate chosen for a scope, and those that the choice cannot tell from it."""
+
+    learning_rate: float
+    seeds: int
+    """How many chose it."""
+    rates: int
+    """Of how many."""
+    runners_up: dict[float, tuple[float, float]]
+    """Rate -> how far it is behind in what the choice was by, and the standard error of that; NaN of one seed."""
+
+
+def choosing_scores(
+    cell: Sequence[Run], choose_on: ChooseOn, choosing_seeds: Sequence[int], steps: float
+) -> Array | None:
+    """The scores `[n, K]` that a rate is chosen by, K = 1 for training scores; None for a cell without choosing seeds.
+
+    Raises:
+        UserError: a run without such scores, or one whose other states are among the reported ones.
+    """
+    members = [run for run in cell if not choosing_seeds or run.seed in choosing_seeds]
+    if not members:
+        return None
+    if choose_on == "states":
+        return np.array([run.episodes_at("steps", steps) for run in members])[:, CHOOSING_STATES]
+    if choose_on == "other_states":
+        _check_other_states(members)
+        return np.array([run.scores(run.choosing_episodes) for run in members])
+    if missing := [run for run in members if math.isnan(run.training_score)]:
+        raise UserError(
+            f"{missing[0].run} has no training {missing[0].measure} to choose the learning rate on; choose on states"
+        )
+    return np.array([[run.training_score] for run in members])
+
+
+def _check_other_states(members: Sequence[Run]) -> None:
+    for run in members:
+        command = f"evaluate_vla.py --checkpoint=<run> --first_state={spans_of(run.states)[-1][1] + 1}"
+        if not run.choosing_episodes:
+            raise UserError(
+                f"--choose_on=other_states: {run.run} was not evaluated on other states; {command} "
+                "--output=<run>/choosing does that"
+            )
+        for first, last in spans_of(run.choosing_states):
+            for low, high in spans_of(run.states):
+                if first <= high and low <= last:
+                    raise UserError(
+                        f"--choose_on=other_states: {run.run} would choose on the states {run.choosing_states}, of "
+                        f"which {max(first, low)}-{min(last, high)} are reported; {command} takes others"
+                    )
+        if run.choosing_states != members[0].choosing_states:
+            raise UserError(
+                f"--choose_on=other_states: {members[0].run} and {run.run} were evaluated on different other states, "
+                f"{members[0].choosing_states} and {run.choosing_states}"
+            )
+
+
+def choose_rate(scope: str, scores: Mapping[float, Array | None], bounded: bool, notes: list[str]) -> Choice:
+    """The scope's best rate, among those with at least half as many choosing seeds as its best-covered one.
+
+    Args:
+        scope: its name, for the notes.
+        scores: `choosing_scores` of each rate tried.
+        bounded: whether scores lie within 0..1.
+        notes: what a reader of the choice should know is added here.
+    Raises:
+        UserError: no run has one of the choosing seeds.
+    """
+    counts = {rate: 0 if found is None else len(found) for rate, found in scores.items()}
+    candidates = {
+        rate: found for rate, found in scores.items() if found is not None and 2 * counts[rate] >= max(counts.values())
+    }
+    if not candidates:
+        raise UserError(f"{scope} has no run with one of the seeds that should choose its rate")
+    best = max(candidates, key=lambda rate: candidates[rate].mean())
+    if len(scores) > 1 and best in (min(scores), max(scores)):
+        side = "lowest" if best == min(scores) else "highest"
+        notes.append(
+            f"The best learning rate of {plain(scope)}, {best:g}, is the {side} one tried: a better one may lie beyond."
+        )
+    runners_up = {}
+    for rate, found in candidates.items():
+        if rate != best:
+            gap = float(candidates[best].mean() - found.mean())
+            error = standard_error_of_difference(candidates[best], found, bounded)
+            if math.isnan(error) or gap <= OPEN * error:
+                runners_up[rate] = gap, error
+    return Choice(best, counts[best], len(scores), runners_up)
+
+
+def few_seeds_note(choices: Mapping[str, Choice]) -> list[str]:
+    """Which scopes' rates were chosen on too few seeds, as a note."""
+    few = {scope: choice.seeds for scope, choice in choices.items() if choice.rates > 1 and choice.seeds < ENOUGH_SEEDS}
+    if not few:
+        return []
+    named = ", ".join(f"{plain(scope)} ({seeds})" for scope, seeds in few.items())
+    return [f"Learning rates chosen on fewer than {ENOUGH_SEEDS} seeds, which are too few: {named}."]
+
+
+def describe_choice(measure: str, choose_on: ChooseOn, choosing_seeds: Sequence[int]) -> str:
+    """What chose the rates, for the report."""
+    by = {
+        "training": f"{measure} in the last tenth of training, so that every evaluation episode is fresh",
+        "states": "the final evaluation from every other initial state; the numbers are from the remaining states",
+        "other_states": f"deterministic {measure} of the last checkpoint on initial states that are not reported",
+    }[choose_on]
+    if choosing_seeds:
+        seeds = ", ".join(map(str, choosing_seeds))
+        return f"Each scope's learning rate was chosen by {by}, on seeds {seeds}; the numbers are from the other seeds."
+    return (
+        f"Each scope's learning rate was chosen by {by}. The same seeds chose it, which still favours rates with lucky "
+        "seeds, and scopes with more rates tried: --choosing_seeds keeps seeds for the choice alone."
+    )

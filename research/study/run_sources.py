@@ -1,0 +1,298 @@
+"""Runs read from run folders and from W&B, as the rows of `run_table`.
+
+Whatever a folder holds, it is one row: a run that crashed, or whose files cannot be read, is kept with the reason as
+its status, and a comparison leaves it out. One bad folder does not end the comparison of the others.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.config import FREEZE_SWITCHES, split_switches
+from research.options import flatten_dict
+from research.runs.folder import RunFolder, read_json, read_rows
+from research.schema import UserError, one_line
+from research.study.run_table import MEASURES, Run, as_ranges, as_text, check, is_number
+
+# Settings that do not change what is learned, or that have a column of their own.
+_OWN_COLUMN = (
+    "trainer.env_config.", "policy.vla_config.model_config.freeze_", "trainer.wandb_",
+    "policy.learning_rate_by_scope", "policy.learning_rate_factor",  # how a sweep arrives at the learning rate
+)  # fmt: skip
+_IRRELEVANT = (
+    "trainer.exp_name", "trainer.env", "trainer.env_config", "trainer.seed", "trainer.run_dir", "trainer.use_wandb",
+    "trainer.resume", "trainer.progress_bar", "trainer.save_freq", "trainer.eval_freq", "trainer.num_eval_envs",
+    "trainer.num_eval_episodes", "trainer.threads", "policy.freeze", "algorithm.cfg.learning_rate",
+)  # fmt: skip
+_WHOLE, _TEXT = "a whole number", "text"
+
+
+def read_folders(paths: Sequence[str]) -> list[Run]:
+    """Read run folders, and those anywhere below the folders given; `paths` may hold globs.
+
+    Raises:
+        UserError: a path that does not exist, or no runs at all.
+    """
+    folders: set[RunFolder] = set()
+    for pattern in paths:
+        found = [Path(path) for path in sorted(glob.glob(pattern))] if glob.has_magic(pattern) else [Path(pattern)]
+        if missing := [path for path in found if not path.is_dir()] if not glob.has_magic(pattern) else []:
+            raise UserError(f"no such folder: {missing[0]}")
+        for path in found:
+            folders.update(RunFolder.all_below(path))
+    if not folders:
+        raise UserError(f"no runs found in {' '.join(paths)}: a run folder holds config.json and metrics.jsonl")
+    return _only_differing_settings([_read_folder(folder) for folder in sorted(folders)])
+
+
+def _read_folder(folder: RunFolder) -> Run:
+    name = folder.path.name.encode("utf-8", "replace").decode()  # a file system allows names that no text file does
+    try:
+        run = _make_run(name, _status(folder), _read_object(folder.config), _read_rows(folder.metrics))
+        if run.complete and run.eval_steps and folder.episodes.is_file():
+            _add_episodes(run, folder)
+    except UserError as error:
+        run = _unreadable(name, error)
+    run.folder = folder
+    return _judged(run)
+
+
+def _judged(run: Run) -> Run:
+    """The run, with what is wrong with its evaluations as its status."""
+    if run.complete:
+        try:
+            check(run)
+        except UserError as error:
+            run.status = one_line(error)
+    return run
+
+
+def _unreadable(name: str, error: UserError) -> Run:
+    """The row of a run of which only its name is known, and why."""
+    status = f"cannot be read: {one_line(error)[:200]}"
+    return Run(name, status, "", math.nan, 0, "", {}, "", "success", math.nan, [], [], [])
+
+
+def _status(folder: RunFolder) -> str:
+    if not folder.summary.is_file():
+        return f"no {folder.summary.name}: killed, or still running"
+    code = _read_object(folder.summary).get("exit_code", 0)
+    return "complete" if code == 0 else f"exit code {str(code)[:20]}"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; UserError with the file's name, not its folder's, where it holds no such thing."""
+    try:
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise UserError("expected a JSON object")
+        json.dumps(value, ensure_ascii=False).encode()  # half of a character can be escaped, but not written
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.name}: {error}") from None
+    return value
+
+
+def _read_rows(path: Path, torn_anywhere: bool = False) -> list[dict[str, Any]]:
+    try:
+        rows = read_rows(path, torn_anywhere)
+    except (UserError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.name}: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path.name}: a line is no JSON object")
+    return rows
+
+
+def _add_episodes(run: Run, folder: RunFolder) -> None:
+    """The single episodes of a run's evaluations; of an evaluation that a resumed run repeated, the last."""
+    by_step: dict[float, dict[int, float | None]] = defaultdict(dict)
+    for row in _read_rows(folder.episodes, torn_anywhere=True):
+        step, state = row.get("global_step"), _state_of(row, folder.episodes)
+        if not is_number(step):
+            raise UserError(f"{folder.episodes.name}: global_step is {str(step)[:80]!r}")
+        by_step[float(step)][state] = _score_of(row, run.measure, folder.episodes)
+    final = by_step.get(run.eval_steps[-1], {})
+    if not final or not _complete(final, run.states):
+        return
+    states = sorted(final)
+    run.states = as_ranges(states)
+    run.episodes = [
+        as_text(found, run.measure) if sorted(found := by_step.get(step, {})) == states and _known(found) else ""
+        for step in run.eval_steps
+    ]
+    run.splits = _read_splits(folder.splits, states, run.measure)
+    run.choosing_states, run.choosing_episodes = _read_choosing(folder.choosing, run)
+
+
+def _complete(episodes: Mapping[int, float | None], states: str) -> bool:
+    """Whether there is a score for as many states as were to be evaluated; `states` is a range from 0."""
+    return len(episodes) == int(states.split("-")[-1]) + 1 and _known(episodes)
+
+
+def _known(episodes: Mapping[int, float | None]) -> bool:
+    return None not in episodes.values()
+
+
+def _state_of(row: Mapping[str, Any], path: Path) -> int:
+    state = row.get("initial_state")
+    if type(state) is not int or not 0 <= state < 2**63:
+        raise UserError(f"{path.name}: initial_state is {str(state)[:80]!r}, no id of an initial state")
+    return state
+
+
+def _score_of(row: Mapping[str, Any], measure: str, path: Path) -> float | None:
+    """An episode's score; None where it is not known."""
+    value = row.get(MEASURES[measure].field)
+    if value is not None and not is_number(value):
+        raise UserError(f"{path.name}: {MEASURES[measure].field} is {str(value)[:80]!r}")
+    return value if value is None else float(value)
+
+
+def _read_splits(path: Path, states: Sequence[int], measure: str) -> dict[str, str]:
+    """The episodes of every split that was evaluated from exactly these states."""
+    scores: dict[str, dict[int, float | None]] = defaultdict(dict)
+    for row in _read_rows(path, torn_anywhere=True) if path.is_file() else ():
+        if isinstance(split := row.get("split"), str) and split:
+            scores[split][_state_of(row, path)] = _score_of(row, measure, path)
+    return {
+        split: as_text(found, measure) for split, found in scores.items() if sorted(found) == states and _known(found)
+    }
+
+
+def _read_choosing(path: Path, run: Run) -> tuple[str, str]:
+    """States and episodes of the evaluation that a rate may be chosen on, in the split that the run trains in."""
+    own, scores = run.env_config.get("split", "train"), {}
+    for row in _read_rows(path, torn_anywhere=True) if path.is_file() else ():
+        if row.get("split", own) == own:
+            scores[_state_of(row, path)] = _score_of(row, run.measure, path)
+    if not scores or not _known(scores):
+        return "", ""
+    return as_ranges(sorted(scores)), as_text(scores, run.measure)
+
+
+def read_wandb(path: str) -> list[Run]:
+    """Read the runs of a W&B sweep, `entity/project/sweep_id`, or of a project, `entity/project`.
+
+    Single episodes are not on W&B: differences are then not paired by initial state.
+
+    Raises:
+        UserError: W&B has no such sweep or project, cannot be reached, or has no runs there.
+    """
+    import wandb
+
+    try:
+        api = wandb.Api()
+        runs = list(api.sweep(path).runs if path.count("/") == 2 else api.runs(path))
+        found = [_read_wandb_run(run) for run in runs]
+    except (wandb.Error, ValueError, OSError) as error:
+        raise UserError(f"W&B: cannot read {path}: {one_line(error)}") from error
+    if not found:
+        raise UserError(f"W&B: no runs in {path}")
+    return _only_differing_settings(found)
+
+
+def _read_wandb_run(run: Any) -> Run:
+    # Rows that hold all of the keys: evaluations and rollouts are logged in rows of their own.
+    for metric in (measure.metric for measure in MEASURES.values()):
+        evaluations = list(run.scan_history(keys=["global_step", "time/elapsed_s", f"eval/{metric}"]))
+        if evaluations:
+            break
+    rollouts = run.scan_history(keys=["global_step", f"rollout/{metric}", "rollout/episodes"])
+    status = "complete" if run.state == "finished" else f"W&B state {run.state}"
+    try:
+        return _judged(_make_run(run.name, status, dict(run.config), [*evaluations, *rollouts]))
+    except UserError as error:
+        return _unreadable(run.name, error)
+
+
+def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Run:
+    """A run without its single episodes.
+
+    Raises:
+        UserError: a configuration that is none of `ppo_vla.py`.
+    """
+    try:
+        config = flatten_dict(config)
+    except RecursionError:
+        raise UserError("config.json: nested too deeply") from None
+    scope, _ = split_switches(_scope(config), _switches(config))
+    count = _value(config, "trainer.num_eval_episodes", _WHOLE, lambda v: type(v) is int and 0 < v < 2**63)
+    rows = [row for row in rows if is_number(row.get("global_step"))]
+    measure = "success" if any(is_number(row.get("eval/success_rate")) for row in rows) else "return"
+    metric = MEASURES[measure].metric
+    by_step = {row["global_step"]: row for row in rows if is_number(row.get(f"eval/{metric}"))}
+    evaluations = [by_step[step] for step in sorted(by_step)]  # W&B keeps what a resumed run logs twice
+    seconds = [row.get("time/elapsed_s") for row in evaluations]
+    return Run(
+        run=name,
+        status=status,
+        scope=scope if isinstance(scope, str) else "+".join(scope),
+        learning_rate=float(_value(config, "algorithm.cfg.learning_rate", "a number", is_number)),
+        seed=_value(config, "trainer.seed", _WHOLE, lambda v: type(v) is int),
+        environment=_value(config, "trainer.env", _TEXT, lambda v: isinstance(v, str) and v),
+        env_config={
+            k.removeprefix("trainer.env_config."): v for k, v in config.items() if k.startswith("trainer.env_config.")
+        },
+        states=f"0-{count - 1}" if count > 1 else "0",
+        measure=measure,
+        training_score=_training_score(rows, metric),
+        eval_steps=[float(row["global_step"]) for row in evaluations],
+        eval_seconds=[float(second) if is_number(second) else math.nan for second in seconds],
+        eval_scores=[float(row[f"eval/{metric}"]) for row in evaluations],
+        episodes=[""] * len(evaluations),
+        anneal_lr=anneal if isinstance(anneal := config.get("algorithm.cfg.anneal_lr"), bool) else None,
+        settings={
+            # The checkpoint's name: the folder it lies in differs between machines.
+            key: Path(value).name if key == "policy.vla_config.model_path" and isinstance(value, str) else value
+            for key, value in config.items()
+            if key not in _IRRELEVANT and not key.startswith(_OWN_COLUMN) and not key.startswith("_")
+        },
+    )
+
+
+def _value(config: Mapping[str, Any], key: str, kind: str, right: Any) -> Any:
+    """A value of a configuration; UserError where it is missing, or not `right`."""
+    if key not in config:
+        raise UserError(f"not a run of ppo_vla.py: its config has no {key}")
+    if not right(config[key]):
+        raise UserError(f"config.json: {key} is {str(config[key])[:80]!r}, not {kind}")
+    return config[key]
+
+
+def _scope(config: Mapping[str, Any]) -> str | list[str]:
+    def right(scope: Any) -> bool:
+        return isinstance(scope, str) or (isinstance(scope, list) and all(isinstance(name, str) for name in scope))
+
+    return _value(config, "policy.freeze", "a scope or a list of names", right)
+
+
+def _switches(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config.get(f"policy.vla_config.model_config.{name}", False) for name in FREEZE_SWITCHES}
+
+
+def _training_score(rows: Iterable[Mapping[str, Any]], metric: str) -> float:
+    """Mean score of the training episodes in the last tenth of the env steps; NaN where there are none."""
+    rollouts = {row["global_step"]: row for row in rows if is_number(row.get(f"rollout/{metric}"))}
+    last = max(rollouts, default=0)
+    late = [row for step, row in rollouts.items() if step > 0.9 * last]
+    weights = [row.get("rollout/episodes", 1) for row in late]
+    if not all(is_number(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
+        return math.nan
+    return float(np.average([row[f"rollout/{metric}"] for row in late], weights=weights))
+
+
+def _only_differing_settings(runs: list[Run]) -> list[Run]:
+    texts: dict[str, set[str]] = defaultdict(set)
+    known = [run for run in runs if run.environment]
+    for key in {key for run in known for key in run.settings}:
+        texts[key] = {json.dumps(run.settings.get(key), sort_keys=True) for run in known}
+    for run in known:
+        run.settings = {key: value for key, value in sorted(run.settings.items()) if len(texts[key]) > 1}
+    return runs

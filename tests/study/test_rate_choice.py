@@ -1,0 +1,108 @@
+"""What chooses a scope's learning rate, what it refuses to be chosen by, and which rates it cannot tell apart."""
+
+import numpy as np
+import pytest
+from study_worlds import STATES, make_run, write_choosing
+
+from research.schema import UserError
+from research.study.comparison import compare
+from research.study.rate_choice import choose_rate
+from research.study.report import cell_table, runner_up_notes
+from research.study.run_sources import read_folders
+from research.study.run_table import read_table, write_table
+
+
+def share(rate, states=STATES):
+    return np.arange(states) < rate * states
+
+
+def test_a_rate_can_be_chosen_by_success_on_other_states_than_are_reported(tmp_path):
+    for seed in (1, 2, 3):
+        good = make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, final=share(0.5), sampled=0.1)
+        write_choosing(good, share(0.9, 20))
+        bad = make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, final=share(0.9), sampled=0.9)
+        write_choosing(bad, share(0.3, 20))
+    comparison = compare(read_folders([str(tmp_path)]), "other_states")
+    assert comparison.scopes[0].learning_rate == 1e-4 and comparison.scopes[0].mean.value == 0.5
+    assert comparison.chosen_by == pytest.approx({("none", 1e-4): 0.9, ("none", 3e-4): 0.3})
+    assert "deterministic success of the last checkpoint on initial states that are not reported" in comparison.notes[0]
+    write_table(tmp_path / "runs.csv", comparison.runs)
+    assert compare(read_table(tmp_path / "runs.csv"), "other_states").chosen_by == comparison.chosen_by
+
+
+def test_choosing_on_other_states_needs_them_and_they_must_be_others(tmp_path):
+    a, b = (make_run(tmp_path / f"a{seed}", seed=seed) for seed in (1, 2))
+    write_choosing(a, share(0.5, 20))
+
+    def refused(**options):
+        with pytest.raises(UserError) as error:
+            compare(read_folders([str(tmp_path)]), "other_states", **options)
+        return str(error.value)
+
+    assert "a2 was not evaluated on other states; evaluate_vla.py --checkpoint=<run> --first_state=40" in refused()
+    assert compare(
+        read_folders([str(tmp_path)]), "other_states", choosing_seeds=[1]
+    )  # asked of those that choose alone
+    write_choosing(b, share(0.5, 20), first=30)
+    assert "a2 would choose on the states 30-49, of which 30-39 are reported" in refused()
+    (b / "choosing" / "episodes.jsonl").unlink()
+    (b / "choosing").rmdir()
+    write_choosing(b, share(0.5, 20), first=50)
+    assert "a1 and a2 were evaluated on different other states, 40-59 and 50-69" in refused()
+
+
+def test_rates_within_two_standard_errors_are_runners_up_and_others_are_not():
+    # Means 0.8 and variance 0.01 / 3 for the best: two standard errors of a difference are 2 * sqrt(0.02 / 3) = 0.163.
+    best, near, far = ([[m - 0.1], [m], [m + 0.1]] for m in (0.8, 0.64, 0.63))
+    notes = []
+    choice = choose_rate("none", {1.0: np.array(near), 2.0: np.array(best), 3.0: np.array(far)}, True, notes)
+    assert (choice.learning_rate, choice.seeds, choice.rates) == (2.0, 3, 3) and notes == []
+    assert choice.runners_up == {1.0: pytest.approx((0.16, np.sqrt(0.02 / 3)))}
+
+
+def test_one_seed_tells_no_rate_from_another():
+    choice = choose_rate("none", {1.0: np.array([[0.1]]), 2.0: np.array([[0.9]]), 3.0: None}, True, [])
+    assert choice.learning_rate == 2.0 and np.isnan(choice.runners_up[1.0][1]) and list(choice.runners_up) == [1.0]
+
+
+def test_states_that_both_rates_share_are_paired_in_the_choice():
+    rng = np.random.default_rng(0)
+    easy = rng.random(400) < 0.5
+    first, second = (np.stack([easy | (rng.random(400) < p) for _ in range(3)]).astype(float) for p in (0.2, 0.1))
+    paired = choose_rate("none", {1.0: first, 2.0: second}, True, []).runners_up
+    apart = choose_rate("none", {1.0: first, 2.0: second[:, rng.permutation(400)]}, True, []).runners_up
+    assert paired == {} and list(apart) == [2.0]
+
+
+def test_a_runner_up_is_reported_from_its_own_fresh_seeds(tmp_path):
+    for seed in (1, 2, 3, 4, 5):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, final=share(0.8), sampled=0.70 + 0.01 * seed)
+        make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, final=share(0.5), sampled=0.71 + 0.01 * seed)
+        make_run(tmp_path / f"c{seed}", rate=9e-4, seed=seed, final=share(0.1), sampled=0.1 + 0.01 * seed)
+        if seed < 3:
+            make_run(tmp_path / f"d{seed}", rate=2e-4, seed=seed, final=share(0.7), sampled=0.70 + 0.01 * seed)
+    comparison = compare(read_folders([str(tmp_path)]), choosing_seeds=[1, 2, 3])
+    (result,) = comparison.scopes
+    assert (result.learning_rate, result.mean.value) == (3e-4, 0.5)
+    found = {other.learning_rate: (other.mean.value, other.seeds, other.fresh) for other in result.runners_up}
+    assert found == {1e-4: (0.8, 2, True), 2e-4: (0.7, 2, False)}
+    (note,) = runner_up_notes(comparison)
+    assert note.startswith("The choice of a rate for none is open. It took 0.0003, with 0.500 [")
+    assert "0.0001 is 0.010 behind (standard error 0.008) and its success 0.800 [" in note
+    assert "] (2 seeds); 0.0002 is" in note and note.endswith("] (2 choosing seeds).")
+    _, rows = cell_table(comparison)
+    assert [(row[1], row[6]) for row in rows] == [
+        ("0.0001", "runner-up"), ("0.0002", "runner-up"), ("0.0003", "yes"), ("0.0009", ""),
+    ]  # fmt: skip
+    assert rows[0][7].startswith("0.800 [") and rows[3][7] == ""
+
+
+@pytest.mark.parametrize(("seeds", "noted"), [((1, 2), True), ((1, 2, 3), False)])
+def test_fewer_than_three_choosing_seeds_are_noted(tmp_path, seeds, noted):
+    for seed in (1, 2, 3, 4):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed)
+        make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed)
+        make_run(tmp_path / f"c{seed}", "vision", rate=3e-4, seed=seed)  # one rate: nothing to choose
+    notes = compare(read_folders([str(tmp_path)]), choosing_seeds=seeds).notes
+    text = "Learning rates chosen on fewer than 3 seeds, which are too few: none (2)."
+    assert (text in notes) == noted
