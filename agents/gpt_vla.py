@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from tensordict.nn import TensorDictModule
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -43,7 +42,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.action_heads import make_action_head
+from agents.fitting import refuse_other_kinds
 from agents.vla import StagedVLA, check_modalities
+from agents.weights import read_weights
 from research.schema import (
     HIDDEN,
     LANGUAGE,
@@ -94,11 +95,12 @@ class GPTVLAModel(StagedVLA):
             the language model starts from fresh weights.
         tokenizer: a local directory with a `tokenizer.json`; without it, the instruction's bytes are the token ids.
         language_tokens: with a tokenizer, the most tokens an instruction may have; shorter ones are padded to it.
-        action_head: "gaussian" or "tokens".
+        action_head: "gaussian", "tokens" or, for discrete actions, "categorical"; None takes what fits the environment.
         action_head_hidden_size: units of the hidden layer of the action head and of the value head.
         head: further arguments of the action head, see `agents/action_heads.py`.
         gradient_checkpointing: keep the inputs of the encoder's and the language model's blocks only, and compute the
             rest again in the backward pass: less memory, about a third more time.
+        action_choices: how many choices each component of a discrete action has.
     Raises:
         UserError: an unknown name or argument, or weights or a tokenizer that are absent, damaged or do not fit.
     """
@@ -115,10 +117,11 @@ class GPTVLAModel(StagedVLA):
         language_weights: str | None = None,
         tokenizer: str | None = None,
         language_tokens: int = 32,
-        action_head: str = "gaussian",
+        action_head: str | None = None,
         action_head_hidden_size: int = 512,
         head: dict | None = None,
         gradient_checkpointing: bool = False,
+        action_choices: Sequence[int] | None = None,
     ):
         super().__init__()
         check_modalities(self, modalities, READS)
@@ -140,7 +143,7 @@ class GPTVLAModel(StagedVLA):
             raise UserError(f"GPTVLAModel: bytes need a vocab_size of 256 or more, language_model has {vocabulary}")
         self.readout = nn.Parameter(0.02 * torch.randn(size))  # as GPT-2's own embeddings start
         self.action_head = make_action_head(
-            action_head, size, action_dim, width=action_head_hidden_size, **(head or {})
+            action_head, size, action_dim, action_choices, width=action_head_hidden_size, **(head or {})
         )
         self.value_head = nn.Sequential(
             nn.Linear(size, action_head_hidden_size), nn.ReLU(), nn.Linear(action_head_hidden_size, 1)
@@ -420,10 +423,12 @@ def _timm_model(spec: str, weights: str | None) -> nn.Module:
     if weights is not None:
         path = _existing(weights, "vision_weights")
         try:
-            missing = model.load_state_dict(_read(path), strict=False).missing_keys
+            state = _read(path)
+            missing = model.load_state_dict(state, strict=False).missing_keys
         except Exception as error:  # a damaged file stops with nearly any exception
             raise UserError(f"GPTVLAModel: vision_weights: {path} cannot be loaded: {describe_error(error)}") from error
         _refuse_missing(missing, path, name, "vision_weights")
+        _refuse_other_numbers(model, state, path)
     return model
 
 
@@ -478,9 +483,9 @@ def _load(
     """A model with the weights of a local file or directory, in which all of its weights must be."""
     path = _existing(weights, setting)
     try:
-        source, state = (path, None) if path.is_dir() else (None, _read(path))
+        state = _read(path)
         model, report = cls.from_pretrained(
-            source,
+            None,
             config=config,
             state_dict=state,
             local_files_only=True,
@@ -496,6 +501,7 @@ def _load(
             f"got {list(got)}"
         )
     _refuse_missing(sorted(report["missing_keys"]), path, cls.__name__, setting)
+    _refuse_other_numbers(model, state, path)
     return model
 
 
@@ -506,9 +512,17 @@ def _refuse_missing(missing: Sequence[str], path: Path, name: str, setting: str)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return {name: value for shard in read_weights(path) for name, value in shard.items()}
+
+
+def _refuse_other_numbers(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Refuse what was cast to the model's floats without a word, and what is no number."""
+    prefix = getattr(model, "base_model_prefix", "")
+    own = {name: state[n] for name in model.state_dict() for n in (name, f"{prefix}.{name}") if n in state}
+    refuse_other_kinds(model, own, path)
+    for name, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {name} holds a NaN or an infinity: it was saved after something broke")
 
 
 def _existing(path: str, setting: str) -> Path:

@@ -21,6 +21,28 @@ FREEZE_PRESETS = ("none", "vision", "language", "backbone", "lora")
 FREEZE_SWITCHES = {"freeze_vision_encoder": "vision", "freeze_language_model": "language"}
 
 
+def _refuse_beyond(config: Any, **largest: int) -> None:
+    """Refuse values of options beyond which a run would not begin, or not end."""
+    for name, most in largest.items():
+        if (value := getattr(config, name)) is not None and value > most:
+            raise UserError(f"{name}: {value} is too large; at most {most:,}")
+
+
+def path_problem(path: str) -> str | None:
+    """Why no file system would take a path, or a name that is looked for as one; None where one may."""
+    if len(path.encode(errors="replace")) > 2000 or any(len(p.encode(errors="replace")) > 255 for p in path.split("/")):
+        return "is too long for a path: 2,000 bytes in all, 255 in each part of it"
+    if any(c < " " or "\ud800" <= c <= "\udfff" for c in path):
+        return f"{path!r} has characters that no path here has"
+    return None
+
+
+def _refuse_no_paths(config: Any, *options: str) -> None:
+    for name in options:
+        if problem := path_problem(getattr(config, name) or ""):
+            raise UserError(f"{name}: {problem}")
+
+
 @dataclass
 class TrainerConfig:
     """The run: environment, seeds, sizes, evaluation, tracking."""
@@ -50,6 +72,9 @@ class TrainerConfig:
     """Processes that collect (buffer_type vla); they share num_envs."""
     max_staleness: NonNegativeInt = 2
     """Updates that a transition's weights may lag behind (buffer_type vla); older ones are thrown away."""
+    worker_timeout: PositiveFloat = 60.0
+    """Seconds in which a process that collects (buffer_type vla) takes no step before it is ended, and the run with it;
+    env_config.worker_timeout is the same for processes that simulate."""
     autocast: Literal["off", "bf16"] = "off"
     """bf16: run the model's layers in bfloat16; log-probabilities, advantages and losses stay in float32."""
     compile: Literal["off", "on"] = "off"
@@ -66,6 +91,8 @@ class TrainerConfig:
     """Environment steps between evaluations; 0 = only before and after training."""
     save_freq: NonNegativeInt = 20000
     """Environment steps between checkpoints; 0 = only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept, besides that of the best evaluation."""
     use_wandb: bool = True
     """Log to Weights & Biases; offline where no account is configured."""
     wandb_project_name: str = "vla-rl"
@@ -82,6 +109,14 @@ class TrainerConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
+        _refuse_beyond(self, seed=2**32 - 1, threads=4096, num_envs=2**20, iterations=10**9, buffer_size=2**28)
+        _refuse_beyond(self, num_collectors=1024, max_staleness=10**6, worker_timeout=10**6, keep_checkpoints=10**6)
+        _refuse_beyond(self, num_eval_envs=2**20, num_eval_episodes=10**6, max_eval_steps=10**7)
+        _refuse_no_paths(self, "env", "run_dir", "resume")
+        if len(self.exp_name.encode()) > 200 or not self.exp_name.isprintable():
+            raise UserError(
+                f"exp_name: {self.exp_name[:200]!r} cannot be part of a folder's name: too long, or unprintable"
+            )
         if not self.exp_name or Path(self.exp_name).name != self.exp_name:
             raise UserError(f"exp_name: {self.exp_name!r} cannot be part of a folder's name; leave out slashes")
         if self.buffer_size % self.num_envs:
@@ -108,6 +143,11 @@ class VLAConfig:
     """Prefix to put before the checkpoint's keys."""
     trust_checkpoint: bool = False
     """Unpickle arbitrary objects from the checkpoint: this can run code, so only for files you trust."""
+    adapter_path: str | None = None
+    """Folder of peft whose weights the adapters of policy.freeze=lora start from; model_path has what they adapt."""
+
+    def __post_init__(self) -> None:
+        _refuse_no_paths(self, "model_path", "model_class", "adapter_path")
 
 
 @dataclass
@@ -120,6 +160,9 @@ class LoRAConfig:
     """What an adapter adds is scaled by alpha / rank."""
     targets: str | list[str] = "auto"
     """auto (linear and convolutional layers outside the heads), or a list of layer names, module paths and globs."""
+
+    def __post_init__(self) -> None:
+        _refuse_beyond(self, rank=2**16)
 
 
 @dataclass
@@ -150,11 +193,15 @@ class PolicyConfig:
     vla_config: VLAConfig = field(default_factory=VLAConfig)
 
     def __post_init__(self) -> None:
+        _refuse_beyond(self, action_dim=10**6)
         if isinstance(self.freeze, str) and self.freeze not in FREEZE_PRESETS:
             raise UserError(
                 f"freeze: {self.freeze!r} is none of the presets {', '.join(FREEZE_PRESETS)}; "
                 f"name parts of the model in a list, as in [{self.freeze}]"
             )
+        scopes = [self.freeze] if isinstance(self.freeze, str) else self.freeze
+        if self.vla_config.adapter_path is not None and "lora" not in scopes:
+            raise UserError(f"vla_config.adapter_path: is for policy.freeze=lora, not {self.freeze!r}")
         self.freeze, self.vla_config.model_config = split_switches(self.freeze, self.vla_config.model_config)
 
     @property
@@ -196,9 +243,13 @@ class PPOConfig:
     normalize_advantage: bool = True
     """Give the advantages mean 0 and standard deviation 1."""
     target_kl: PositiveFloat | None = None
-    """Stop an update once the policy moved further than this (approximate KL); none = never."""
+    """Stop an update before a step from where the policy has moved further than this (KL of a minibatch, in nats);
+    none = never."""
     value_warmup_iterations: NonNegativeInt = 0
     """First iterations that train only the value head; the policy stays bit-identical."""
+
+    def __post_init__(self) -> None:
+        _refuse_beyond(self, n_epochs=10**6)
 
 
 @dataclass

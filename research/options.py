@@ -18,8 +18,10 @@ import copy
 import inspect
 import json
 import math
+import re
 import sys
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -35,6 +37,12 @@ from research.schema import UserError
 
 C = TypeVar("C")
 
+MAX_LINE = 2_000  # characters of a message
+MAX_TEXT = 10_000  # characters of a text
+MAX_DEPTH = 32  # of dicts and lists inside each other in a free-form option
+MAX_INT = 2**63 - 1
+MAX_FLOAT = 3.4028235e38  # what float32 holds
+
 
 def parse_config(config_class: type[C], argv: Sequence[str] | None = None, description: str = "") -> C:
     """Build a configuration: the defaults, then the JSON file named by `--config`, then the flags.
@@ -47,6 +55,14 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, descr
         UserError: unknown key, wrong type, value out of range, impossible combination, or unreadable file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _parsed(config_class, argv, description)
+    except UserError as error:
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error)[:MAX_LINE])
+        raise UserError(line) from None
+
+
+def _parsed(config_class: type[C], argv: list[str], description: str) -> C:
     chosen = _choices(config_class, argv)
     options = list(_options(config_class, chosen))
     hints = {key: hint for key, hint, _ in options}
@@ -244,7 +260,8 @@ def _apply_flag(parser: ArgumentParser, key: str, text: str, values: dict[str, A
 def _read_literal(text: str) -> Any:
     """The value that text on the command line stands for: a JSON or Python literal, a list without quotes, or text."""
     for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, TypeError):
+        # A text may be nested without end, or 3,000 minus signs.
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return json.loads(json.dumps(read(text), allow_nan=False))
     if text.startswith("[") and text.endswith("]") and not set("[]{}") & set(text[1:-1]):
         return [_read_literal(item.strip()) for item in text[1:-1].split(",")]
@@ -258,8 +275,7 @@ def _read_json(path: str, hints: dict[str, Any]) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
+        if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
             raise UserError(f"{path}: the key {twice[0]!r} is given twice in one object")
         return dict(pairs)
 
@@ -283,7 +299,7 @@ def _read_json(path: str, hints: dict[str, Any]) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number of 4,301 digits
         raise UserError(f"config file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
     return dict(visit(content, ""))
 
@@ -298,12 +314,42 @@ def _suggestion(key: str, known: list[str], dashes: str = "") -> str:
 
 def _checked(value: Any, hint: Any, key: str, source: str = "") -> Any:
     """`value` as the type `hint`, or a `UserError` that names the key."""
+    if problem := _unusable(value):
+        raise UserError(f"{source}{key}: {problem}")
     if get_origin(hint) is dict and isinstance(value, dict):
         return {name: _checked(item, get_args(hint)[1], f"{key}.{name}", source) for name, item in value.items()}
     try:
-        return _typed(value, hint)
+        typed = _typed(value, hint)
     except (ValueError, OverflowError):
         raise UserError(f"{source}{key}: expected {_described(hint)}, got {_shown(value)}") from None
+    for _, leaf in _nodes(typed):
+        if (isinstance(leaf, int) and abs(leaf) > MAX_INT) or (isinstance(leaf, float) and abs(leaf) > MAX_FLOAT):
+            raise UserError(f"{source}{key}: {_shown(leaf)} is too large a number")
+    return typed
+
+
+def _unusable(value: Any) -> str | None:
+    """What is wrong with a value whatever the option: text that is no name of anything, or nesting without end."""
+    for depth, node in _nodes(value):
+        if depth > MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} levels deep"
+        if isinstance(node, str) and len(node) > MAX_TEXT:
+            return f"has a text of {len(node):,} characters, more than {MAX_TEXT:,}"
+        if isinstance(node, str) and ("\0" in node or re.search("[\\ud800-\\udfff]", node)):
+            return f"{_shown(node)} has a NUL, or characters that are no Unicode"
+    return None
+
+
+def _nodes(value: Any) -> Iterator[tuple[int, Any]]:
+    """(depth, node) of a value and of all that is nested in it, keys included; without recursion."""
+    waiting = [(0, value)]
+    while waiting:
+        depth, node = waiting.pop()
+        yield depth, node
+        if isinstance(node, dict):
+            waiting += [(depth + 1, inner) for pair in node.items() for inner in pair]
+        elif isinstance(node, list):
+            waiting += [(depth + 1, inner) for inner in node]
 
 
 def _typed(value: Any, hint: Any) -> Any:

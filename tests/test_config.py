@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -252,7 +253,74 @@ BAD_FLAGS = [
     (["--trainer.exp_name=a/b"], "trainer.exp_name: 'a/b'", ""),
     (["--trainer.exp_name="], "trainer.exp_name: ''", ""),
     (["--policy.freeze=vison"], "policy.freeze: 'vison'", "none, vision, language, backbone"),
+    (["--policy.vla_config.adapter_path=x"], "policy.vla_config.adapter_path", "freeze=lora, not 'none'"),
+    (["--policy.vla_config.adapter_path=x", "--policy.freeze=[vision]"], "vla_config.adapter_path", "not ['vision']"),
 ]
+
+DIGITS, DEEP = "9" * 4301, '{"a":' * 600 + "1" + "}" * 600
+BEYOND = [
+    # numbers
+    ([f"--trainer.seed={DIGITS}"], "trainer.seed: expected int"),
+    ([f"--algorithm.cfg.gamma={DIGITS}"], "algorithm.cfg.gamma: expected float"),
+    (["--trainer.seed=0x" + "f" * 5000], "trainer.seed: expected int"),
+    ([f"--trainer.seed={2**64}"], f"trainer.seed: {2**64} is too large a number"),
+    ([f"--trainer.seed={2**32}"], "trainer.seed: 4294967296 is too large; at most 4,294,967,295"),
+    ([f"--trainer.num_envs={10**12}"], "trainer.num_envs: 1000000000000 is too large; at most 1,048,576"),
+    ([f"--trainer.buffer_size={2**40}"], "trainer.buffer_size: 1099511627776 is too large"),
+    ([f"--trainer.iterations={10**12}"], "trainer.iterations: 1000000000000 is too large"),
+    ([f"--trainer.num_eval_episodes={10**9}"], "trainer.num_eval_episodes: 1000000000 is too large"),
+    ([f"--trainer.max_eval_steps={10**9}"], "trainer.max_eval_steps: 1000000000 is too large"),
+    (["--trainer.worker_timeout=1e7"], "trainer.worker_timeout: 10000000.0 is too large"),
+    (["--trainer.threads=100000"], "trainer.threads: 100000 is too large"),
+    ([f"--policy.lora.rank={10**12}"], "policy.lora.rank: 1000000000000 is too large"),
+    ([f"--policy.action_dim={10**12}"], "policy.action_dim: 1000000000000 is too large"),
+    ([f"--algorithm.cfg.n_epochs={10**12}"], "algorithm.cfg.n_epochs: 1000000000000 is too large"),
+    (["--algorithm.cfg.clip_coef=1e39"], "algorithm.cfg.clip_coef: 1e+39 is too large a number"),
+    (["--policy.learning_rates.x=1e300"], "policy.learning_rates.x: 1e+300 is too large a number"),
+    ([f"--trainer.env_config.x=[[{2**63}]]"], "trainer.env_config.x: 9223372036854775808 is too large a number"),
+    # nesting
+    ([f"--trainer.env_config={DEEP}"], "trainer.env_config: is nested more than 32 levels deep"),
+    ([f"--trainer.env_config.x={'[' * 600}{']' * 600}"], "trainer.env_config: is nested more than 32 levels deep"),
+    ([f"--trainer.env_config.{'.'.join('a' * 600)}=1"], "trainer.env_config: is nested more than 32 levels deep"),
+    # minus signs
+    (["-" * 3000], "unknown option ---"),
+    (["--trainer.seed=" + "-" * 3000 + "1"], 'trainer.seed: expected int ≥0, got the string "---'),
+    (["--policy.freeze=" + "-" * 3000], "policy.freeze: '---"),
+    # text
+    (
+        ["--trainer.exp_name=caf\udce9"],
+        'trainer.exp_name: the string "caf\\udce9" has a NUL, or characters that are no',
+    ),
+    (["--trainer.exp_name=a\0"], 'trainer.exp_name: the string "a\\u0000" has a NUL'),
+    (["--trainer.exp_name=a\nb"], "exp_name: 'a\\nb' cannot be part of a folder's name: too long, or unprintable"),
+    (["--trainer.exp_name=" + "é" * 101], "cannot be part of a folder's name: too long"),
+    (["--trainer.exp_name=" + "a" * 10_001], "trainer.exp_name: has a text of 10,001 characters, more than 10,000"),
+    (["--trainer.wandb_tags=[a, 'b\udcff']"], "trainer.wandb_tags: the string"),
+    (["--trainer.env_config.\udcff=1"], "trainer.env_config: the string"),
+    (["--trai\nner=1"], "unknown option --trai\\nner"),
+    (["--trai\0ner\u2028=1"], "unknown option --trai\\x00ner\\u2028"),
+    (["--trainer.resume=" + "a" * 300], "trainer.resume: is too long for a path"),
+    (["--trainer.run_dir=" + "a/" * 3000], "trainer.run_dir: is too long for a path"),
+    (["--trainer.run_dir=a\nb"], "trainer.run_dir: 'a\\nb' has characters that no path here has"),
+    (["--policy.vla_config.model_path=" + "a" * 300], "policy.vla_config.model_path: is too long for a path"),
+    (["--policy.vla_config.model_class=" + "a." * 300 + "B"], "policy.vla_config.model_class: is too long for a path"),
+    (["--config=a\0b"], "config file a\\x00b cannot be read: embedded null byte"),
+    (["--config=" + "a" * 300], "cannot be read: File name too long"),
+]
+
+
+@pytest.mark.parametrize(("argv", "what"), BEYOND, ids=[row[0][0][:40] for row in BEYOND])
+def test_what_no_run_could_use_is_refused(argv: list[str], what: str) -> None:
+    message = refusal(*argv)
+    assert what in message
+    assert message.isprintable() and len(message) <= 2000
+
+
+def test_generous_bounds_are_not_in_the_way() -> None:
+    for flag in (f"seed={2**32 - 1}", "num_envs=1048576", "num_eval_episodes=1000000", "worker_timeout=1e6"):
+        parse("--trainer.buffer_size=1048576", f"--trainer.{flag}")
+    parse("--algorithm.cfg.max_grad_norm=1e12", "--trainer.env_config.bound=3.4028234663852886e38")
+    parse(f"--trainer.env_config.x={'[' * 30}{']' * 30}", "--trainer.exp_name=" + "é" * 100, "--trainer.run_dir=a/…")
 
 
 @pytest.mark.parametrize(("argv", "where", "what"), BAD_FLAGS, ids=[" ".join(row[0]) for row in BAD_FLAGS])
@@ -297,6 +365,12 @@ BAD_FILES = [
     ('{"trainer":\n {"seed": 1,}}', "line 2, column 13: not JSON"),
     ("", "line 1, column 1: not JSON"),
     ("[" * 100_000, "cannot be read"),
+    (f'{{"trainer": {{"seed": {"9" * 4301}}}}}', "cannot be read: Exceeds the limit (4300 digits)"),
+    ({"trainer": {"seed": 2**70}}, "trainer.seed: 1180591620717411303424 is too large a number"),
+    ('{"trainer": {"env_config": ' + '{"a":' * 100 + "1" + "}" * 102, "env_config: is nested more than 32 levels"),
+    ('{"trainer": {"exp_name": "\\ud800"}}', 'trainer.exp_name: the string "\\ud800" has a NUL, or characters'),
+    ({"trainer": {"env_config": {"a\0": 1}}}, "trainer.env_config: the string"),
+    ({"a\nb": 1}, "unknown key a\\nb"),
 ]
 
 
@@ -305,6 +379,13 @@ def test_bad_files(tmp_path: Path, content: object, what: str) -> None:
     path = write(tmp_path, content)
     message = refusal("--config", path)
     assert path in message and what in message
+
+
+def test_a_file_of_many_keys_is_read_in_seconds(tmp_path: Path) -> None:
+    path = write(tmp_path, {"trainer": {"env_config": {str(i): i for i in range(50_000)}}})
+    begin = time.process_time()
+    assert len(parse("--config", path).trainer.env_config) == 50_000
+    assert time.process_time() - begin < 5
 
 
 def test_bad_value_in_the_file_is_refused_even_where_a_flag_wins(tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ def test_known_instructions_are_bounded(tokenizer, monkeypatch):
     [
         ({"modalities": ["rgb", "depth"]}, r"modalities are rgb, proprio, language, got \['rgb', 'depth'\]"),
         ({"modalities": []}, "modalities are rgb, proprio, language"),
-        ({"action_head": "diffusion"}, "'gaussian' or 'tokens', got 'diffusion'"),
+        ({"action_head": "diffusion"}, "'gaussian' or 'tokens' or 'categorical', got 'diffusion'"),
         ({"vision_encoder": "resnet51"}, "'resnet51' is not known; did you mean 'resnet50'.*timm:<name>"),
         ({"vision_encoder": {"depth": [1]}}, "vision_encoder: 'depth' is not known; did you mean 'depths'"),
         ({"vision_encoder": {"depths": "many"}}, "vision_encoder: ResNetConfig refuses"),
@@ -455,6 +455,31 @@ def refusal(**changes) -> str:
         tiny(**changes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to(torch.int8), "is torch.int8, where"),
+        (lambda w: w.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, where"),
+        (lambda w: w * float("nan"), "holds a NaN or an infinity"),
+    ],
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_other_numbers_are_refused_by_name(tmp_path, change, message, folder):
+    language = GPT2LMHeadModel(GPT2Config(**LANGUAGE)).state_dict()  # with a prefix, as published ones
+    del language["lm_head.weight"]  # tied
+    language["transformer.h.0.mlp.c_fc.weight"] = change(language["transformer.h.0.mlp.c_fc.weight"])
+    vision = ResNetForImageClassification(ResNetConfig(**VISION)).resnet.state_dict()
+    vision["embedder.embedder.convolution.weight"] = change(vision["embedder.embedder.convolution.weight"])
+    for option, state, name in (
+        ("language_weights", language, "h.0.mlp.c_fc.weight"),
+        ("vision_weights", vision, "embedder.embedder.convolution.weight"),
+    ):
+        (tmp_path / option).mkdir()
+        file = tmp_path / option / "model.safetensors"
+        save_file(state, file)
+        assert f"{name} {message}" in refusal(**{option: str(file.parent if folder else file)})
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
