@@ -1,11 +1,14 @@
 """Action heads: from `hidden` to a distribution over actions `[B, A]`, or over chunks of them, `[B, H, A]`.
 
-Both store what was sampled, unclamped, so that the ratio of the first PPO minibatch is exactly 1.
+All store what was sampled, unclamped, so that the ratio of the first PPO minibatch is exactly 1.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from torch.distributions import Categorical, Distribution, Independent, Transfor
 from torchrl.modules import IndependentNormal
 
 from research.schema import UserError
+
+log = logging.getLogger(__name__)
 
 
 def mode_of(distribution: Distribution) -> Tensor:
@@ -37,12 +42,25 @@ def mode_of(distribution: Distribution) -> Tensor:
 
 
 def entropy_of(distribution: Distribution) -> Tensor:
-    """Entropy `[B]`, in nats; estimated from one sample where the distribution has no formula for it."""
+    """Entropy `[B]`, in nats; estimated from one sample, and that is said, where there is no formula for it.
+
+    The estimate has the gradient of the entropy, in the mean: through the sample where it can be drawn so, else by the
+    score function, grad H = -E[log p grad log p] (Williams 1992, doi:10.1007/BF00992696).
+    """
     try:
         return distribution.entropy()
     except NotImplementedError:
-        sample = distribution.rsample() if distribution.has_rsample else distribution.sample()
-        return -distribution.log_prob(sample)
+        _say_estimated(type(distribution).__name__)
+    if distribution.has_rsample:
+        return -distribution.log_prob(distribution.rsample())
+    log_prob = distribution.log_prob(distribution.sample())
+    known = log_prob.detach()
+    return -known - known * (log_prob - known)
+
+
+@lru_cache
+def _say_estimated(name: str) -> None:
+    log.warning("the entropy of %s has no formula: it is estimated from one sample of each row", name)
 
 
 class GaussianHead(nn.Module):
@@ -127,17 +145,55 @@ class TokenHead(nn.Module):
         return ActionTokens(logits / self.temperature, event_dim=len(self.tokens) - 1)
 
 
-HEADS = {"gaussian": GaussianHead, "tokens": TokenHead}
+class CategoricalHead(nn.Module):
+    """Each action dimension is one of a number of choices of its own, a whole number from 0; for discrete actions.
+
+    Args:
+        hidden_size: D of `hidden` `[B, D]`.
+        action_dim: A.
+        choices: A numbers of choices.
+        width: units of the one hidden layer.
+    """
+
+    def __init__(self, hidden_size: int, action_dim: int, choices: Sequence[int], width: int = 128):
+        super().__init__()
+        if len(choices) != action_dim or min(choices) < 1:
+            raise UserError(f"action_choices needs {action_dim} numbers of at least 1, got {list(choices)}")
+        self.most = max(2, *choices)
+        self.logits = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, action_dim * self.most))
+        absent = torch.arange(self.most) >= torch.tensor(choices)[:, None]
+        self.register_buffer("absent", absent, persistent=False)  # [A, K]: no dimension has more than its choices
+
+    def forward(self, hidden: Tensor) -> ActionTokens:
+        logits = self.logits(hidden).float().unflatten(-1, self.absent.shape)
+        logits = logits.masked_fill(self.absent, torch.finfo(logits.dtype).min / 2)
+        return ActionTokens(logits, low=0.0, high=self.most - 1.0)
 
 
-def make_action_head(kind: str, hidden_size: int, action_dim: int, **options) -> nn.Module:
+HEADS = {"gaussian": GaussianHead, "tokens": TokenHead, "categorical": CategoricalHead}
+
+
+def make_action_head(
+    kind: str | None, hidden_size: int, action_dim: int, choices: Sequence[int] | None = None, **options
+) -> nn.Module:
     """The action head of that name.
 
+    Args:
+        kind: one of `HEADS`; None takes "categorical" where there are `choices`, else "gaussian".
+        hidden_size: D.
+        action_dim: A.
+        choices: how many choices each dimension has, where the environment takes choices; read by "categorical" alone.
+        options: further arguments of the head.
     Raises:
-        UserError: there is no head of that name, or it has no such option.
+        UserError: there is no head of that name, or nobody says what there is to choose from.
     """
+    kind = kind or ("gaussian" if choices is None else "categorical")
     if kind not in HEADS:
         raise UserError(f"action_head is {' or '.join(map(repr, HEADS))}, got {kind!r}")
+    if kind == "categorical":
+        if choices is None:
+            raise UserError("action_head 'categorical' needs action_choices; the environment's actions are continuous")
+        options["choices"] = choices
     return HEADS[kind](hidden_size, action_dim, **options)
 
 

@@ -14,19 +14,29 @@ from agents.vla import DecidingVLA, for_model
 from research.schema import ACTION, LOG_PROB, VALUE, UserError, one_line
 
 
-def check_policy(policy: VLAPolicy, observations: TensorDictBase, action_shape: Sequence[int]) -> None:
+def check_policy(
+    policy: VLAPolicy,
+    observations: TensorDictBase,
+    action_shape: Sequence[int],
+    choices: Sequence[int] | None = None,
+) -> None:
     """As `check_model`, and refuse a policy with nothing to learn.
 
     Raises:
         UserError: also where the log-probability depends on no parameter that trains.
     """
-    what, log_prob = check_model(policy.model, observations, action_shape)
+    what, log_prob = check_model(policy.model, observations, action_shape, choices)
     if any(p.requires_grad for p in policy.model.parameters()) and not log_prob.requires_grad:
         raise UserError(f"{what}: log_prob depends on no trainable parameter, so nothing would be learned")
 
 
 @torch.compiler.set_stance("force_eager")
-def check_model(model: nn.Module, observations: TensorDictBase, action_shape: Sequence[int]) -> tuple[str, Tensor]:
+def check_model(
+    model: nn.Module,
+    observations: TensorDictBase,
+    action_shape: Sequence[int],
+    choices: Sequence[int] | None = None,
+) -> tuple[str, Tensor]:
     """Run the model once on a few observations and refuse wrong shapes and dtypes.
 
     The model's methods run as they are written, whatever a policy compiles.
@@ -35,6 +45,7 @@ def check_model(model: nn.Module, observations: TensorDictBase, action_shape: Se
         model: the VLA.
         observations: what the environment will offer, batch `[B]`, B >= 2 so that a lost batch dimension shows.
         action_shape: of one action of the environment: `[A]`, or `[H, A]` for chunks.
+        choices: how many each component of an action has, where the environment takes choices; None: it is continuous.
     Returns:
         the name of the method that scores, and the log-probability that it gave.
     Raises:
@@ -49,15 +60,20 @@ def check_model(model: nn.Module, observations: TensorDictBase, action_shape: Se
             "modalities there are"
         )
     check = _check_deciding if isinstance(model, DecidingVLA) else _check_methods
-    return check(model, observations, tuple(action_shape))
+    return check(model, observations, tuple(action_shape), choices)
 
 
-def _check_methods(model: nn.Module, observations: TensorDictBase, action_shape: tuple) -> tuple[str, Tensor]:
+def _check_methods(
+    model: nn.Module, observations: TensorDictBase, action_shape: tuple, choices: Sequence[int] | None
+) -> tuple[str, Tensor]:
     name, b = _name(model), observations.batch_size[0]
     observations = for_model(model, observations)
     with torch.no_grad():
         action = _call(f"{name}.forward", model, observations)
+        if choices is not None and isinstance(action, Tensor):
+            action = action.float()  # as a rollout keeps it
         _expect(f"{name}.forward (the action)", action, (b, *action_shape))
+        _expect_choices(f"{name}.forward", action, choices)
         _expect(f"{name}.get_value", _call(f"{name}.get_value", model.get_value, observations), (b, 1))
     scores = _call(f"{name}.evaluate_actions", model.evaluate_actions, observations, action)
     if not isinstance(scores, tuple) or len(scores) != 2:
@@ -67,13 +83,16 @@ def _check_methods(model: nn.Module, observations: TensorDictBase, action_shape:
     return f"{name}.evaluate_actions", scores[0]
 
 
-def _check_deciding(model: DecidingVLA, observations: TensorDictBase, action_shape: tuple) -> tuple[str, Tensor]:
+def _check_deciding(
+    model: DecidingVLA, observations: TensorDictBase, action_shape: tuple, choices: Sequence[int] | None
+) -> tuple[str, Tensor]:
     name, b = _name(model), observations.batch_size[0]
     with torch.no_grad():
         step = _call(f"{name}.stages", model.run_stages, observations)
         step = _call(f"{name}.decide", model.decide, step, False)
         for key, shape in ((ACTION, (b, *action_shape)), (LOG_PROB, (b,)), (VALUE, (b, 1))):
             _expect(f"{name}.decide ({key})", step.get(key, None), shape)
+        _expect_choices(f"{name}.decide", step.get(ACTION), choices)
         for key in model.decision_keys:
             if step.get(key, None) is None:
                 raise UserError(f"{name}.decide should write {key!r}, which decision_keys names")
@@ -104,6 +123,19 @@ def _expect(what: str, value: Any, shape: tuple[int, ...]) -> None:
         raise UserError(f"{what}: expected {expected}, got {type(value).__name__}")
     if tuple(value.shape) != shape or not value.is_floating_point():
         raise UserError(f"{what}: expected {expected}, got {value.dtype} {list(value.shape)}")
+
+
+def _expect_choices(what: str, action: Tensor, choices: Sequence[int] | None) -> None:
+    if choices is None:
+        return
+    last = torch.tensor(choices, device=action.device) - 1
+    wrong = (action != action.round()) | (action < 0) | (action > last)
+    if wrong.any():
+        raise UserError(
+            f"{what}: the environment takes choices, whole numbers from 0 to {last.tolist()}, got "
+            f"{action[wrong][0].item():.4g}; give the model's constructor the argument action_choices "
+            "(how many there are) and let it draw from agents.action_heads.CategoricalHead"
+        )
 
 
 def _name(model: nn.Module) -> str:

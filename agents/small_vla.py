@@ -35,9 +35,10 @@ class SmallVLA(StagedVLA):
         token_size: F, numbers per visual token.
         language_size: E.
         hidden_size: D.
-        action_head: "gaussian" or "tokens".
+        action_head: "gaussian", "tokens" or, for discrete actions, "categorical"; None takes what fits the environment.
         head: further arguments of the action head, see `agents/action_heads.py`.
         random_shift: pixels by which the update shifts `rgb` at random, see `RandomShift`; 0 = not at all.
+        action_choices: how many choices each component of a discrete action has.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class SmallVLA(StagedVLA):
         token_size: int = 24,
         language_size: int = 64,
         hidden_size: int = 128,
-        action_head: str = "gaussian",
+        action_head: str | None = None,
         head: dict | None = None,
         random_shift: int = 0,
+        action_choices: Sequence[int] | None = None,
     ):
         super().__init__()
         check_modalities(self, modalities, MODALITIES)
@@ -70,7 +72,7 @@ class SmallVLA(StagedVLA):
             proprio_dim if self.reads_proprio else 0,
             hidden_size,
         )
-        self.action_head = make_action_head(action_head, hidden_size, action_dim, **(head or {}))
+        self.action_head = make_action_head(action_head, hidden_size, action_dim, action_choices, **(head or {}))
         self.value_head = nn.Sequential(nn.Linear(hidden_size, 128), nn.ReLU(), nn.Linear(128, 1))
 
     def stages(self) -> list[TensorDictModule]:

@@ -155,8 +155,9 @@ class StagedVLA(DecidingVLA):
             action = mode_of(distribution)
         else:
             action = distribution.rsample() if distribution.has_rsample else distribution.sample()
-        step.set(ACTION, action).set(LOG_PROB, distribution.log_prob(action))
-        return step.set(VALUE, self.value(hidden).float())
+        # Choices are drawn as integers; an action is float32 for every environment, and whole numbers are exact in it.
+        step.set(ACTION, action if action.is_floating_point() else action.float())
+        return step.set(LOG_PROB, distribution.log_prob(action)).set(VALUE, self.value(hidden).float())
 
     def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         hidden = step.get(HIDDEN)

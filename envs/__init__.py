@@ -53,3 +53,18 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
 def splits_of(name: str) -> tuple[str, ...]:
     """The values of an environment's option `split`, by which generalisation is evaluated; none without the option."""
     return _SPLITS.get(name, ())
+
+
+def foreign_code(name: str) -> str | None:
+    """The module of users' code that making the environment of this name imports, and so runs.
+
+    Args:
+        name: as in `trainer.env`.
+    Returns:
+        its dotted name; None for this project's own environments and for those that come with Gymnasium.
+    """
+    if not name.startswith(("gym:", "gym_vec:")):
+        return None
+    from envs.gym_names import users_module
+
+    return users_module(name)

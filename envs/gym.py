@@ -1,27 +1,33 @@
-"""Bring your own environment: any Gymnasium env with Box or Dict observations and a Box action space.
+"""Bring your own environment: any Gymnasium env with Box or Dict observations, and continuous or discrete actions.
 
 `"env": "gym:InvertedPendulum-v5"` in a configuration names
 
 - a registered id (`InvertedPendulum-v5`), or one that a module registers when imported (`my_package:MyEnv-v0`);
-- an importable class or function that returns a `gymnasium.Env` (`my_package.my_env:MyEnv`, `my_package.my_env.MyEnv`).
+- a subclass of `gymnasium.Env`, or a function that its module defines and that returns one (`my_package.my_env:MyEnv`,
+  `my_package.my_env.MyEnv`).
 
 What comes out keeps to `envs.simulator.Environment`. `success` is there where the environment has a notion of it.
 `action` is float32 `[N, A]`: a component with two finite bounds is rescaled from [-1, 1] and clipped, any other keeps
-the environment's own scale. Pictures of several cameras are `rgb_<camera>` and `depth_<camera>`.
+the environment's own scale. Of Discrete, MultiDiscrete and MultiBinary actions component i is a whole number from 0,
+one of `action_choices[i]`. Pictures of several cameras are `rgb_<camera>` and `depth_<camera>`.
 
 The id of an initial state is the seed given to `gymnasium.Env.reset`. Training draws its ids from a stream that depends
 on `seed`, on the row and on how many episodes that row has seen, and on nothing else, so the number of worker processes
 does not change the data. Ids below `HELD_OUT_STATES` are never drawn: they are kept for evaluation. An environment that
 takes randomness from anywhere but its own `np_random` is not reproducible, and nothing here can make it so.
 
+A success is what the environment says it is, see `success_key`: an episode succeeds if any of its steps reports it.
+
+Where an environment's state can be seen from outside (MuJoCo's, and plain attributes), a run resumes in the middle of
+its episodes; this is tried when it is made, see envs/gym_state.py.
+
 An environment that runs many worlds at once by itself is named `gym_vec:`; see envs/gym_vector.py.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,26 +36,27 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 
-from envs.gym_options import blame, check_options, find_spec
+from envs.failures import blame
+from envs.groups import STEP_S
+from envs.gym_info import as_success, look_up, names_of, never_reported, warn_of_unused
+from envs.gym_names import find_spec
+from envs.gym_options import check_options
 from envs.gym_spaces import (
-    SUCCESS_KEYS,
-    ActionScale,
     Source,
     Sources,
-    check_one_text,
     encode_instruction,
-    look_up,
-    map_observations,
-    names_of,
     observation_layout,
+    picture_shape,
+    read_actions,
     read_source,
+    to_rgb,
 )
+from envs.gym_state import from_bytes, read_state, to_bytes, write_state
+from envs.gym_trial import try_out
 from envs.pictures import resize
 from envs.simulator import Layout
 from envs.vector import VectorEnv
-from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, UserError, base_modality
-
-log = logging.getLogger(__name__)
+from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, SimulatorFailed, UserError, base_modality
 
 
 def make_gym_env(
@@ -69,7 +76,9 @@ def make_gym_env(
     max_episode_steps: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     workers: int = 1,
+    worker_timeout: float = STEP_S,
     ids_reproducible: bool = True,
+    depth_unit: float | None = None,
     **unknown: Any,
 ) -> VectorEnv:
     """Make `num_envs` copies of a Gymnasium environment, stepped together.
@@ -81,23 +90,27 @@ def make_gym_env(
         seed: which stream of initial states training episodes are drawn from.
         keys: observation key -> path in the environment's observation, "." walking into nested Dicts and "" (or null)
             meaning a whole Box: `{"proprio": ["arm.joints", "gripper"], "rgb": "images.front"}`. Several paths are
-            concatenated, for `proprio` alone. More cameras are `rgb_<camera>` and `depth_<camera>`. By default a uint8
-            Box is `rgb`, any other Box `proprio`, and of a Dict the entries named `rgb`, `depth`, `proprio` or
-            `language` are taken. `{}` takes nothing (for pixels from `render`).
+            concatenated, for `proprio` alone. More cameras are `rgb_<camera>` and `depth_<camera>`. By default a Box of
+            pixels is `rgb`, any other Box `proprio`, and of a Dict the entries named `rgb`, `depth`, `proprio` or
+            `language` are taken. `{}` takes nothing (for pixels from `render`). Pictures may have their channels first,
+            be grey, or hold floats whose space has the bounds 0 and 1: they become uint8 `[H, W, 3]`.
         instruction: the text under `language`, the same for every episode.
         instruction_key: take each episode's text from this entry of the info that reset returns ("." walks).
         instruction_length: L, bytes reserved for the text.
         render: [H, W]: the pixels of `env.render()`, resized if they have another size, are the `rgb` observation.
             Simulators that take a size (`"env_kwargs": {"width": 64, "height": 64}`) draw small pictures faster.
-        success_key: the entry of each step's info that says success ("." walks). By default `success` or `is_success`,
-            if a reset and a step made at construction report it. Without any of these there is no `success`.
+        success_key: the entry of each step's info that says success ("." walks): a boolean, or a number that is 0 or 1;
+            a step whose info lacks it is none yet. By default `success` or `is_success`, if episodes played when it is
+            made (to their ends, up to 1,000 steps or 5 s in all) report it. Without any there is no `success`.
         success_return: instead, success is a return of at least this, so far in the episode.
         max_episode_steps: truncation limit, instead of the one the environment is registered with.
         env_kwargs: passed to `gymnasium.make`.
         workers: processes among which the environments are divided (at most N); 1 steps them in this process. Two on
             two cores were 1.5 to 1.9 times as fast as one where a step takes 5 ms, and slower where it takes 0.1 ms.
+        worker_timeout: seconds within which a worker has to answer; one that does not is killed, and the run stops.
         ids_reproducible: false says that one knows: the same id does not start from the same state here. Otherwise that
             is tried, and such an environment refused. Comparisons of runs are then not paired by initial state.
+        depth_unit: metres per unit of `depth` (0.001 where it is in millimetres); by default 1, for floats alone.
 
     Raises:
         UserError: an option, the environment's spaces or its package do not fit; the message names the option.
@@ -120,9 +133,11 @@ def make_gym_env(
         instruction_length=instruction_length,
         success_key=success_key,
         success_return=success_return,
+        depth_unit=depth_unit,
     )
-    recipe, distinct = _try_out(recipe, keys, ids_reproducible)
-    env = VectorEnv(partial(GymnasiumSimulator, recipe), num_envs, workers, seed, device, name)
+    recipe, distinct = try_out(GymnasiumSimulator, recipe, keys, ids_reproducible)
+    make = partial(GymnasiumSimulator, recipe)
+    env = VectorEnv(make, num_envs, workers, seed, device, name, worker_timeout=worker_timeout)
     env.distinct_states = distinct
     return env
 
@@ -140,7 +155,12 @@ class Recipe:
     instruction_length: int
     success_key: str | None
     success_return: float | None
+    depth_unit: float | None = None
     sources: Sources = field(default_factory=dict)
+    success_seen: bool = False
+    """Whether `success_key` was reported when the environment was tried out: then no report means no success yet."""
+    saves: bool = True
+    """Whether its state can be saved."""
 
 
 class GymnasiumSimulator:
@@ -150,14 +170,16 @@ class GymnasiumSimulator:
         recipe: which environment, and how to read it.
         check: let Gymnasium check what the environment returns, and warn.
     Raises:
-        UserError: whatever the environment raises, in one line.
+        UserError: from the constructor: whatever making the environment raises, in one line.
+        SimulatorFailed: from every other method: whatever the environment raises, or returns that it should not.
     """
 
     def __init__(self, recipe: Recipe, check: bool = False):
-        with blame(f"{recipe.name}: making it with {recipe.make_kwargs}"):
+        with blame(f"{recipe.name}: making it with {recipe.make_kwargs}", UserError):
             self.env = gymnasium.make(recipe.spec, disable_env_checker=not check, **recipe.make_kwargs)
-        self._action = ActionScale(self.env.action_space, recipe.name)
+        self.actions = read_actions(self.env.action_space, recipe.name)
         self.info: Mapping[str, Any] = {}
+        self._return, self._reported = 0.0, False
         self.read_as(recipe)
 
     def read_as(self, recipe: Recipe) -> None:
@@ -168,21 +190,21 @@ class GymnasiumSimulator:
             observation[RGB] = (*recipe.render, 3), np.dtype(np.uint8)
         if recipe.instruction is not None or recipe.instruction_key is not None:
             observation[LANGUAGE] = (recipe.instruction_length,), np.dtype(np.int64)
-        if recipe.instruction is not None:
-            self._language = encode_instruction(recipe.instruction, recipe.instruction_length)
+        self._language = encode_instruction(recipe.instruction or "", recipe.instruction_length)
         self.layout = Layout(
             observation=observation,
-            action_dim=self._action.size,
-            bounded=self._action.bounded,
+            action_dim=self.actions.size,
+            bounded=self.actions.bounded,
             has_success=recipe.success_key is not None or recipe.success_return is not None,
             films=self.env.render_mode == "rgb_array",
+            action_choices=self.actions.choices,
         )
 
     def reset(self, state: int) -> dict[str, np.ndarray]:
         recipe = self.recipe
         with blame(f"{recipe.name}: reset(seed={state})"):
             observation, self.info = self.env.reset(seed=state)
-        self._return, self._success_reported = 0.0, False
+        self._return = 0.0
         if recipe.instruction_key is not None:
             text = look_up(self.info, recipe.instruction_key)
             if not isinstance(text, str):
@@ -195,14 +217,14 @@ class GymnasiumSimulator:
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         with blame(f"{self.recipe.name}: step()"):
-            observation, reward, terminated, truncated, self.info = self.env.step(self._action(action))
+            observation, reward, terminated, truncated, self.info = self.env.step(self.actions(action))
         out = {
             "reward": self._one("reward", reward, np.float32),
             "terminated": self._one("terminated", terminated, bool),
             "truncated": self._one("truncated", truncated, bool),
         }
         self._return += float(out["reward"][0])
-        success = self._success(bool(terminated or truncated))
+        success = self._success(bool(out["terminated"][0] or out["truncated"][0]))
         if success is not None:
             out[SUCCESS] = np.array([success], dtype=bool)
         return {**out, **self._observe(observation)}
@@ -211,7 +233,7 @@ class GymnasiumSimulator:
         """What a step returned for one environment, `[1]`: a number, or an array or tensor of one element."""
         array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
         if array.size != 1 or array.dtype.kind not in "bifu":
-            raise UserError(
+            raise SimulatorFailed(
                 f"{self.recipe.name}: step() should return one number as {what}, got {type(value).__name__} {value!r}"
             )
         return array.reshape(1).astype(dtype)
@@ -220,17 +242,22 @@ class GymnasiumSimulator:
         with blame(f"{self.recipe.name}: render()"):
             frame = np.asarray(self.env.render())
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            raise UserError(
+            raise SimulatorFailed(
                 f"{self.recipe.name}: render() should return uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}"
             )
         return frame
 
-    def save(self) -> None:
-        """Gymnasium has no way to save an environment."""
-        return None
+    def save(self) -> bytes | None:
+        """What can be seen of the environment's state (`envs.gym_state`), where that is enough."""
+        if not self.recipe.saves:
+            return None
+        return to_bytes({"world": read_state(self.env), "return": self._return, "language": self._language})
 
     def load(self, state: bytes) -> None:
-        raise NotImplementedError("a Gymnasium environment cannot be saved")
+        saved = from_bytes(state)
+        with blame(f"{self.recipe.name}: loading a saved state"):
+            write_state(self.env, saved["world"])
+        self._return, self._language = saved["return"], saved["language"]
 
     def close(self) -> None:
         self.env.close()
@@ -240,17 +267,15 @@ class GymnasiumSimulator:
         if recipe.success_return is not None:
             return self._return >= recipe.success_return
         if recipe.success_key is None:
+            warn_of_unused(recipe.name, self.info)
             return None
         value = look_up(self.info, recipe.success_key)
         if value is not None:
-            self._success_reported = True
-        elif ended and not self._success_reported:
-            # A misspelt key would otherwise read as a success rate of zero.
-            raise UserError(
-                f"trainer.env_config.success_key: an episode of {recipe.name} ended without "
-                f"info[{recipe.success_key!r}]; info has {names_of(self.info)}"
-            )
-        return bool(value)
+            self._reported = True
+            return as_success(value, recipe.name, recipe.success_key)
+        if ended and not (self._reported or recipe.success_seen):
+            raise never_reported(recipe.name, recipe.success_key, self.info)
+        return False
 
     def _observe(self, observation: Any) -> dict[str, np.ndarray]:
         out = {}
@@ -260,9 +285,10 @@ class GymnasiumSimulator:
             if base == LANGUAGE:
                 out[key] = encode_instruction(values[0], self.recipe.instruction_length)
             elif base == RGB:
-                out[key] = values[0]
+                out[key] = self._picture(values[0], sources[0])
             elif base == DEPTH:
-                out[key] = values[0].astype(np.float32).reshape(sources[0].shape[:2])
+                unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
+                out[key] = (values[0].astype(np.float32) * np.float32(unit)).reshape(picture_shape(sources[0]))
             else:
                 out[key] = np.concatenate([value.astype(np.float32).ravel() for value in values])
         if self.recipe.render is not None:
@@ -271,76 +297,20 @@ class GymnasiumSimulator:
             out[LANGUAGE] = self._language
         return out
 
+    def _picture(self, value: np.ndarray, source: Source) -> np.ndarray:
+        if source.channels == 2 and source.shape[2] == 3 and value.dtype == np.uint8:
+            return value
+        return to_rgb(torch.from_numpy(np.ascontiguousarray(value)), source, self.recipe.name).numpy()
+
     def _read(self, observation: Any, key: str, source: Source) -> Any:
         value = read_source(observation, source, self.recipe.name)
         if key == LANGUAGE:
             return value
         value = np.asarray(value)
-        if value.shape != source.shape or (base_modality(key) == RGB and value.dtype != np.uint8):
-            raise UserError(
+        # A picture's bytes and its floats are told apart by their type; all else becomes float32.
+        if value.shape != source.shape or (base_modality(key) == RGB and value.dtype != source.dtype):
+            raise SimulatorFailed(
                 f"{self.recipe.name}: the observation for {key!r} is {value.dtype} {list(value.shape)}, "
                 f"but its space says {list(source.shape)}"
             )
         return value
-
-
-def _try_out(recipe: Recipe, keys: Mapping[str, Any] | None, ids_reproducible: bool) -> tuple[Recipe, bool]:
-    """Complete a recipe by what one environment tells about all of them, and say whether ids differ in their states."""
-    simulator = GymnasiumSimulator(recipe, check=True)
-    try:
-        sources = map_observations(simulator.env.observation_space, keys, recipe.name)
-        if recipe.render is not None and RGB in sources:
-            raise UserError("trainer.env_config: rgb comes from render or from keys, not from both; set keys")
-        check_one_text(sources, recipe.instruction is not None or recipe.instruction_key is not None)
-        recipe = replace(recipe, sources=sources)
-        simulator.read_as(recipe)
-        if not simulator.reset(0):
-            raise UserError(
-                f"trainer.env_config: nothing of {recipe.name} is observed; set keys, render or instruction"
-            )
-        if simulator.layout.films:
-            simulator.frame()  # a missing renderer shows now, not at the first evaluation
-        reported = set(simulator.info)
-        simulator.step(np.zeros(simulator.layout.action_dim, dtype=np.float32))
-        after_step = set(simulator.info)
-        distinct = _try_ids(simulator, ids_reproducible)
-        if recipe.success_key is None and recipe.success_return is None:
-            found = next((key for key in SUCCESS_KEYS if key in reported | after_step), None)
-            recipe = replace(recipe, success_key=found)
-    finally:
-        simulator.close()
-    return recipe, distinct
-
-
-def _try_ids(simulator: GymnasiumSimulator, reproducible: bool) -> bool:
-    """Refuse an environment whose ids do not decide the state, and say whether different ids differ in anything seen.
-
-    Id 0 is started a second time, with other episodes and a step between: what an environment keeps from one episode to
-    the next, or draws from elsewhere than its own generator, shows then.
-    """
-    name, rest = simulator.recipe.name, np.zeros(simulator.layout.action_dim, dtype=np.float32)
-    starts = []
-    for state in (0, 1, 2, 0):
-        starts.append({key: np.array(value) for key, value in simulator.reset(state).items()})
-        simulator.step(rest)
-    first, *others, again = starts
-    if reproducible and (key := _difference(first, again)):
-        raise UserError(
-            f"trainer.env: {name} starts the same initial-state id from another state the second time ({key!r} "
-            "differs), so that no two evaluations begin alike: let it draw from its own np_random only, and forget "
-            "what was before; or say trainer.env_config.ids_reproducible: false"
-        )
-    distinct = any(_difference(first, other) for other in others)
-    if not distinct:
-        log.warning("%s starts every initial-state id from the same state: an evaluation is of one state", name)
-    return distinct
-
-
-def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> str | None:
-    """The first observation that differs by more than rounding, pictures by more than a renderer's noise."""
-    for key, value in one.items():
-        apart = np.abs(value.astype(np.float64) - other[key].astype(np.float64))
-        rounding = 1.0 if base_modality(key) == RGB else 1e-5 * max(1.0, float(np.abs(value).max(initial=0.0)))
-        if apart.size and (apart.mean() if base_modality(key) == RGB else apart.max()) > rounding:
-            return key
-    return None

@@ -1,13 +1,15 @@
-"""From a Gymnasium environment's spaces to this project's: what its observations, actions and infos are called here."""
+"""From a Gymnasium environment's spaces to this project's: what its observations and actions are called here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+import torch
+from torch import Tensor
 
 from research.schema import (
     DEPTH,
@@ -20,26 +22,36 @@ from research.schema import (
     encode_text,
 )
 
-SUCCESS_KEYS = ("success", "is_success")
-
 
 class Source(NamedTuple):
-    """Where one part of an observation comes from, and the shape that its space promises."""
+    """Where one part of an observation comes from, and how it is read.
+
+    Attributes:
+        path: through nested Dicts.
+        shape: what its space promises, without a batch.
+        dtype: also; None for a text.
+        channels: of a picture, which axis they are; None where there is none (grey `[H, W]`, or no picture at all).
+    """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
+    dtype: np.dtype | None = None
+    channels: int | None = None
 
 
 Sources = dict[str, tuple[Source, ...]]  # observation key -> its parts; several are concatenated
 
 
-def map_observations(space: gymnasium.Space, keys: Mapping[str, Any] | None, name: str) -> Sources:
+def map_observations(
+    space: gymnasium.Space, keys: Mapping[str, Any] | None, name: str, depth_unit: float | None = None
+) -> Sources:
     """Find the source of each observation key, and refuse what does not fit the schema.
 
     Args:
         space: of one environment, without a batch.
         keys: the option of that name (see `envs.gym.make_gym_env`); None takes what is named or shaped as the schema's.
         name: the environment's, for messages.
+        depth_unit: metres per unit of depth; None where it is in metres.
     Raises:
         UserError: a key that the schema does not know, a path that does not exist, or a space of the wrong kind.
     """
@@ -47,7 +59,7 @@ def map_observations(space: gymnasium.Space, keys: Mapping[str, Any] | None, nam
     listing = ", ".join(f"{path or 'the whole observation'}: {leaf}" for path, (_, leaf) in leaves.items())
     if keys is None:
         if isinstance(space, gymnasium.spaces.Box):
-            keys = {RGB if space.dtype == np.uint8 and len(space.shape) > 1 else PROPRIO: ""}
+            keys = {RGB if _looks_like_pictures(space) else PROPRIO: ""}
         else:
             keys = {key: key for key in MODALITIES if key in leaves}
             if not keys:
@@ -68,13 +80,17 @@ def map_observations(space: gymnasium.Space, keys: Mapping[str, Any] | None, nam
         for path in paths:
             if not isinstance(path, str) or path not in leaves:
                 raise UserError(f"{option}: {name} has no observation {path!r}; it has {listing}")
-            leaf = leaves[path][1]
-            fits, wanted = _fits(leaf, base)
-            if not fits:
+            source, wanted = _read_as(base, *leaves[path])
+            if source is None:
                 raise UserError(
-                    f"{option}: should be {wanted}, got {leaf} from {path or 'the observation'!r} of {name}"
+                    f"{option}: should be {wanted}, got {leaves[path][1]} from {path or 'the observation'!r} of {name}"
                 )
-        sources[key] = tuple(Source(leaves[path][0], leaves[path][1].shape or ()) for path in paths)
+            if base == DEPTH and source.dtype.kind != "f" and depth_unit is None:
+                raise UserError(
+                    f"{option}: {leaves[path][1]} of {name} has whole numbers; say how many metres 1 is in "
+                    "trainer.env_config.depth_unit (0.001 for millimetres)"
+                )
+            sources[key] = (*sources.get(key, ()), source)
     return sources
 
 
@@ -91,17 +107,71 @@ def _leaves(space: gymnasium.Space, path: tuple[str, ...] = ()) -> dict[str, tup
     return {name: leaf for key, inner in space.items() for name, leaf in _leaves(inner, (*path, key)).items()}
 
 
-def _fits(leaf: gymnasium.Space, base: str) -> tuple[bool, str]:
-    """Whether a space can be read as that modality, and what such a space looks like."""
+def _looks_like_pictures(space: gymnasium.spaces.Box) -> bool:
+    """Whether a whole Box can only be meant as a picture: of bytes, or of floats in [0, 1] in three channels."""
+    if space.dtype == np.uint8:
+        return len(space.shape) > 1
+    return len(space.shape) == 3 and 3 in (space.shape[0], space.shape[2]) and _within_one(space)
+
+
+def _within_one(box: gymnasium.spaces.Box) -> bool:
+    return box.dtype.kind == "f" and bool((box.low == 0).all() and (box.high == 1).all())
+
+
+def _read_as(base: str, path: tuple[str, ...], leaf: gymnasium.Space) -> tuple[Source | None, str]:
+    """How a space is read as that modality, None if it cannot be; and what such a space looks like."""
     box = leaf if isinstance(leaf, gymnasium.spaces.Box) else None
-    if base == RGB:
-        return bool(box and box.dtype == np.uint8 and len(box.shape) == 3 and box.shape[2] == 3), "uint8 [H, W, 3]"
-    if base == DEPTH:
-        flat = box and box.dtype.kind == "f" and (len(box.shape) == 2 or box.shape[2:] == (1,))
-        return bool(flat), "float [H, W] or [H, W, 1] in metres"
+    source = Source(path, leaf.shape or (), leaf.dtype if box else None)
+    if base == LANGUAGE:
+        return source if isinstance(leaf, gymnasium.spaces.Text) else None, "a Text"
     if base == PROPRIO:
-        return box is not None, "a Box"
-    return isinstance(leaf, gymnasium.spaces.Text), "a Text"
+        return source if box else None, "a Box"
+    flat = box is not None and len(box.shape) == 2
+    if base == DEPTH:
+        axis = _channel_axis(box, (1,))
+        fits = box is not None and box.dtype.kind in "fu" and (flat or axis is not None)
+        return source._replace(channels=axis) if fits else None, "[H, W], [H, W, 1] or [1, H, W] of floats or uint16"
+    axis = _channel_axis(box, (3, 1))
+    fits = box is not None and (box.dtype == np.uint8 or _within_one(box)) and (flat or axis is not None)
+    wanted = "uint8 [H, W, 3] (or [3, H, W], or grey), or floats with the bounds 0 and 1"
+    return source._replace(channels=axis) if fits else None, wanted
+
+
+def _channel_axis(box: gymnasium.spaces.Box | None, counts: Sequence[int]) -> int | None:
+    """Which axis of a Box is that of its channels: the last or the first one, of as many as the first of `counts`."""
+    if box is None or len(box.shape) != 3:
+        return None
+    return next((axis for count in counts for axis in (2, 0) if box.shape[axis] == count), None)
+
+
+def picture_shape(source: Source) -> tuple[int, int]:
+    """H and W of a picture's source."""
+    height, width = (side for axis, side in enumerate(source.shape) if axis != source.channels)
+    return height, width
+
+
+def to_rgb(values: Tensor, source: Source, name: str) -> Tensor:
+    """Pictures as the schema has them: channels last, three of them, bytes.
+
+    Args:
+        values: `[*B, *source.shape]`, bytes or floats in [0, 1].
+        source: where they come from.
+        name: the environment's, for the message.
+    Returns:
+        uint8 `[*B, H, W, 3]`; a view where nothing is to be done.
+    Raises:
+        UserError: floats beyond [0, 1], which the space excludes.
+    """
+    batch = values.ndim - len(source.shape)
+    if source.channels is None:
+        values = values[..., None]
+    elif source.channels == 0:
+        values = values.movedim(batch, -1)
+    if values.is_floating_point():
+        if not ((values >= 0) & (values <= 1)).all():
+            raise UserError(f"{name}: the picture {'.'.join(source.path)!r} has values beyond the 0 and 1 of its space")
+        values = (values * 255).round().to(torch.uint8)
+    return values if values.shape[-1] == 3 else values.expand(*values.shape[:-1], 3)
 
 
 def observation_layout(sources: Sources, text_length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -109,11 +179,11 @@ def observation_layout(sources: Sources, text_length: int) -> dict[str, tuple[tu
     layout = {}
     for key, parts in sources.items():
         shape, dtype = {
-            RGB: (parts[0].shape, np.uint8),
-            DEPTH: (parts[0].shape[:2], np.float32),
-            PROPRIO: ((sum(prod(part.shape) for part in parts),), np.float32),
-            LANGUAGE: ((text_length,), np.int64),
-        }[base_modality(key)]
+            RGB: lambda parts: ((*picture_shape(parts[0]), 3), np.uint8),
+            DEPTH: lambda parts: (picture_shape(parts[0]), np.float32),
+            PROPRIO: lambda parts: ((sum(prod(part.shape) for part in parts),), np.float32),
+            LANGUAGE: lambda parts: ((text_length,), np.int64),
+        }[base_modality(key)](parts)
         layout[key] = shape, np.dtype(dtype)
     return layout
 
@@ -135,32 +205,43 @@ def encode_instruction(text: str, length: int) -> np.ndarray:
         raise UserError(f"trainer.env_config.instruction_length: {error}") from error
 
 
-def look_up(info: Mapping[str, Any], path: str) -> Any:
-    """The entry of nested mappings under a dotted path, or None."""
-    if path in info:
-        return info[path]
-    first, _, rest = path.partition(".")
-    inner = info.get(first)
-    return look_up(inner, rest) if rest and isinstance(inner, Mapping) else None
+def read_actions(space: gymnasium.Space, name: str) -> ActionScale | ActionChoices:
+    """How actions reach an environment.
+
+    Raises:
+        UserError: it takes something else than numbers or choices.
+    """
+    spaces = gymnasium.spaces
+    if isinstance(space, spaces.Box) and space.dtype.kind == "f":
+        return ActionScale(space)
+    if isinstance(space, spaces.Discrete):
+        return ActionChoices(np.array(space.start), np.array(space.n), space.dtype)
+    if isinstance(space, spaces.MultiDiscrete):
+        return ActionChoices(space.start, space.nvec, space.dtype)
+    if isinstance(space, spaces.MultiBinary):
+        return ActionChoices(np.zeros(space.shape, np.int64), np.full(space.shape, 2), space.dtype)
+    if isinstance(space, spaces.Box) and space.dtype.kind in "iu":
+        count = space.high.astype(np.float64) - space.low.astype(np.float64) + 1
+        if (count <= _MOST_CHOICES).all():
+            return ActionChoices(space.low, count.astype(np.int64), space.dtype)
+    raise UserError(
+        f"trainer.env: {name} takes actions from {space}; supported are Box, Discrete, MultiDiscrete and MultiBinary "
+        f"(a Box of integers has at most {_MOST_CHOICES} per component); wrap it in a TransformAction"
+    )
 
 
-def names_of(info: Mapping[str, Any]) -> str:
-    """What an info holds, for messages."""
-    return ", ".join(map(str, info)) or "nothing"
+_MOST_CHOICES = 1024
 
 
 class ActionScale:
     """How actions reach a Box: a component with two finite bounds is rescaled from [-1, 1] and clipped; others pass.
 
     Bounds at the edge of what their type can hold, as environments without bounds declare them, are none.
-
-    Raises:
-        UserError: the space is no Box of floats.
     """
 
-    def __init__(self, space: gymnasium.Space, name: str):
-        if not isinstance(space, gymnasium.spaces.Box) or space.dtype.kind != "f":
-            raise UserError(f"trainer.env: {name} takes actions from {space}; only float Box actions are supported")
+    choices = None
+
+    def __init__(self, space: gymnasium.spaces.Box):
         self.shape, self.dtype, self.size = space.shape, space.dtype, prod(space.shape)
         self.low, self.high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
         edge = np.finfo(space.dtype).max / 10
@@ -174,4 +255,41 @@ class ActionScale:
         """An action float32 `[A]`, or a batch `[N, A]` of them, as the environment takes it."""
         # gymnasium.wrappers.RescaleAction rounds some actions to just outside the Box; clipping last cannot.
         action = np.clip(self.offset + self.scale * action, self.low, self.high)
-        return action.astype(self.dtype).reshape(*action.shape[:-1], *self.shape)
+        return action.astype(self.dtype).reshape((*action.shape[:-1], *self.shape))[
+            ()
+        ]  # one of no dimension is a number
+
+    def sample(self, generator: np.random.Generator, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """Actions float32 `[*shape, A]` to try an environment with."""
+        return generator.uniform(-1, 1, (*shape, self.size)).astype(np.float32)
+
+
+class ActionChoices:
+    """How choices reach a Discrete, MultiDiscrete or MultiBinary space: whole numbers from 0, component by component.
+
+    Args:
+        start: the number that choice 0 stands for, of the space's shape.
+        counts: how many choices each component has, of the space's shape.
+        dtype: the space's.
+    """
+
+    bounded = False
+
+    def __init__(self, start: np.ndarray, counts: np.ndarray, dtype: np.dtype):
+        self.start, self.shape, self.dtype = start.ravel(), counts.shape, dtype
+        self.choices = tuple(counts.ravel().tolist())
+        self.size = len(self.choices)
+        # In the terms of `ActionScale`, which also says how a batch on a GPU is turned into actions.
+        self.low, self.high = self.start.astype(np.float64), self.start + counts.ravel() - 1.0
+        self.scale, self.offset = np.ones(self.size), self.low
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """An action float32 `[A]`, or a batch `[N, A]` of them, as the environment takes it."""
+        action = np.clip(np.rint(self.offset + action), self.low, self.high)
+        return action.astype(self.dtype).reshape((*action.shape[:-1], *self.shape))[
+            ()
+        ]  # one of no dimension is a number
+
+    def sample(self, generator: np.random.Generator, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """Actions float32 `[*shape, A]` to try an environment with."""
+        return generator.integers(0, self.choices, (*shape, self.size)).astype(np.float32)

@@ -3,7 +3,7 @@
 `"env": "gym_vec:my_package:MyEnv-v0"` in a configuration names an id as `gym:` does (see envs/gym.py), made once for
 all rows by `gymnasium.make_vec`: through the id's own `vector_entry_point` if it has one, else as Gymnasium's loop over
 single environments. Options, observations, actions and ids of initial states are those of `gym:`; there are no workers,
-and no pixels from `render`.
+no pixels from `render`, and no saving of the simulators.
 
 Rows start one by one here, each from the id that it is given. A vector environment therefore has to
 
@@ -18,35 +18,35 @@ and it is then given its actions as a tensor on the same device.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec, load_env_creator
-from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from envs.failures import blame, mid_run, refused
 from envs.gym import Recipe
-from envs.gym_options import blame, check_options, describe, find_spec
+from envs.gym_info import as_successes, look_up, names_of, never_reported, warn_of_unused
+from envs.gym_names import find_spec
+from envs.gym_options import check_options
 from envs.gym_spaces import (
-    SUCCESS_KEYS,
-    ActionScale,
     check_one_text,
     encode_instruction,
-    look_up,
     map_observations,
-    names_of,
     observation_layout,
+    picture_shape,
+    read_actions,
     read_source,
+    to_rgb,
 )
+from envs.gym_vector_entry import check_autoreset, make_vector
+from envs.gym_vector_trial import VectorTrial
 from envs.pictures import letterbox
 from envs.simulator import Layout
 from envs.vector import InitialStateEnv
-from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, UserError, base_modality
+from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, SimulatorFailed, UserError, base_modality
 
 
 def make_gym_vector_env(
@@ -64,6 +64,8 @@ def make_gym_vector_env(
     success_return: float | None = None,
     max_episode_steps: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
+    ids_reproducible: bool = True,
+    depth_unit: float | None = None,
     **unknown: Any,
 ) -> GymVectorEnv:
     """Make a vector environment of `num_envs` rows; arguments as those of `envs.gym.make_gym_env`.
@@ -86,11 +88,12 @@ def make_gym_vector_env(
         instruction_length=instruction_length,
         success_key=success_key,
         success_return=success_return,
+        depth_unit=depth_unit,
     )
-    return GymVectorEnv(recipe, keys, num_envs, seed, device)
+    return GymVectorEnv(recipe, keys, num_envs, seed, device, ids_reproducible)
 
 
-class GymVectorEnv(InitialStateEnv):
+class GymVectorEnv(VectorTrial, InitialStateEnv):
     """A Gymnasium vector environment as a TorchRL environment of batch `[N]`; see the module's docstring.
 
     `state_dict` holds the place in the stream of training states, and no simulator's state: after `load_state_dict`,
@@ -102,8 +105,10 @@ class GymVectorEnv(InitialStateEnv):
         num_envs: N.
         seed: which stream of initial states training episodes are drawn from.
         device: where observations are put.
+        ids_reproducible: refuse an environment that starts the same id from another state.
     Raises:
-        UserError: it does not fit, or it raised something.
+        UserError: from the constructor: it does not fit, or it raised something.
+        SimulatorFailed: later: it raised something, or returned what its spaces exclude.
     """
 
     def __init__(
@@ -113,127 +118,89 @@ class GymVectorEnv(InitialStateEnv):
         num_envs: int,
         seed: int,
         device: torch.device | str,
+        ids_reproducible: bool = True,
     ):
         super().__init__(num_envs, seed, device)
         self.name = recipe.name
-        self.vector = _make_vector(recipe, num_envs)
+        self.vector = make_vector(recipe, num_envs)
         self.is_closed = False
         try:
-            self._action = ActionScale(self.vector.single_action_space, self.name)
-            _check_autoreset(self.vector, recipe)
-            sources = map_observations(self.vector.single_observation_space, keys, self.name)
-            instructed = recipe.instruction is not None or recipe.instruction_key is not None
-            check_one_text(sources, instructed)
-            self.recipe = replace(recipe, sources=sources)
-            length = recipe.instruction_length
-            self._language = torch.zeros(num_envs, length, dtype=torch.int64, device=self.device)
-            if recipe.instruction is not None:
-                self._language[:] = torch.from_numpy(encode_instruction(recipe.instruction, length))
-            observation = observation_layout(sources, length)
-            if instructed:
-                observation[LANGUAGE] = (length,), np.dtype(np.int64)
-            if not observation:
-                raise UserError(f"trainer.env_config: nothing of {self.name} is observed; set keys or instruction")
-            self._returns = torch.zeros(num_envs, dtype=torch.float64, device=self.device)
-            self._success_reported = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
-            self._try_out()
-            self._make_specs(
-                Layout(
-                    observation=observation,
-                    action_dim=self._action.size,
-                    bounded=self._action.bounded,
-                    has_success=self.recipe.success_key is not None or recipe.success_return is not None,
-                    films=self.vector.render_mode == "rgb_array",
-                )
-            )
-            if self.films:
-                self._frames(8)  # a missing renderer shows now, not at the first evaluation
-        except UserError:
+            with refused():
+                self._prepare(recipe, keys, ids_reproducible)
+        except BaseException:
             self.close()
             raise
 
-    # ---------------------------------------------------------------- what its first episodes tell
-
-    def _try_out(self) -> None:
-        """Find what reports success, and refuse rows that cannot be started one by one."""
-        n = self.batch_size[0]
-        seeds = list(range(n))
-        observation, info = self._first_reset(seeds)
-        parts = [read_source(observation, part, self.name) for key in self.recipe.sources.values() for part in key]
-        self._tensor_device = next((part.device for part in parts if isinstance(part, Tensor)), None)
-        first, reported = self._observe(observation), set(info)
-        with blame(f"{self.name}: step()"):
-            observation, *_, info = self.vector.step(self._native(torch.zeros(n, self._action.size)))
-        if self.recipe.success_key is None and self.recipe.success_return is None:
-            found = next((key for key in SUCCESS_KEYS if key in reported | set(info)), None)
-            self.recipe = replace(self.recipe, success_key=found)
-        if n > 1:
-            self._check_masks(self._observe(observation))
-        else:
-            self.vector.reset(seed=[1])  # something else before the same seed again
-        with blame(f"{self.name}: reset(seed=[...])"):
-            observation, _ = self.vector.reset(seed=seeds[::-1])
-        changed = _first_difference(first, {key: value.flip(0) for key, value in self._observe(observation).items()})
-        if changed:
-            raise self._refusal(
-                f"does not start a row from its own seed alone: {changed!r} differs when the same seeds start other "
-                "rows, so that initial states have no ids"
+    def _prepare(self, recipe: Recipe, keys: Mapping[str, Any] | None, ids_reproducible: bool) -> None:
+        n, length = self.batch_size[0], recipe.instruction_length
+        self._actions = read_actions(self.vector.single_action_space, self.name)
+        check_autoreset(self.vector, recipe)
+        sources = map_observations(self.vector.single_observation_space, keys, self.name, recipe.depth_unit)
+        instructed = recipe.instruction is not None or recipe.instruction_key is not None
+        check_one_text(sources, instructed)
+        self.recipe = replace(recipe, sources=sources)
+        self._language = torch.zeros(n, length, dtype=torch.int64, device=self.device)
+        if recipe.instruction is not None:
+            self._language[:] = torch.from_numpy(encode_instruction(recipe.instruction, length))
+        observation = observation_layout(sources, length)
+        if instructed:
+            observation[LANGUAGE] = (length,), np.dtype(np.int64)
+        if not observation:
+            raise UserError(f"trainer.env_config: nothing of {self.name} is observed; set keys or instruction")
+        self._returns = torch.zeros(n, dtype=torch.float64, device=self.device)
+        self._reported = False
+        self._try_out(ids_reproducible)
+        self._find_success()
+        self._make_specs(
+            Layout(
+                observation=observation,
+                action_dim=self._actions.size,
+                bounded=self._actions.bounded,
+                has_success=self.recipe.success_key is not None or recipe.success_return is not None,
+                films=self.vector.render_mode == "rgb_array",
+                action_choices=self._actions.choices,
             )
-
-    def _first_reset(self, seeds: list[int]) -> tuple[Any, dict[str, Any]]:
-        try:
-            return self.vector.reset(seed=seeds)
-        except Exception as error:
-            with blame(f"{self.name}: reset(seed=0)"):
-                self.vector.reset(seed=0)  # raises what has nothing to do with several seeds
-            raise self._refusal(
-                f"cannot start every row from a seed of its own: reset(seed=[...]) {describe(error)}"
-            ) from error
-
-    def _check_masks(self, before: dict[str, Tensor]) -> None:
-        """Start row 0 again; the other rows have to stay as they were before."""
-        n, what = self.batch_size[0], "cannot reset some rows and leave the others as they are"
-        mask = np.arange(n) == 0
-        try:
-            observation, _ = self.vector.reset(seed=[n, *[None] * (n - 1)], options={"reset_mask": mask})
-        except Exception as error:
-            raise self._refusal(f"{what}: reset(options={{'reset_mask': ...}}) {describe(error)}") from error
-        after = self._observe(observation)
-        changed = _first_difference({k: v[1:] for k, v in before.items()}, {k: v[1:] for k, v in after.items()})
-        if changed:
-            raise self._refusal(f"{what}: {changed!r} changed in rows that options['reset_mask'] leaves out")
-
-    def _refusal(self, problem: str) -> UserError:
-        single = f"; gym:{self.name.partition(':')[2]} steps single environments instead"
-        return UserError(f"trainer.env: {self.name} {problem}{single if self.recipe.spec.entry_point else ''}")
+        )
+        if self.films:
+            self._frames(8)  # a missing renderer shows now, not at the first evaluation
 
     # ---------------------------------------------------------------- reset and step
 
+    @mid_run()
     def _start_episodes(self, rows: np.ndarray, states: np.ndarray) -> dict[str, Tensor]:
-        n, recipe = self.batch_size[0], self.recipe
+        observation, info = self._reset_rows(rows, states.tolist())
+        started = torch.from_numpy(rows)
+        self._returns[started] = 0.0
+        self._read_texts(info, rows)
+        return {key: value[started] for key, value in self._observe(observation).items()}
+
+    def _read_texts(self, info: Mapping[str, Any], rows: np.ndarray) -> None:
+        """Take the instruction of each of these rows from the info of a reset, if `instruction_key` says so."""
+        key, length = self.recipe.instruction_key, self.recipe.instruction_length
+        if key is None:
+            return
+        texts = look_up(info, key)
+        for row in rows.tolist():
+            text = None if texts is None or isinstance(texts, str) else texts[row]
+            if not isinstance(text, str):
+                raise UserError(
+                    f"trainer.env_config.instruction_key: reset of {self.name} put no text for row {row} under "
+                    f"info[{key!r}]; info has {names_of(info)}"
+                )
+            self._language[row] = torch.from_numpy(encode_instruction(text, length))
+
+    def _reset_rows(self, rows: np.ndarray, states: Sequence[int]) -> tuple[Any, Mapping[str, Any]]:
+        """Start these rows from their ids, and leave the others as they are."""
+        n = self.batch_size[0]
         seeds: list[int | None] = [None] * n
-        for row, state in zip(rows.tolist(), states.tolist(), strict=True):
+        for row, state in zip(rows.tolist(), states, strict=True):
             seeds[row] = state
         mask = np.isin(np.arange(n), rows)
         with blame(f"{self.name}: reset(seed=[...])"):
             # Gymnasium's loop over single environments takes the mask out of the options, so each call gets its own.
-            observation, info = self.vector.reset(
-                seed=seeds, **({} if mask.all() else {"options": {"reset_mask": mask}})
-            )
-        started = torch.from_numpy(rows)
-        self._returns[started], self._success_reported[started] = 0.0, False
-        if recipe.instruction_key is not None:
-            texts = look_up(info, recipe.instruction_key)
-            for row in rows.tolist():
-                text = None if texts is None or isinstance(texts, str) else texts[row]
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"trainer.env_config.instruction_key: reset of {self.name} put no text for row {row} under "
-                        f"info[{recipe.instruction_key!r}]; info has {names_of(info)}"
-                    )
-                self._language[row] = torch.from_numpy(encode_instruction(text, recipe.instruction_length))
-        return {key: value[started] for key, value in self._observe(observation).items()}
+            return self.vector.reset(seed=seeds, **({} if mask.all() else {"options": {"reset_mask": mask}}))
 
+    @mid_run()
     def _advance(self, action: Tensor) -> dict[str, Tensor]:
         n = self.batch_size[0]
         with blame(f"{self.name}: step()"):
@@ -252,19 +219,21 @@ class GymVectorEnv(InitialStateEnv):
     def _native(self, action: Tensor) -> np.ndarray | Tensor:
         """Actions float32 `[N, A]` as the vector environment takes them."""
         if self._tensor_device is None:
-            return self._action(action.to("cpu", torch.float32).numpy())
-        box, device = self._action, self._tensor_device
+            return self._actions(action.to("cpu", torch.float32).numpy())
+        space, device = self._actions, self._tensor_device
         low, high, scale, offset = (
-            torch.as_tensor(bound, device=device) for bound in (box.low, box.high, box.scale, box.offset)
+            torch.as_tensor(bound, device=device) for bound in (space.low, space.high, space.scale, space.offset)
         )
         action = (offset + scale * action.to(device, torch.float32)).clamp(low, high)
-        return action.to(torch.from_numpy(np.empty(0, box.dtype)).dtype).reshape(len(action), *box.shape)
+        action = action.round() if space.choices else action
+        return action.to(torch.from_numpy(np.empty(0, space.dtype)).dtype).reshape(len(action), *space.shape)
 
     def _own(self, value: Any, dtype: torch.dtype | None = None) -> Tensor:
         """What was returned, as a tensor on this environment's device that nobody else writes to."""
         if isinstance(value, Tensor):
             return value.to(self.device, dtype or value.dtype, copy=True)
-        value = torch.from_numpy(np.array(value))
+        value = np.array(value, order="C")  # a copy; torch knows no negative strides, nor the other byte order
+        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
         return value.to(self.device, dtype or value.dtype)
 
     def _observe(self, observation: Any) -> dict[str, Tensor]:
@@ -279,15 +248,18 @@ class GymVectorEnv(InitialStateEnv):
                 continue
             tensors = [self._own(value, None if base == RGB else torch.float32) for value in values]
             for value, source in zip(tensors, sources, strict=True):
-                if value.shape != (n, *source.shape) or (base == RGB and value.dtype != torch.uint8):
-                    raise UserError(
+                # A picture's bytes and its floats are told apart by their type; all else becomes float32.
+                promised = torch.from_numpy(np.empty(0, source.dtype)).dtype if base == RGB else value.dtype
+                if value.shape != (n, *source.shape) or value.dtype != promised:
+                    raise SimulatorFailed(
                         f"{self.name}: the observation for {key!r} is {value.dtype} {list(value.shape)}, "
                         f"but its space says {[n, *source.shape]}"
                     )
             if base == RGB:
-                out[key] = tensors[0]
+                out[key] = to_rgb(tensors[0], sources[0], self.name).contiguous()
             elif base == DEPTH:
-                out[key] = tensors[0].reshape(n, *sources[0].shape[:2])
+                unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
+                out[key] = (tensors[0] * unit).reshape(n, *picture_shape(sources[0]))
             else:
                 out[key] = torch.cat([value.reshape(n, -1) for value in tensors], dim=1)
         if self.recipe.instruction is not None or self.recipe.instruction_key is not None:
@@ -300,30 +272,28 @@ class GymVectorEnv(InitialStateEnv):
         if recipe.success_return is not None:
             return self._returns >= recipe.success_return
         if recipe.success_key is None:
+            warn_of_unused(self.name, info)
             return None
         value, reported = self._reported_success(info)
-        self._success_reported |= reported
-        if (ended & ~self._success_reported).any():
-            # A misspelt key would otherwise read as a success rate of zero.
-            raise UserError(
-                f"trainer.env_config.success_key: an episode of {self.name} ended without "
-                f"info[{recipe.success_key!r}]; info has {names_of(info)}"
-            )
-        return value & reported
+        if not recipe.success_seen:
+            self._reported = self._reported or bool(reported.any())
+            if not self._reported and ended.any():
+                raise never_reported(self.name, recipe.success_key, info)
+        return value
 
     def _reported_success(self, info: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """What info says of success, and of which rows it says something: bool `[N]` each."""
-        n, value = self.batch_size[0], look_up(info, self.recipe.success_key)
+        """In which rows info says success, and of which rows it says something: bool `[N]` each."""
+        n, key = self.batch_size[0], self.recipe.success_key
+        value = look_up(info, key)
         if value is None:
             none = torch.zeros(n, dtype=torch.bool, device=self.device)
             return none, none
         # Gymnasium marks the rows that have an entry by a mask under the entry's name with "_" before it.
-        parent, dot, name = self.recipe.success_key.rpartition(".")
+        parent, dot, name = key.rpartition(".")
         mask = look_up(info, f"{parent}{dot}_{name}")
-        if not isinstance(value, Tensor) and np.asarray(value).dtype == object:
-            value = [bool(one) for one in value]  # entries that are no numbers, None where there is none
-        value = self._own(value, torch.bool).reshape(n)
-        return value, torch.ones_like(value) if mask is None else self._own(mask, torch.bool).reshape(n)
+        reported = torch.ones(n, dtype=torch.bool) if mask is None else self._own(mask, torch.bool).reshape(n)
+        reported = reported.to(self.device)
+        return as_successes(value, reported, self.name, key).to(self.device), reported
 
     # ---------------------------------------------------------------- video, end
 
@@ -333,7 +303,7 @@ class GymVectorEnv(InitialStateEnv):
             frames = [frame.cpu().numpy() if isinstance(frame, Tensor) else np.asarray(frame) for frame in frames]
         fits = [frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 for frame in frames]
         if len(frames) != self.batch_size[0] or not all(fits):
-            raise UserError(f"{self.name}: render() should return uint8 [H, W, 3] for every row")
+            raise SimulatorFailed(f"{self.name}: render() should return uint8 [H, W, 3] for every row")
         return np.stack([letterbox(frame, size) for frame in frames])
 
     def close(self, *, raise_if_closed: bool = True) -> None:
@@ -341,40 +311,3 @@ class GymVectorEnv(InitialStateEnv):
         if not self.is_closed:
             self.vector.close()
         super().close(raise_if_closed=raise_if_closed)
-
-
-def _make_vector(recipe: Recipe, num_envs: int) -> gymnasium.vector.VectorEnv:
-    """The vector environment, told to leave rows alone when their episodes end, if it can be told."""
-    kwargs, disabled = dict(recipe.make_kwargs), {"autoreset_mode": AutoresetMode.DISABLED}
-    with blame(f"{recipe.name}: making it with {recipe.make_kwargs}"):
-        if recipe.spec.vector_entry_point is None:
-            return gymnasium.make_vec(recipe.spec, num_envs=num_envs, vector_kwargs=disabled, **kwargs)
-        if _takes_autoreset_mode(recipe.spec):
-            kwargs = {**disabled, **kwargs}
-        return gymnasium.make_vec(recipe.spec, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
-
-
-def _takes_autoreset_mode(spec: EnvSpec) -> bool:
-    entry = spec.vector_entry_point
-    entry = entry if callable(entry) else load_env_creator(entry)
-    return "autoreset_mode" in inspect.signature(entry).parameters
-
-
-def _check_autoreset(vector: gymnasium.vector.VectorEnv, recipe: Recipe) -> None:
-    """Refuse rows that start again by themselves: how an episode ended and from which id one began would be lost."""
-    mode = vector.metadata.get("autoreset_mode")
-    if mode not in (AutoresetMode.DISABLED, AutoresetMode.DISABLED.value):
-        said = f"autoreset mode {mode.value}" if isinstance(mode, AutoresetMode) else f"metadata says {mode!r}"
-        raise UserError(
-            f"trainer.env: {recipe.name} resets its rows by itself ({said}); it has to be made with "
-            "metadata['autoreset_mode'] = AutoresetMode.DISABLED, perhaps by something in trainer.env_config.env_kwargs"
-        )
-
-
-def _first_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
-    """The first observation key whose values differ by more than rounding, if there is one."""
-    for key, value in one.items():
-        same = torch.allclose if value.is_floating_point() else torch.equal
-        if not (same(value, other[key], equal_nan=True) if same is torch.allclose else same(value, other[key])):
-            return key
-    return None

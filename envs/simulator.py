@@ -32,13 +32,15 @@ class Layout(NamedTuple):
     """Whether each step reports `success`."""
     films: bool
     """Whether `frame` can be asked for pictures."""
+    action_choices: tuple[int, ...] | None = None
+    """Where actions are choices: component i is one of this many, a whole number from 0; None: it is continuous."""
 
 
 class Simulator(Protocol):
     """One world in NumPy, made in the process that steps it.
 
-    What goes wrong in a way that a user can mend is raised as `research.schema.UserError`, in one line; anything else
-    ends the process that steps the world.
+    A constructor that refuses its options raises `research.schema.UserError`, in one line. Whatever is raised later
+    reaches the run as `research.schema.SimulatorFailed` and ends it, with a place to resume from.
     """
 
     layout: Layout
@@ -62,7 +64,8 @@ class Simulator(Protocol):
         observation, the only one that is drawn.
 
         Args:
-            action: float32 `[A]`; the simulator clips it, if its actions are bounded.
+            action: float32 `[A]`; the simulator clips it, if its actions are bounded, and rounds it to the nearest
+                choice, where they are choices.
         Returns:
             the observation, as `reset`, and `reward` float32 `[1]`, `terminated` bool `[1]` (the task ended the
             episode), `truncated` bool `[1]` (a time limit did; the state has a future) and, where
@@ -99,7 +102,8 @@ class Environment(Protocol):
     | reward                      | float32 `[N, 1]` | of the step                                                 |
     | terminated, truncated, done | bool `[N, 1]`    | the two ends of an episode, kept apart, and either of them  |
 
-    `action` is float32 `[N, A]`, in [-1, 1] if `action_spec` is bounded.
+    `action` is float32 `[N, A]`: in [-1, 1] if `action_spec` is bounded, or, where `action_choices` is not None, whole
+    numbers from 0, component i one of `action_choices[i]`.
 
     `reset` takes a TensorDict that may hold `initial_state`, int64 `[N, 1]`: row n then starts from the state of that
     id, which is the same state in every row, run and machine; without it, states are drawn from a stream that depends
@@ -116,6 +120,8 @@ class Environment(Protocol):
     """Ids below it are never drawn in training."""
     distinct_states: bool
     """Whether different ids are different states (absent: they are); if not, an evaluation is of one state."""
+    action_choices: tuple[int, ...] | None
+    """How many choices each component of an action has (absent or None: actions are continuous)."""
     resumes_exactly: bool
     """Whether `load_state_dict` brings back the very step; else reset after it, and episodes start anew."""
 

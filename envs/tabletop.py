@@ -170,6 +170,7 @@ class TabletopEnv(EnvBase):
 
     batch_locked = True
     distinct_states = True
+    action_choices = None
     resumes_exactly = True
     held_out = HELD_OUT_STATES
 

@@ -9,15 +9,9 @@ not reach the main process.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
-from typing import Any, NamedTuple
 
-import cloudpickle
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -25,9 +19,20 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from envs.groups import STEP_S, Facts, Group, RemoteGroup, close_all
 from envs.pictures import letterbox
 from envs.simulator import HELD_OUT_STATES, Layout, Simulator
-from research.schema import ACTION, INITIAL_STATE, LANGUAGE, OBSERVATION, RGB, SUCCESS, UserError, base_modality
+from research.schema import (
+    ACTION,
+    INITIAL_STATE,
+    LANGUAGE,
+    OBSERVATION,
+    RGB,
+    SUCCESS,
+    SimulatorFailed,
+    UserError,
+    base_modality,
+)
 
 # ------------------------------------------------------------------- episodes that start from ids, whatever runs them
 
@@ -49,6 +54,7 @@ class InitialStateEnv(EnvBase):
     batch_locked = True
     resumes_exactly = False
     distinct_states = True
+    action_choices: tuple[int, ...] | None = None
 
     def __init__(self, num_envs: int, seed: int, device: torch.device | str, held_out: int = HELD_OUT_STATES):
         super().__init__(device=device, batch_size=[num_envs])
@@ -70,6 +76,7 @@ class InitialStateEnv(EnvBase):
 
     def _make_specs(self, layout: Layout) -> None:
         self._layout, self.films, self.has_success = layout, layout.films, layout.has_success
+        self.action_choices = layout.action_choices
         n, device = self.batch_size[0], self.device
         flag = lambda: Categorical(2, (n, 1), dtype=torch.bool, device=device)  # noqa: E731
         observation = Composite(shape=(n,), device=device)
@@ -86,12 +93,7 @@ class InitialStateEnv(EnvBase):
         if layout.has_success:
             root[SUCCESS] = flag()
         self.observation_spec = Composite(root, shape=(n,), device=device)
-        shape = (n, layout.action_dim)
-        self.action_spec = (
-            Bounded(-1.0, 1.0, shape, dtype=torch.float32, device=device)
-            if layout.bounded
-            else Unbounded(shape, dtype=torch.float32, device=device)
-        )
+        self.action_spec = _action_spec(layout, n, device)
         self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=device)
         self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(n,), device=device)
 
@@ -166,126 +168,14 @@ class InitialStateEnv(EnvBase):
         self._seed, self._episodes = state_dict["seed"], state_dict["episodes"].cpu().numpy().copy()
 
 
-# ------------------------------------------------------------------- several simulators, in one process or in many
-
-
-class _Facts(NamedTuple):
-    """What the simulators of a group say of themselves once they have been made."""
-
-    layout: Layout
-    saves: bool
-
-
-class _Group:
-    """Simulators that share a process: `submit` a method call, then `collect` its result; the first one is `facts`."""
-
-    def __init__(self, make: Callable[[], Simulator], count: int):
-        self.simulators = [make() for _ in range(count)]
-        self._result: Any = _Facts(self.simulators[0].layout, all(one.save() is not None for one in self.simulators))
-
-    def submit(self, method: str, *args: Any) -> None:
-        self._result = getattr(self, method)(*args)
-
-    def collect(self) -> Any:
-        return self._result
-
-    def reset(self, rows: Sequence[int], states: Sequence[int]) -> dict[str, np.ndarray]:
-        return _stack([self.simulators[row].reset(state) for row, state in zip(rows, states, strict=True)])
-
-    def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
-        return _stack([one.step(action) for one, action in zip(self.simulators, actions, strict=True)])
-
-    def frames(self, size: int) -> np.ndarray:
-        return np.stack([letterbox(one.frame(), size) for one in self.simulators])
-
-    def save(self) -> list[bytes | None]:
-        return [one.save() for one in self.simulators]
-
-    def load(self, states: Sequence[bytes]) -> None:
-        for one, state in zip(self.simulators, states, strict=True):
-            one.load(state)
-
-    def close(self) -> None:
-        for one in self.simulators:
-            one.close()
-
-
-def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-class _RemoteGroup:
-    """A `_Group` in a process of its own."""
-
-    def __init__(self, make: Callable[[], Simulator], count: int, name: str):
-        # Not "fork", which would copy threads, locks and GPU contexts. The fork server imports this module and the
-        # simulator's, which takes seconds, once for all workers.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, _module_of(make)])
-        self._name = name
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, cloudpickle.dumps(make), count), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def submit(self, method: str, *args: Any) -> None:
-        try:
-            self._pipe.send((method, args))
-        except OSError as error:
-            raise self._dead() from error
-
-    def collect(self) -> Any:
-        try:
-            result = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise self._dead() from error
-        if isinstance(result, UserError):
-            raise result
-        return result
-
-    def close(self) -> None:
-        # The worker leaves its loop when the pipe closes; a simulator that hangs is not waited for.
-        self._pipe.close()
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def _dead(self) -> UserError:
-        self._process.join(timeout=5)
-        return UserError(
-            f"{self._name}: a worker process ended (exit code {self._process.exitcode}); what it printed is above. "
-            "Negative codes are signals: -9 is often a lack of memory, -11 a crash inside the simulator"
-        )
-
-
-def _module_of(make: Callable[[], Simulator]) -> str:
-    """Where a simulator's class or function is defined; the fork server does not import the main script."""
-    while isinstance(make, partial):
-        make = make.func
-    module = getattr(make, "__module__", "__main__")
-    return __name__ if module == "__main__" else module
-
-
-def _serve(pipe: Any, pickled_make: bytes, count: int) -> None:
-    """The worker process: answer calls until the main process closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the main process decides
-    torch.set_num_threads(1)
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            group = _Group(cloudpickle.loads(pickled_make), count)
-        except UserError as error:
-            pipe.send(error)
-            return
-        pipe.send(group.collect())
-        while True:
-            method, args = pipe.recv()
-            try:
-                group.submit(method, *args)
-                pipe.send(group.collect())
-            except UserError as error:
-                pipe.send(error)
-    group.close()
+def _action_spec(layout: Layout, n: int, device: torch.device) -> Bounded | Unbounded:
+    shape = (n, layout.action_dim)
+    if layout.action_choices is not None:
+        last = torch.tensor(layout.action_choices, dtype=torch.float32, device=device) - 1
+        return Bounded(torch.zeros(shape, device=device), last.expand(shape), shape, dtype=torch.float32, device=device)
+    if layout.bounded:
+        return Bounded(-1.0, 1.0, shape, dtype=torch.float32, device=device)
+    return Unbounded(shape, dtype=torch.float32, device=device)
 
 
 # ------------------------------------------------------------------- the TorchRL environment
@@ -309,8 +199,10 @@ class VectorEnv(InitialStateEnv):
         device: where observations are put; simulators run on the CPU.
         name: how messages call this environment.
         held_out: ids below it are never drawn in training.
+        worker_timeout: seconds within which a worker process has to answer a reset or a step.
     Raises:
-        UserError: a simulator raised it, or a worker process ended.
+        UserError: a simulator cannot be made.
+        SimulatorFailed: later: a simulator raised something, or its worker process died, was stopped or hangs.
     """
 
     def __init__(
@@ -322,62 +214,61 @@ class VectorEnv(InitialStateEnv):
         device: torch.device | str = "cpu",
         name: str = "the environment",
         held_out: int = HELD_OUT_STATES,
+        worker_timeout: float = STEP_S,
     ):
         super().__init__(num_envs, seed, device, held_out)
+        self.name = name
         workers = min(workers, num_envs)
         self._shares = np.array_split(np.arange(num_envs), workers)  # the rows of each group
-        self._groups: list[_Group | _RemoteGroup] = []
-        start = _Group if workers == 1 else partial(_RemoteGroup, name=name)
+        self._groups: list[Group | RemoteGroup] = []
         try:
             for share in self._shares:
-                self._groups.append(start(make, len(share)))
-            facts: list[_Facts] = self._collect(range(workers))
+                self._groups.append(
+                    Group(make, num_envs, name) if workers == 1 else RemoteGroup(make, share, name, worker_timeout)
+                )
+            facts: list[Facts] = [group.collect() for group in self._groups]
             self.is_closed = False
-        except UserError:
+        except BaseException:  # also Ctrl-C, while scenes load
             self.close()
             raise
         self._make_specs(facts[0].layout)
         self.resumes_exactly = all(fact.saves for fact in facts)
 
     def _start_episodes(self, rows: np.ndarray, states: np.ndarray) -> dict[str, Tensor]:
-        busy = []
+        calls = {}
         for group, share in enumerate(self._shares):
             mine = (rows >= share[0]) & (rows <= share[-1])
             if mine.any():
-                self._groups[group].submit("reset", (rows[mine] - share[0]).tolist(), states[mine].tolist())
-                busy.append(group)
-        return _join(self._collect(busy))
+                calls[group] = (rows[mine] - share[0]).tolist(), states[mine].tolist()
+        return _join(self._ask("reset", calls))
 
     def _advance(self, action: Tensor) -> dict[str, Tensor]:
         actions = action.to("cpu", torch.float32).numpy()
-        return _join(self._ask("step", [(actions[share],) for share in self._shares]))
+        return _join(self._ask("step", {group: (actions[share],) for group, share in enumerate(self._shares)}))
 
     def _frames(self, size: int) -> np.ndarray:
-        return np.concatenate(self._ask("frames", [(size,)] * len(self._groups)))
+        return np.concatenate(self._ask("frames", dict.fromkeys(range(len(self._shares)), (size,))))
 
-    def _ask(self, method: str, arguments: Sequence[tuple]) -> list:
-        """Call a method of every group, at the same time where they are in processes of their own."""
-        for group, args in zip(self._groups, arguments, strict=True):
-            group.submit(method, *args)
-        return self._collect(range(len(self._groups)))
+    def _ask(self, method: str, calls: Mapping[int, tuple]) -> list:
+        """Call a method of groups, group -> arguments, at the same time where they are in processes of their own.
 
-    def _collect(self, groups: Sequence[int]) -> list:
-        """The groups' results. Every reply is read, so that an error leaves none behind."""
-        results, errors = [], []
-        for group in groups:
-            try:
-                results.append(self._groups[group].collect())
-            except UserError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return results
+        After a failure the environment is closed: the replies of other groups lie unread.
+        """
+        if not self._groups:
+            raise SimulatorFailed(f"{self.name}: the environment is closed")
+        try:
+            for group, args in calls.items():
+                self._groups[group].submit(method, *args)
+            return [self._groups[group].collect() for group in calls]
+        except SimulatorFailed:
+            self.close()
+            raise
 
     def state_dict(self, *args, **kwargs) -> dict:
         """The stream's seed and place, and, if `resumes_exactly` and an episode has begun, the simulators' states."""
         state = super().state_dict()
         if self.resumes_exactly and self._current is not None:
-            saved = [one for group in self._ask("save", [()] * len(self._groups)) for one in group]
+            saved = [one for group in self._ask("save", dict.fromkeys(range(len(self._shares)), ())) for one in group]
             # As tensors: checkpoints hold tensors and plain values, so that reading one never runs code.
             state["simulators"] = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in saved]
             state["current"] = {key: value.clone() for key, value in self._current.items()}
@@ -388,14 +279,13 @@ class VectorEnv(InitialStateEnv):
         super().load_state_dict(state_dict)
         if "simulators" in state_dict:
             saved = [one.cpu().numpy().tobytes() for one in state_dict["simulators"]]
-            self._ask("load", [([saved[row] for row in share],) for share in self._shares])
+            self._ask("load", {group: ([saved[row] for row in share],) for group, share in enumerate(self._shares)})
             self._current = {key: value.to("cpu", copy=True) for key, value in state_dict["current"].items()}
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close the simulators and end their worker processes; closing twice does nothing."""
         groups, self._groups = self._groups, []
-        for group in groups:
-            group.close()
+        close_all(groups)
         super().close(raise_if_closed=raise_if_closed)
 
 

@@ -17,14 +17,18 @@ An action is float32 `[B, A]`, or `[B, H, A]` for a chunk of H control steps.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+
+OWN_PACKAGES = ("agents", "envs", "research")  # names that a user's folder must not have
 
 OBSERVATION = "observation"
 RGB, DEPTH, PROPRIO, LANGUAGE = "rgb", "depth", "proprio", "language"
@@ -46,6 +50,13 @@ class UserError(Exception):
     """Something the user gave is wrong. Scripts print the message as one line and exit with code 2."""
 
 
+class SimulatorFailed(RuntimeError):
+    """An environment that was accepted broke in mid-run: it raised, its process died or hung. One line, as `UserError`.
+
+    What is refused when an environment is made stays a `UserError`: there the user can choose another.
+    """
+
+
 class NonFiniteError(RuntimeError):
     """A NaN or an infinity where training needs numbers; the message names the tensor."""
 
@@ -62,6 +73,33 @@ def one_line(error: BaseException) -> str:
 def describe_error(error: BaseException) -> str:
     """An exception's class and text on one line of at most 200 characters, for a `UserError` about somebody's code."""
     return f"{type(error).__name__}: {one_line(error)}"[:200]
+
+
+def hidden_module(module_name: str) -> str | None:
+    """Why a module that lies in the working directory would not be imported: something else has its package's name.
+
+    Args:
+        module_name: dotted, as a configuration names it.
+    Returns:
+        one line that says which hides which and what to do; None where nothing is hidden.
+    """
+    top = module_name.partition(".")[0]
+    meant = Path.cwd().joinpath(*module_name.split("."))
+    if not (meant.with_name(f"{meant.name}.py").is_file() or (meant / "__init__.py").is_file()):
+        return None
+    try:
+        found = importlib.util.find_spec(top)
+    except ValueError:  # a module without a spec, as the main script is
+        return None
+    places = [] if found is None else [*(found.submodule_search_locations or []), found.origin or ""]
+    here = [(Path.cwd() / top).resolve(), (Path.cwd() / f"{top}.py").resolve()]
+    if not places or any(Path(place).resolve() in here for place in places):
+        return None
+    owner = "this project's package" if top in OWN_PACKAGES else "the installed package"
+    return (
+        f"{module_name!r} lies in the working directory, but {owner} {top!r} has the same name and hides it; "
+        f"rename your {top!r}"
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "; ") -> str:

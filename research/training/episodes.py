@@ -1,14 +1,26 @@
-"""Return, length and success of the episodes that end while collecting."""
+"""Return, length and success of the episodes of training, counted by the rollout in which they began.
+
+Episodes that end early are no fair sample: where success ends an episode, the first to end have all succeeded. So an
+episode is reported together with all those that began during the same rollout, in whatever environment, and when the
+last of them has ended. Whether it counts, and when, then depends on when it began and not on how it went. The report of
+a rollout is late by the length of its longest episode, at most by `PATIENCE` rollouts: one that never ends is not
+waited for.
+
+An episode succeeds if the environment reports success at any of its steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from research.schema import SUCCESS
+
+PATIENCE = 100
 
 
 class EpisodeStatistics:
@@ -20,48 +32,95 @@ class EpisodeStatistics:
     """
 
     def __init__(self, num_envs: int, device: torch.device | str = "cpu"):
+        # Of the episode under way in each environment:
         self.running_return = torch.zeros(num_envs, device=device)
         self.running_length = torch.zeros(num_envs, device=device)
-        self._ended: list[tuple[Tensor, Tensor, Tensor | None]] = []  # returns, lengths, successes
+        self.running_success = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self.began = torch.zeros(num_envs, dtype=torch.int64, device=device)  # in which rollout
+        self._rollout = 0  # the one being collected
+        # Of episodes that have ended, float64 [E, 6]: the rollout that they began in, 1, return, length, success at any
+        # step, success at the last one. Then the sums of the last five, by rollout.
+        self._ended: list[Tensor] = []
+        self._sums: dict[int, Tensor] = {}
+        self._has_success = self._goes_on = False  # whether success is reported, and whether episodes go on after it
 
     def observe(self, rollout: TensorDictBase, rows: Sequence[int] | slice = slice(None)) -> None:
         """Follow the episodes of a rollout `[M, T]`; `rows` says which of the N environments it is of."""
         after = rollout["next"]
         reward, done = after["reward"].squeeze(-1), after["done"].squeeze(-1)
-        total, length = self.running_return[rows], self.running_length[rows]
-        returns, lengths = [], []  # of the episodes under way, [M] at every step
+        self._has_success = self._has_success or SUCCESS in after.keys()
+        success = after[SUCCESS].squeeze(-1) if SUCCESS in after.keys() else torch.zeros_like(done)
+        total, length, succeeded = self.running_return[rows], self.running_length[rows], self.running_success[rows]
+        returns, lengths, successes = [], [], []  # of the episodes under way, [M] at every step
         for t in range(rollout.batch_size[1]):
             returns.append(total + reward[:, t])
             lengths.append(length + 1)
+            successes.append(succeeded | success[:, t])
             total = torch.where(done[:, t], 0.0, returns[-1])
             length = torch.where(done[:, t], 0.0, lengths[-1])
-        self.running_return[rows], self.running_length[rows] = total, length
-        ended = done.T  # [T, M]
-        if ended.any():
-            success = after[SUCCESS].squeeze(-1)[done].float() if SUCCESS in after.keys() else None
-            self._ended.append((torch.stack(returns)[ended], torch.stack(lengths)[ended], success))
+            succeeded = successes[-1] & ~done[:, t]
+        self.running_return[rows], self.running_length[rows], self.running_success[rows] = total, length, succeeded
+        ends, first = done.any(dim=1), self.began[rows].clone()
+        self.began[rows] = torch.where(ends, self._rollout + done[:, -1].long(), first)
+        if ends.any():
+            began = torch.where(done.cumsum(dim=1) > 1, self._rollout, first[:, None])  # at a row's later ends
+            sums = (torch.stack(column, dim=1) for column in (returns, lengths, successes))
+            columns = (began, torch.ones_like(began), *sums, success)
+            self._ended.append(torch.stack([column[done].double() for column in columns], dim=-1))
 
     def metrics(self) -> dict[str, float]:
-        """Means over the episodes that ended since this was last asked.
+        """Means over the episodes of the rollouts of which, since this was last asked, the last episode has ended.
 
-        Empty if none did; without success if the environment has no such notion.
+        Empty if there is none; without success if the environment has no such notion. Ends the rollout that is being
+        collected.
         """
-        ended, self._ended = self._ended, []
-        if not ended:
+        self._add_up()
+        self._rollout += 1
+        waited_for = max(self.began.min().item(), self._rollout - PATIENCE)
+        complete = [rollout for rollout in self._sums if rollout < waited_for]
+        if not complete:
             return {}
-        returns, lengths, success = ([part for part in parts if part is not None] for parts in zip(*ended, strict=True))
-        metrics = {
-            "rollout/return": torch.cat(returns).mean().item(),
-            "rollout/episode_length": torch.cat(lengths).mean().item(),
-            "rollout/episodes": float(sum(map(len, returns))),
-        }
-        if success:
-            metrics["rollout/success_rate"] = torch.cat(success).mean().item()
+        episodes, *sums = torch.stack([self._sums.pop(rollout) for rollout in complete]).sum(dim=0).tolist()
+        total, length, success, success_at_end = (one / episodes for one in sums)
+        metrics = {"rollout/return": total, "rollout/episode_length": length, "rollout/episodes": episodes}
+        if self._has_success:
+            metrics["rollout/success_rate"] = success
+        if self._goes_on:
+            metrics["rollout/success_at_end"] = success_at_end
         return metrics
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"return": self.running_return, "length": self.running_length}
+    def _add_up(self) -> None:
+        """Add the episodes that have ended to the sums of the rollouts that they began in."""
+        if not self._ended:
+            return
+        rows, self._ended = torch.cat(self._ended).cpu(), []
+        for began in rows[:, 0].unique().tolist():
+            sums = rows[rows[:, 0] == began, 1:].sum(dim=0)
+            self._sums[int(began)] = self._sums.get(int(began), torch.zeros_like(sums)) + sums
+        self._goes_on = self._goes_on or bool((rows[:, -2] != rows[:, -1]).any())
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Everything: episodes under way, and those that wait for others."""
+        self._add_up()
+        return {
+            "return": self.running_return.clone(),
+            "length": self.running_length.clone(),
+            "success": self.running_success.clone(),
+            "began": self.began.clone(),
+            "rollout": self._rollout,
+            "sums": {str(rollout): sums for rollout, sums in self._sums.items()},
+            "has_success": self._has_success,
+            "goes_on": self._goes_on,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; earlier ones have returns and lengths alone."""
         self.running_return.copy_(state["return"])
         self.running_length.copy_(state["length"])
+        if "began" not in state:
+            return
+        self.running_success.copy_(state["success"])
+        self.began.copy_(state["began"])
+        self._rollout, self._ended = state["rollout"], []
+        self._sums = {int(rollout): sums.cpu().clone() for rollout, sums in state["sums"].items()}
+        self._has_success, self._goes_on = state["has_success"], state["goes_on"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,22 @@ from research.schema import (
 
 @dataclass
 class Episode:
-    """One evaluation episode, see `Evaluation.rows`. `success` is None where the env has no such notion."""
+    """One evaluation episode, see `Evaluation.rows`.
+
+    Attributes:
+        success: whether the environment reported success at any step; None where it has no such notion. An episode
+            that was cut off has none.
+        success_at_end: whether it did at the last step: another thing where an environment goes on after success.
+        cut_off: it did not end by itself within `max_eval_steps`.
+    """
 
     initial_state: int
     instruction: str | None
     success: bool | None
     episode_return: float
     length: int
+    success_at_end: bool | None = None
+    cut_off: bool = False
 
 
 @dataclass
@@ -55,6 +64,12 @@ class Evaluation:
         """The episodes as rows of `episodes.jsonl`: their fields, after `tags` (global_step, seed, split) on each."""
         return [{**tags, **asdict(episode)} for episode in self.episodes]
 
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], distinct: bool) -> Evaluation:
+        """An evaluation, without frames, from its rows of `episodes.jsonl`."""
+        names = [field.name for field in fields(Episode)]
+        return cls([Episode(**{n: row[n] for n in names if n in row}) for row in rows], [], distinct)
+
     def metrics(self) -> dict[str, float]:
         """`eval/*` metrics; the interval is Wilson's, 95 %."""
         metrics = {
@@ -67,6 +82,8 @@ class Evaluation:
             states = len(self.episodes) if self.distinct else 1
             low, high = wilson_interval(round(rate * states), states)
             metrics |= {"eval/success_rate": rate, "eval/success_low": low, "eval/success_high": high}
+            if any(e.success_at_end is not None and e.success_at_end != e.success for e in self.episodes):
+                metrics["eval/success_at_end"] = sum(bool(e.success_at_end) for e in self.episodes) / len(self.episodes)
         return metrics
 
     @property
@@ -111,7 +128,7 @@ def evaluate(
         env: a batched environment that accepts `initial_state` ids at reset.
         policy: the module that acts; asked for its mode.
         states: ids of the initial states.
-        max_steps: where an episode that does not end by itself is cut off, without success.
+        max_steps: where an episode that does not end by itself is cut off: it counts as a failure, whatever it did.
         film: how many of the first episodes to record, through the env's `render_frames`.
         on_wave: called with the number of episodes done, after every batch of them.
     Returns:
@@ -139,7 +156,7 @@ def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film:
     texts = decode_text(observation.get(LANGUAGE)) if LANGUAGE in observation.keys() else [None] * n
     running = torch.ones(n, dtype=torch.bool, device=device)
     total, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-    success = torch.zeros(n, dtype=torch.bool, device=device)
+    success, success_at_end = torch.zeros(2, n, dtype=torch.bool, device=device)
     has_success = SUCCESS in env.observation_spec.keys()
     shots: list[list[Tensor]] = [[] for _ in range(film)]
     for _ in range(max_steps):
@@ -157,13 +174,16 @@ def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film:
         length += running
         done = after.get("done").squeeze(-1)
         if has_success:
-            success |= running & after.get(SUCCESS).squeeze(-1)
+            reported = running & after.get(SUCCESS).squeeze(-1)
+            success |= reported
+            success_at_end |= reported & done
         running &= ~done
         step = following
-    rows = [
-        Episode(state, text, bool(success[i]) if has_success else None, float(total[i]), int(length[i]))
-        for i, (state, text) in enumerate(zip(wave, texts, strict=False))
-    ]
+    rows = []
+    for i, (state, text) in enumerate(zip(wave, texts, strict=False)):
+        cut_off = bool(running[i])
+        successes = [bool(flags[i]) and not cut_off if has_success else None for flags in (success, success_at_end)]
+        rows.append(Episode(state, text, successes[0], float(total[i]), int(length[i]), successes[1], cut_off))
     return rows, [np.stack([s.cpu().numpy() for s in shot]) for shot in shots if shot]
 
 

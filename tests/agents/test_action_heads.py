@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal
 
-from agents.action_heads import ActionTokens, GaussianHead, TokenHead
+from agents import action_heads
+from agents.action_heads import ActionTokens, CategoricalHead, GaussianHead, TokenHead, entropy_of, make_action_head
+from research.schema import UserError
 
 
 def test_gaussian_is_one_event_of_a_dimensions():
@@ -65,3 +69,63 @@ def test_temperature_flattens():
     hot.load_state_dict(cold.state_dict())
     hidden = torch.randn(6, 4)
     assert (hot(hidden).entropy() > cold(hidden).entropy()).all()
+
+
+def test_choices_are_independent_categoricals_of_their_own_sizes():
+    head = CategoricalHead(8, 3, choices=[2, 5, 1])
+    hidden = torch.randn(4000, 8)
+    d = head(hidden)
+    action = d.sample()
+    assert action.dtype == torch.float32 and torch.equal(action, action.round())
+    assert action.amin(0).tolist() == [0, 0, 0] and action.amax(0).tolist() == [1, 4, 0]
+    logits = head.logits(hidden).view(4000, 3, 5)
+    reference = [Categorical(logits=logits[:, i, :n]) for i, n in enumerate([2, 5, 1])]
+    expected = sum(r.log_prob(action[:, i]) for i, r in enumerate(reference))
+    torch.testing.assert_close(d.log_prob(action), expected)
+    torch.testing.assert_close(d.entropy(), sum(r.entropy() for r in reference))
+    assert torch.equal(d.mode, torch.stack([r.probs.argmax(-1).float() for r in reference], -1))
+
+
+def test_choices_have_finite_gradients():
+    head = CategoricalHead(8, 2, choices=[2, 7])
+    d = head(torch.randn(5, 8))
+    (d.log_prob(d.sample()).sum() + d.entropy().sum()).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+    assert head.logits[-1].bias.grad[2:7].abs().max() == 0  # of choices that the first dimension does not have
+
+
+def test_the_head_that_fits_the_environment():
+    assert isinstance(make_action_head(None, 8, 2), GaussianHead)
+    assert isinstance(make_action_head(None, 8, 2, [3, 4]), CategoricalHead)
+    for kind, choices, message in (
+        ("categorical", None, "needs action_choices"),
+        (None, [3], "needs 2 numbers"),
+        ("beta", None, "'gaussian' or 'tokens' or 'categorical', got 'beta'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_action_head(kind, 8, 2, choices)
+
+
+class Unknown(Normal):
+    """A Gaussian that does not tell its entropy."""
+
+    def entropy(self):
+        raise NotImplementedError
+
+
+class Undifferentiable(Unknown):
+    has_rsample = False
+
+
+@pytest.mark.parametrize("kind", [Unknown, Undifferentiable])
+def test_an_entropy_without_a_formula_is_estimated_with_its_gradient_and_said(kind, caplog):
+    """Of a Gaussian: H = log(std) + const, so that dH / d log(std) is 1 and dH / d mean is 0."""
+    action_heads._say_estimated.cache_clear()
+    torch.manual_seed(0)
+    mean, log_std = torch.tensor(0.3, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    entropy = entropy_of(kind(mean.expand(400_000), log_std.exp().expand(400_000))).mean()
+    entropy.backward()
+    assert entropy.item() == pytest.approx(Normal(0.3, math.exp(-1.0)).entropy().item(), abs=0.01)
+    assert log_std.grad.item() == pytest.approx(1.0, abs=0.03) and mean.grad.item() == pytest.approx(0.0, abs=0.03)
+    (said,) = caplog.messages
+    assert said == f"the entropy of {kind.__name__} has no formula: it is estimated from one sample of each row"

@@ -61,3 +61,18 @@ def test_a_modality_the_environment_lacks_is_named():
     with pytest.raises(UserError, match="reads depth, but the environment offers"):
         step = TabletopEnv(2, modalities=["rgb", "proprio"]).reset()
         check_policy(VLAPolicy(SmallVLA(3, modalities=["rgb", "depth"])), step["observation"], (3,))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, ThreeMethods])
+def test_a_model_that_does_not_draw_choices_is_refused_where_the_environment_takes_them(wrap):
+    for head, choices in (("gaussian", [4, 4, 4]), ("tokens", [4, 4, 4])):
+        with pytest.raises(
+            UserError, match=r"whole numbers from 0 to \[3, 3, 3\], got .*action_choices .*CategoricalHead"
+        ):
+            check_policy(VLAPolicy(wrap(small_model(head))), observations(), (3,), choices)
+    model = SmallVLA(3, token_size=8, hidden_size=32, action_choices=[9, 2, 3]).eval()
+    check_policy(VLAPolicy(wrap(model)), observations(), (3,), [9, 2, 3])
+    with torch.no_grad():
+        model.action_head.logits[-1].bias.view(3, 9)[0, 8] = 99.0
+    with pytest.raises(UserError, match=r"from 0 to \[4, 1, 2\], got 8"):
+        check_policy(VLAPolicy(wrap(model)), observations(), (3,), [5, 2, 3])

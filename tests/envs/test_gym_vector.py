@@ -10,7 +10,8 @@ from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
 from envs import make_env
-from research.schema import UserError, check_observation, decode_text
+from envs.failures import warn_once
+from research.schema import SimulatorFailed, UserError, check_observation, decode_text
 
 TWO = "user_package:UserTwoCameras-v0"
 REACH = "user_package.reach_env:ReachEnv"
@@ -113,7 +114,7 @@ def test_state_dict_continues_the_stream(make):
 @pytest.mark.parametrize(
     ("env_id", "config", "message"),
     [
-        ("CartPole-v1", {}, r"gym_vec:CartPole-v1 takes actions from Discrete\(2\)"),
+        ("user_package.habits:TupleActions", {}, r"TupleActions takes actions from Tuple"),
         ("NoSuchEnv-v3", {}, "'gym_vec:NoSuchEnv-v3' is not registered .* named 'gym_vec:module:EnvId-v0'"),
         (TWO, {"env_kwargs": {"wrong": "autoreset"}}, "resets its rows by itself .autoreset mode NextStep."),
         (TWO, {"env_kwargs": {"wrong": "one_seed"}}, "cannot start every row from a seed of its own: .* steps single"),
@@ -145,11 +146,30 @@ def test_one_row_is_tried_out_too(make):
 
 def test_errors_while_stepping(make):
     env = make(env_kwargs={"wrong": "shape"})
-    with pytest.raises(UserError, match=r"observation for 'proprio' is .* \[6, 3\], but its space says \[6, 5\]"):
+    with pytest.raises(SimulatorFailed, match=r"observation for 'proprio' is .* \[6, 3\], but its space says \[6, 5\]"):
         play(env)
     env = make(env_id=REACH, max_episode_steps=12, env_kwargs={"fail_in": "step"})
-    with pytest.raises(UserError, match=r"step\(\) raised ValueError: the simulator lost its mind"):
+    with pytest.raises(SimulatorFailed, match=r"step\(\) raised ValueError: the simulator lost its mind"):
         play(env)
-    env = make(success_key="solved", max_episode_steps=3)
     with pytest.raises(UserError, match=r"ended without info\['solved'\]; info has success"):
-        play(env)
+        make(success_key="solved", max_episode_steps=3)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("habit", ["Global", "Remembering"])
+def test_ids_that_do_not_decide_the_state_are_refused(make, habit, num_envs):
+    with pytest.raises(
+        UserError, match=r"same initial-state id from another state.*'proprio' differs.*ids_reproducible"
+    ):
+        make(env_id=f"user_package.habits:{habit}", num_envs=num_envs)
+    assert make(env_id=f"user_package.habits:{habit}", num_envs=num_envs, ids_reproducible=False).distinct_states
+    with pytest.raises(UserError, match=r"env_config\.ids_reproducible: expected true or false, got 'no'"):
+        make(env_id=f"user_package.habits:{habit}", ids_reproducible="no")
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_one_state_for_all_ids_is_named(make, num_envs, caplog):
+    warn_once.cache_clear()
+    assert not make(env_id="user_package.habits:Single", num_envs=num_envs).distinct_states
+    assert "an evaluation is of one state" in caplog.text
+    assert make(env_id="user_package.habits:Honest", num_envs=num_envs).distinct_states

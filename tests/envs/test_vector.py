@@ -3,91 +3,17 @@
 from __future__ import annotations
 
 import io
-import pickle
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
+from envs_worlds import Drifter, play
 from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
-from envs.simulator import HELD_OUT_STATES, Layout
+from envs.simulator import HELD_OUT_STATES
 from envs.vector import VectorEnv
-from research.schema import UserError, check_observation
-
-
-class Drifter:
-    """A point that drifts at random and is pushed by the action; success beyond 1, the end after `limit` steps.
-
-    Args:
-        saves: whether it can be saved.
-        wrong: "make", "reset" or "step" raises there what a user can mend; "exit" ends the process in step.
-    """
-
-    layout = Layout(
-        observation={
-            "rgb": ((4, 6, 3), np.dtype(np.uint8)),
-            "depth_wrist": ((4, 6), np.dtype(np.float32)),
-            "proprio": ((3,), np.dtype(np.float32)),
-            "language": ((5,), np.dtype(np.int64)),
-        },
-        action_dim=2,
-        bounded=True,
-        has_success=True,
-        films=True,
-    )
-
-    def __init__(self, saves: bool = True, limit: int = 7, wrong: str | None = None):
-        self.saves, self.limit, self.wrong = saves, limit, wrong
-        self._fail("make")
-        self.rng, self.clock, self.point, self.closed = np.random.default_rng(0), 0, np.zeros(2), False
-
-    def _fail(self, where: str) -> None:
-        if self.wrong == where:
-            raise UserError(f"no {where} today")
-
-    def reset(self, state: int) -> dict[str, np.ndarray]:
-        self._fail("reset")
-        self.rng, self.clock = np.random.default_rng(state), 0
-        self.point = self.rng.uniform(-0.5, 0.5, 2)
-        return self._observe()
-
-    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
-        self._fail("step")
-        if self.wrong == "exit":
-            raise SystemExit(3)
-        assert action.shape == (2,) and action.dtype == np.float32
-        self.clock += 1
-        self.point = self.point + 0.2 * action + self.rng.normal(0, 0.1, 2)
-        success = bool(np.abs(self.point).max() > 1)
-        return {
-            "reward": np.array([self.point.sum()], np.float32),
-            "terminated": np.array([success]),
-            "truncated": np.array([self.clock >= self.limit]),
-            "success": np.array([success]),
-            **self._observe(),
-        }
-
-    def frame(self) -> np.ndarray:
-        return np.full((6, 6, 3), 100 + self.clock, np.uint8)
-
-    def save(self) -> bytes | None:
-        return pickle.dumps((self.rng, self.clock, self.point)) if self.saves else None
-
-    def load(self, state: bytes) -> None:
-        self.rng, self.clock, self.point = pickle.loads(state)
-
-    def close(self) -> None:
-        self.closed = True
-
-    def _observe(self) -> dict[str, np.ndarray]:
-        return {
-            "rgb": np.full((4, 6, 3), self.clock, np.uint8),
-            "depth_wrist": np.full((4, 6), self.point[0], np.float32),
-            "proprio": np.array([*self.point, self.clock], np.float32),
-            "language": np.array([103, 111, 0, 0, 0], np.int64),
-        }
+from research.schema import SimulatorFailed, UserError, check_observation
 
 
 @pytest.fixture
@@ -95,24 +21,14 @@ def make():
     """A `VectorEnv` of drifters, closed at the end of the test."""
     envs = []
 
-    def build(num_envs=5, workers=1, seed=0, held_out=HELD_OUT_STATES, **options):
-        envs.append(VectorEnv(partial(Drifter, **options), num_envs, workers, seed, name="drift", held_out=held_out))
+    def build(num_envs=5, workers=1, seed=0, held_out=HELD_OUT_STATES, worker_timeout=60.0, **options):
+        drifter = partial(Drifter, **options)
+        envs.append(VectorEnv(drifter, num_envs, workers, seed, "cpu", "drift", held_out, worker_timeout))
         return envs[-1]
 
     yield build
     for env in envs:
         env.close()
-
-
-def play(env: VectorEnv, steps: int = 30, seed: int = 1) -> TensorDict:
-    """Go on from where the environment is, with actions of a seed: `[steps, N]` of all that it reports."""
-    generator, seen = torch.Generator().manual_seed(seed), []
-    step = TensorDict({}, env.batch_size)
-    for _ in range(steps):
-        step["action"] = torch.rand(*env.batch_size, 2, generator=generator) * 2 - 1
-        following, step = env.step_and_maybe_reset(step)
-        seen.append(following["next"].clone())
-    return torch.stack(seen)
 
 
 def reset_to(env: VectorEnv, ids) -> TensorDict:
@@ -224,19 +140,23 @@ def test_ids_are_the_same_state_in_every_row(make):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("wrong", ["make", "reset", "step"])
-def test_what_a_user_can_mend_reaches_the_main_process(make, workers, wrong):
-    with pytest.raises(UserError, match=f"^no {wrong} today$"):
-        env = make(workers=workers, wrong=wrong)
+def test_what_is_refused_at_construction_reaches_the_main_process(make, workers):
+    with pytest.raises(UserError, match="^no make today$"):
+        make(workers=workers, wrong="make")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("reset", "no reset today"), ("step", "no step today"), ("quit", r"drift: step raised SystemExit: 3 \(envs_wo")],
+)
+def test_what_goes_wrong_later_is_a_failure_of_the_simulator(make, workers, wrong, message):
+    env = make(workers=workers, wrong=wrong)
+    with pytest.raises(SimulatorFailed, match=f"^{message}"):
         env.reset()
         play(env, 1)
-
-
-def test_a_worker_that_dies_is_named(make):
-    env = make(workers=2, wrong="exit")
-    env.reset()
-    with pytest.raises(UserError, match=r"^drift: a worker process ended \(exit code 3\)"):
-        play(env, 1)
+    with pytest.raises(SimulatorFailed, match="the environment is closed"):  # and not the replies that were not read
+        env.reset()
 
 
 def test_close_reaches_the_simulators(make):

@@ -39,10 +39,57 @@ def test_episodes_are_those_of_the_states_whatever_the_number_of_environments():
 
 def test_an_episode_that_ends_by_its_own_limit_and_one_that_is_cut_off():
     assert [e.length for e in run(4, range(4), idle=True).episodes] == [20] * 4
-    cut = run(4, range(4), idle=True, max_steps=5).episodes
-    assert [(e.length, e.success) for e in cut] == [(5, False)] * 4
+    cut = run(4, range(4), idle=True, max_steps=5)
+    assert [(e.length, e.success, e.cut_off) for e in cut.episodes] == [(5, False, True)] * 4
+    assert all(row["cut_off"] for row in cut.rows())
+    assert not any(e.cut_off for e in run(4, range(4), idle=True, max_steps=20).episodes)  # its own limit is as long
     lengths = [e.length for e in run(4, range(4)).episodes]
     assert min(lengths) < max(lengths)  # those that end early wait for the others, and their counts do not go on
+
+
+class Going:
+    """Reports what it is told at each step, `[N, T]`, and ends at the last one, if it ends."""
+
+    batch_size, device, distinct_states = torch.Size([2]), torch.device("cpu"), True
+    observation_spec = {"observation": None, "success": None}
+
+    def __init__(self, success: list[list[int]], ends: bool = True):
+        self.success, self.ends = torch.tensor(success, dtype=torch.bool), ends
+
+    def reset(self, _):
+        self.t = 0
+        return TensorDict({"observation": {"proprio": torch.zeros(2, 1)}}, [2])
+
+    def step_and_maybe_reset(self, step):
+        steps = self.success.shape[1]
+        reported = self.success[:, min(self.t, steps - 1), None]
+        self.t += 1
+        done = torch.full((2, 1), self.ends and self.t == steps)
+        after = {"reward": torch.zeros(2, 1), "done": done, "success": reported}
+        return step.set("next", TensorDict(after, [2])), step.exclude("next")
+
+
+def idle(step):
+    return step.set("action", torch.zeros(2, 1))
+
+
+def test_success_is_success_at_any_step_and_at_the_end_is_told_apart():
+    result = evaluate(Going([[0, 1, 0], [0, 1, 1]]), idle, range(2))
+    assert [(e.success, e.success_at_end, e.cut_off) for e in result.episodes] == [
+        (True, False, False),
+        (True,) * 2 + (False,),
+    ]
+    assert result.metrics()["eval/success_rate"] == 1.0 and result.metrics()["eval/success_at_end"] == 0.5
+    assert result.rows()[0]["success_at_end"] is False
+    assert "eval/success_at_end" not in evaluate(Going([[0, 0, 1], [0, 0, 0]]), idle, range(2)).metrics()
+
+
+def test_an_episode_that_is_cut_off_has_no_success_whatever_it_did():
+    result = evaluate(Going([[0, 1], [0, 1]], ends=False), idle, range(2), max_steps=20)
+    assert [(e.success, e.success_at_end, e.cut_off, e.length) for e in result.episodes] == [
+        (False, False, True, 20)
+    ] * 2
+    assert result.metrics()["eval/success_rate"] == 0.0
 
 
 def test_films_are_of_the_first_episodes_and_as_long_as_they():
@@ -90,5 +137,6 @@ def test_metrics_have_wilsons_interval():
     without = Evaluation([Episode(0, None, None, 2.0, 4)], [])
     assert without.metrics() == {"eval/return": 2.0, "eval/episode_length": 4.0} and without.score == 2.0
     assert without.rows(seed=3)[0] == {
-        "seed": 3, "initial_state": 0, "instruction": None, "success": None, "episode_return": 2.0, "length": 4
+        "seed": 3, "initial_state": 0, "instruction": None, "success": None, "episode_return": 2.0, "length": 4,
+        "success_at_end": None, "cut_off": False,
     }  # fmt: skip

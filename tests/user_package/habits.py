@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from os import system
 from typing import ClassVar
 
 import gymnasium
@@ -14,6 +17,7 @@ class Honest(gymnasium.Env):
     """Ends after five steps; its state is a number that its seed decides."""
 
     metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    length = 5
 
     def __init__(self, render_mode: str | None = None):
         self.render_mode = render_mode
@@ -29,7 +33,13 @@ class Honest(gymnasium.Env):
 
     def step(self, action):
         self.t += 1
-        return np.array([self.state, self.t]), 1.0, False, self.t >= 5, {"success": self.t >= 5 and self.state > 0.5}
+        return (
+            np.array([self.state, self.t]),
+            1.0,
+            False,
+            self.t >= self.length,
+            {"success": self.t >= self.length and self.state > 0.5},
+        )
 
     def render(self):
         return np.full((6, 4, 3), 7, np.uint8)[::-1]  # upside down, as OpenGL's pictures come: a negative stride
@@ -86,3 +96,68 @@ class Single(Honest):
 
     def start(self):
         return 0.75
+
+
+class TupleActions(Honest):
+    """Takes actions that are neither numbers nor choices."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.action_space = gymnasium.spaces.Tuple((Box(-1, 1, (1,)), gymnasium.spaces.Discrete(2)))
+
+
+class Stateful(Honest):
+    """Keeps what it draws from in plain attributes: a list, a dict, a second name of its generator, an old RandomState.
+
+    Args:
+        hidden: "closure", "iterator" or "window" keeps a part of it where nobody looks.
+        length: steps of an episode.
+    """
+
+    def __init__(self, hidden: str | None = None, length: int = 5, render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.hidden, self.length = hidden, length
+        self.observation_space = Box(-np.inf, np.inf, (5,), np.float64)
+        self.whole = np.zeros(2)
+        self.part = self.whole[:1] if hidden == "window" else np.zeros(1)
+
+    def reset(self, *, seed=None, options=None):
+        _, info = super().reset(seed=seed)
+        self.again, self.old = self.np_random, np.random.RandomState(seed)
+        self.history, self.facts = [self.state], {"peak": np.float64(self.state), 3: (True, None)}
+        count = [0.0]
+
+        def hidden_count() -> float:
+            count[0] += 1
+            return count[0]
+
+        self.count = hidden_count
+        self.draws = iter([float(i) for i in range(1000)])
+        self.part[0] = self.state
+        return self.observe(), info
+
+    def observe(self):
+        hidden = {
+            "closure": lambda: self.count(),
+            "iterator": lambda: next(self.draws),
+            "window": lambda: self.whole[0],
+        }
+        extra = hidden[self.hidden]() if self.hidden else 0.0
+        return np.array([self.state, self.t, self.facts["peak"], sum(self.history[-3:]), extra])
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        drawn = self.np_random.normal() + self.again.random() + self.old.normal()
+        self.state = 0.5 * self.state + 0.1 * float(action[0]) + 0.1 * drawn
+        self.part += self.state
+        self.history.append(self.state)
+        self.facts["peak"] = max(self.facts["peak"], self.state)
+        return self.observe(), *rest
+
+
+CALLABLE = partial(system)
+
+
+def make_number() -> int:
+    """Returns no environment."""
+    return len(os.sep)

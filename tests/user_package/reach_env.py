@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 import gymnasium
@@ -19,10 +20,11 @@ class ReachEnv(gymnasium.Env):
     Args:
         render_mode: "rgb_array" or None.
         success_name: the entry of info that says success; None reports none.
-        fail_in: "reset", "step" or "render", to raise there.
-        exit_in: "reset" or "step", to end the process there.
+        fail_in: "reset" or "render", to raise there; "step", to do so in training alone, after a while.
+        exit_in: "step", to end the process there, in the same way.
         action_high: upper bounds of the action; the lower ones are [-2, -1].
-        wrong: "shape" or "nan", for a state that is not as promised; "frame", for a picture that is none.
+        wrong: "shape" or "nan", for a state that is not as promised, in the same way; "frame", for a picture that is
+            none.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -53,6 +55,7 @@ class ReachEnv(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         self._trouble("reset")
         super().reset(seed=seed)
+        self.training = (seed or 0) >= 10_000  # ids below are evaluated, and tried out at construction
         self.point, self.target = self.np_random.uniform(-1, 1, (2, 2))
         self.last_action, self.clock = np.zeros(2), 0
         self.text = f"go {'left' if self.target[0] < 0 else 'right'}"
@@ -79,16 +82,17 @@ class ReachEnv(gymnasium.Env):
         return frame
 
     def _trouble(self, where: str) -> None:
-        if self.fail_in == where and (where != "step" or self.clock > 3):
+        later = where == "step" and self.training and self.clock > 3
+        if self.fail_in == where and (where != "step" or later):
             raise ValueError("the simulator\nlost its mind")
-        if self.exit_in == where and self.clock > 3:
-            raise SystemExit(7)
+        if self.exit_in == where and later:
+            os._exit(7)
 
     def _observe(self) -> dict:
         image = np.full((HEIGHT, WIDTH, 3), self.clock % 256, np.uint8)
         image[..., 2] = 9
         state = np.concatenate([self.point, self.target, self.last_action])
-        if self.clock > 3:
+        if self.training and self.clock > 3:
             state = {"shape": state[:1], "nan": state * np.nan}.get(self.wrong, state)
         return {
             "state": state,
