@@ -20,7 +20,7 @@ from research.schema import OBSERVATION
 
 @torch.enable_grad()
 @torch.compiler.set_stance("force_eager")
-def _scores(
+def scores(
     contract: Contract, observations: TensorDictBase, calls: list | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and value of a decision at a few observations, with their graph.
@@ -65,7 +65,7 @@ def find_value_head(model: nn.Module, observations: TensorDictBase) -> list[str]
         model: the VLA, before freezing.
         observations: a few, as the environment offers them, `[B]`.
     """
-    log_prob, entropy, value = _scores(contract_of(model), observations)
+    log_prob, entropy, value = scores(contract_of(model), observations)
     own = parameters_behind(value) - parameters_behind(log_prob, entropy)
     names: list[str] = []
     for name, module in model.named_modules():  # parents come first: whole modules before what they hold
@@ -96,7 +96,7 @@ def detach_value_head(model: nn.Module, parameters: Collection[nn.Parameter], ob
     calls = []
     counting = module.register_forward_hook(lambda *_: calls.append(1))
     hook = module.register_forward_pre_hook(_detached, with_kwargs=True)
-    *_, value = _scores(contract_of(model), observations, calls)
+    *_, value = scores(contract_of(model), observations, calls)
     counting.remove()
     if parameters_behind(value) == wanted and len(calls) == 1:
         return True

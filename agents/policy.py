@@ -26,7 +26,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from agents.loss_modules import EVALUATED_ENTROPY, EVALUATED_LOG_PROB, EVALUATED_VALUE, ScoringActor, ScoringCritic
 from agents.reuse import DistinctInstructions, OncePerInstruction, blocked_stages, split_constant
-from agents.stages import Precision, StageSequence, compile_model, is_random, mixes_rows, reads_instruction, stage_name
+from agents.stages import Precision, StageSequence, compile_model, is_shared, module_of, reads_instruction, stage_name
 from agents.vla import Contract, contract_of
 from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, UserError, with_text_as
 
@@ -46,6 +46,7 @@ class VLAPolicy:
         critic: `ValueOperator` for `ClipPPOLoss`; reads what the actor's pass left behind.
         kept_keys: what the update reads of a transition, besides actions and advantages.
         frozen_stages: names of the stages that run at collection only.
+        constant_stages: the same, as they are in the model; reused_modules: what they are, or are methods of.
         blocked_stages: frozen stages that run in the update all the same, and stages that are functions: (name, why).
         shared_stages: names of the stages that train, and run once per distinct instruction of a batch.
 
@@ -68,11 +69,12 @@ class VLAPolicy:
         stages = list(self.contract.stages())
         reuse = feature_reuse == "auto"
         constant, others = split_constant(stages) if reuse else ([], stages)
-        shared = [s for s in others if reuse and reads_instruction(s) and not is_random(s) and not mixes_rows(s)]
+        shared = [s for s in others if reuse and is_shared(s)]
         blocked = blocked_stages(stages) if reuse else []
         self.frozen_stages = [stage_name(model, stage) for stage in constant]
         self.blocked_stages = [(stage_name(model, stage), why) for stage, why in blocked]
         self.shared_stages = [stage_name(model, stage) for stage in shared]
+        self.constant_stages, self.reused_modules = constant, [module_of(stage) for stage in constant]
         if compile:  # now that it is known which stages are methods and functions
             compile_model(self.contract, stages, graphs)
         constant = [OncePerInstruction(s) if reads_instruction(s) else s for s in constant]

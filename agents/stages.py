@@ -154,9 +154,21 @@ def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
     return names[0] if names else "+".join(map(str, stage.out_keys))
 
 
+def module_of(stage: TensorDictModuleBase) -> nn.Module:
+    """The module that a stage runs, or whose method it runs; a function's stage itself."""
+    inner = getattr(stage, "module", stage)
+    owner = getattr(inner, "__self__", inner)
+    return owner if isinstance(owner, nn.Module) else stage
+
+
 def reads_instruction(stage: TensorDictModuleBase) -> bool:
     """Whether the instruction is all that a stage reads."""
     return stage.in_keys == [(OBSERVATION, LANGUAGE)]
+
+
+def is_shared(stage: TensorDictModuleBase) -> bool:
+    """Whether rows with the same instruction get the same from a stage: it reads nothing else, and does nothing odd."""
+    return reads_instruction(stage) and not is_random(stage) and not mixes_rows(stage)
 
 
 def trains(stage: TensorDictModuleBase) -> bool:
@@ -166,8 +178,7 @@ def trains(stage: TensorDictModuleBase) -> bool:
 
 def _parameters(stage: TensorDictModuleBase) -> Iterator[nn.Parameter]:
     """A stage's parameters; those of the whole model where the stage is one of the model's methods."""
-    owner = getattr(getattr(stage, "module", None), "__self__", None)
-    return owner.parameters() if isinstance(owner, nn.Module) else stage.parameters()
+    return module_of(stage).parameters()
 
 
 def is_opaque(stage: TensorDictModuleBase) -> bool:

@@ -108,9 +108,9 @@ def _frozen_by(
 ) -> set[nn.Parameter]:
     """The parameters that one preset or pattern freezes."""
     if pattern in ("backbone", "lora"):
-        return {p for p, aliases in names.items() if not any(_within(n, heads) for n in aliases)}
+        return {p for p, aliases in names.items() if not any(within(n, heads) for n in aliases)}
     if pattern in PRESETS:
-        found = {p for p, aliases in names.items() if any(_within(n, PRESETS[pattern]) for n in aliases)}
+        found = {p for p, aliases in names.items() if any(within(n, PRESETS[pattern]) for n in aliases)}
     else:
         found = {p for p, aliases in names.items() if any(_matches(n, pattern) for n in aliases)}
     if not found and pattern != "none":
@@ -139,7 +139,7 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
 
 
-def _within(name: str, modules: Sequence[str]) -> bool:
+def within(name: str, modules: Sequence[str]) -> bool:
     """Whether a dotted name has one of `modules`, which may be dotted themselves, among its components."""
     return any(f".{module}." in f".{name}." for module in modules)
 

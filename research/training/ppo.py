@@ -119,19 +119,20 @@ class PolicyUpdate:
         Raises:
             NonFiniteError: a loss or a gradient is not a number; names it, and the step, which is not taken.
         """
-        cfg, totals, count, rows = self.cfg, 0.0, 0, 0
+        cfg, totals, count, steps, rows = self.cfg, 0.0, 0, 0, 0
         for minibatch in (m for _ in range(cfg.n_epochs) for m in minibatches(batch, cfg.batch_size)):
             measured = torch.cat([self._accumulate(minibatch, value_only), self._clip()])
             if not math.isfinite(measured.sum()):  # looked at once a step, as a GPU is waited for
-                check_finite(zip(self.names, measured, strict=True), f"in gradient step {count} of the update")
-            totals = totals + measured
+                check_finite(zip(self.names, measured, strict=True), f"in gradient step {steps} of the update")
+            totals, count = totals + measured, count + 1
+            if cfg.target_kl is not None and measured[APPROX_KL].item() > cfg.target_kl:
+                self.optimizer.zero_grad(set_to_none=True)  # far enough: this step is not taken
+                break
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            count, rows = count + 1, rows + len(minibatch)
-            if cfg.target_kl is not None and measured[APPROX_KL].item() > cfg.target_kl:
-                break
+            steps, rows = steps + 1, rows + len(minibatch)
         means = {name: total / count for name, total in zip(self.names, totals.tolist(), strict=True)}
-        means |= {"train/gradient_steps": float(count), "train/epochs": rows / len(batch)}
+        means |= {"train/gradient_steps": float(steps), "train/epochs": rows / len(batch)}
         return means | {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
 
     def _accumulate(self, minibatch: TensorDictBase, value_only: bool) -> Tensor:
@@ -144,6 +145,8 @@ class PolicyUpdate:
         for micro in minibatch.split(size) if size else [minibatch]:
             share = len(micro) / len(minibatch)
             losses = self.loss(micro)
+            # TorchRL's mean of -log r, as r - 1 - log r: a tenth of the spread (k3, joschu.net/blog/kl-approx.html).
+            losses["kl_approx"] += losses["mean_ratio"] - 1
             self._backward(losses, value_only, share)
             metrics = metrics + share * torch.stack([losses[name].detach() for name in self.measured])
         return metrics

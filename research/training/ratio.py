@@ -1,13 +1,18 @@
-"""The probability ratio before the first update: 1, if the policy that is scored is the one that acted."""
+"""The first rollout, looked at before the first update: is the policy that is scored the one that acted?
+
+Then the probability ratio is 1, and no action of a continuous distribution comes twice.
+"""
 
 from __future__ import annotations
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from research.schema import ACTION, LOG_PROB
 from research.training.algorithm import Policy
 
+FEWEST, CLAMPED = 30, 0.01  # values between the extremes that tell anything; share of extremes that is worth a warning
 TOLERANCE = {"off": 1e-3, "bf16": 1e-2}  # of |log ratio|, by trainer.autocast
 
 
@@ -37,4 +42,35 @@ def describe_ratio(log_ratio: float, autocast: str) -> str | None:
         f"{log_ratio:.3g}, and should be below {TOLERANCE[autocast]:g}; likely causes are dropout or batch norm that "
         "forward() puts in train mode, an action that is clamped or squashed after it was drawn, another sampling "
         "temperature in evaluate_actions, or weights in half precision"
+    )
+
+
+def clamped_share(action: Tensor) -> float:
+    """The share of action components that lie exactly at their lowest or highest value, where others never repeat.
+
+    A continuous distribution draws no number twice, so these were clamped after they were drawn. A model that scores
+    its clamped actions has a ratio of 1, and yet a density that is not the one that acted.
+
+    Args:
+        action: `[B, A]`, or `[B, H, A]`.
+    Returns:
+        of the component that has most of them; 0 where values in between repeat too (tokens), or are few.
+    """
+    largest = 0.0
+    for values in action.flatten(1).T:  # [B]
+        edge = (values == values.min()) | (values == values.max())
+        between = values[~edge]
+        if len(between) >= FEWEST and len(between.unique()) > 0.99 * len(between):
+            largest = max(largest, (edge.sum().item() - 2) / len(values))
+    return largest
+
+
+def describe_clamping(share: float) -> str | None:
+    """A warning about actions that were clamped after they were drawn, or None where there are hardly any."""
+    if share < CLAMPED:
+        return None
+    return (
+        f"before the first update {share:.0%} of one action component lie exactly at its lowest or highest value, as "
+        "if forward() clamped what it drew: log-probabilities are then not those of the policy that acted; return what "
+        "was drawn, the environment clamps it"
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from research.config import LoRAConfig
 from research.schema import FrozenWeightsChanged, UserError
-from research.training.audit import FreezeAudit
+from research.training.audit import FreezeAudit, load_trained_state, tensors_by_name
 from research.training.freezing import freeze
 from research.training.lora import adapter_changes
 
@@ -31,6 +31,7 @@ class Model(nn.Module):
 
 
 FROZEN = {  # of the scope "vision"
+    "vision_encoder.cache",
     "vision_encoder.0.weight", "vision_encoder.0.bias", "vision_encoder.1.weight", "vision_encoder.1.bias",
     *(f"vision_encoder.{i}.{b}" for i in (1, 2) for b in ("running_mean", "running_var", "num_batches_tracked")),
 }  # fmt: skip
@@ -53,11 +54,11 @@ def test_one_bit_in_any_frozen_tensor_is_caught_and_named(dtype):
     model = Model().to(dtype)
     freeze(model, "vision")
     audit = FreezeAudit(model)
-    tensors = dict(model.state_dict(keep_vars=True))
+    tensors = tensors_by_name(model)
     for name in FROZEN:
         audit.check("at the start")
         flip_one_bit(tensors[name])
-        with pytest.raises(FrozenWeightsChanged, match=rf"1 of 10 .* at env step 64: {name};"):
+        with pytest.raises(FrozenWeightsChanged, match=rf"1 of 11 .* at env step 64: {name};"):
             audit.check("at env step 64")
         assert audit.summary()["audit/frozen_ok"] is False
         flip_one_bit(tensors[name])
@@ -71,7 +72,6 @@ def test_training_passes_and_leaves_the_frozen_as_they_were():
     for _ in range(2):  # trainable parts in train mode: their batch statistics change too
         model(torch.randn(8, 4)).sum().backward()
         optimizer.step()
-        model.vision_encoder.cache += 1
     assert model.fusion[1].num_batches_tracked == 2
     audit.check("after training")
     assert audit.summary()["audit/frozen_tensors"] == len(FROZEN)
@@ -81,7 +81,7 @@ def test_batch_norm_in_train_mode_is_caught():
     model, audit = audited()
     model.train()
     model(torch.randn(8, 4))
-    with pytest.raises(FrozenWeightsChanged, match=r"6 of 10 .*running_mean, .* and 3 more; look for"):
+    with pytest.raises(FrozenWeightsChanged, match=r"6 of 11 .*running_mean, .* and 3 more; look for"):
         audit.check("after a forward pass")
 
 
@@ -122,21 +122,98 @@ def test_a_resumed_run_is_audited_against_the_first_start():
     model, audit = audited()
     with torch.no_grad():
         model.fusion[0].weight.mul_(2.0)
-    saved = checkpoint(model=model.state_dict(), audit=audit.state_dict())
+    saved = checkpoint(model=audit.trained_state(), audit=audit.state_dict())
+    assert set(saved["model"]) == set(model.state_dict()) - FROZEN
+    hashes = saved["audit"]["hashes"]
     torch.manual_seed(5)  # another start, as of a run whose pretrained file changed
     resumed = Model()
     freeze(resumed, "vision")
+    with pytest.raises(UserError, match=r"model_path: \d of 11 frozen tensors are not what the run had frozen"):
+        load_trained_state(resumed, saved["model"], hashes)
+    resumed.vision_encoder.load_state_dict(model.vision_encoder.state_dict())
+    assert load_trained_state(resumed, saved["model"], hashes) == []
+    assert load_trained_state(resumed, {"log_std": torch.zeros(2), "arm": torch.zeros(2)}, hashes)[:2] == [
+        "arm", "fusion.0.weight",
+    ]  # fmt: skip
+    assert load_trained_state(resumed, saved["model"], hashes) == []
     again = FreezeAudit(resumed)
     again.load_state_dict(saved["audit"])
-    with pytest.raises(FrozenWeightsChanged):
-        again.check("at the resumption")
-    resumed.load_state_dict(saved["model"])
     again.check("at the resumption")
     assert again.drift() == audit.drift() and again.drift()["audit/drift/fusion"] > 0
     assert again.summary() == audit.summary()
     _, other = audited(["vision", "fusion"])
-    with pytest.raises(UserError, match=r"policy\.freeze.*froze 10 tensors, this one 16 .*fusion\.0\.weight"):
+    with pytest.raises(UserError, match=r"policy\.freeze.*froze 11 tensors, this one 17 .*fusion\.0\.weight"):
         other.load_state_dict(saved["audit"])
+
+
+class Hidden(Model):
+    """Keeps what its frozen part uses where no list of parameters and buffers shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("goal", torch.ones(2))
+        self.vision_encoder.scales = {"near": [torch.ones(4)], "far": torch.ones(4)}
+        self.vision_encoder.last = torch.zeros(4)
+        self.statistics = nn.Module()
+        self.statistics.register_buffer("mean", torch.zeros(4))
+        self.target = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x):
+        self.vision_encoder.last = x.detach().mean(0)
+        with torch.no_grad():  # an averaged copy of what trains, as some critics have
+            self.target.weight.lerp_(self.fusion[0].weight, 0.1)
+        return super().forward(x)
+
+
+def hidden(scope, **options) -> tuple[Hidden, FreezeAudit]:
+    torch.manual_seed(0)
+    model = Hidden().eval()
+    frozen = freeze(model, scope)
+    frozen = [name for name in frozen if not name.startswith("target")] if scope == "vision" else frozen
+    return model, FreezeAudit(model, frozen, exercise=lambda: model(torch.randn(3, 4)), **options)
+
+
+def test_tensors_that_are_not_registered_are_audited_but_for_what_running_changes():
+    for write in (lambda scales: scales["near"][0].add_(1), lambda scales: scales.update(far=torch.zeros(4))):
+        model, audit = hidden("vision")
+        model(torch.randn(8, 4))
+        audit.check("after running it")
+        write(model.vision_encoder.scales)
+        with pytest.raises(FrozenWeightsChanged, match=r"1 of \d+ .*vision_encoder\.scales"):
+            audit.check("now")
+
+
+def test_what_has_no_parameters_is_audited_where_it_is_reused_or_all_but_the_heads_is_frozen():
+    model, audit = hidden("vision")
+    model.statistics.mean += 1  # nothing frozen reads them
+    model.goal += 1
+    audit.check("now")
+    model = Hidden()
+    audit = FreezeAudit(model, freeze(model, "backbone"))
+    for buffer, name in ((model.statistics.mean, "statistics.mean"), (model.goal, "goal")):
+        buffer += 1
+        with pytest.raises(FrozenWeightsChanged, match=f"1 of .*: {name};"):
+            audit.check("now")
+        buffer -= 1
+    torch.manual_seed(0)
+    model = Hidden()
+    audit = FreezeAudit(model, freeze(model, "vision"), reused=[model.statistics])
+    model.statistics.mean += 1
+    with pytest.raises(FrozenWeightsChanged, match=r"statistics\.mean"):
+        audit.check("now")
+
+
+def test_an_averaged_copy_of_what_trains_is_no_false_alarm_and_is_saved():
+    model, audit = hidden("none")
+    before = model.target.weight.clone()
+    model(torch.randn(8, 4))
+    audit.check("now")
+    assert not torch.equal(model.target.weight, before)
+    assert "target.weight" in audit.trained_state() and audit.summary()["audit/frozen_tensors"] == 0
+    relied_on = FreezeAudit(model, [], reused=[model.target])  # where its outputs are kept it may not move
+    model(torch.randn(8, 4))
+    with pytest.raises(FrozenWeightsChanged, match=r"target\.weight"):
+        relied_on.check("now")
 
 
 def test_drift_is_the_relative_distance_from_the_start():

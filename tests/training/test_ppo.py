@@ -172,21 +172,31 @@ def test_metrics_are_means_over_the_gradient_steps():
     model = make_model()
     ppo, policy = make_ppo(model, lr=0.0, normalize_advantage=False, ent_coef=0.0)
     batch = make_batch(policy)
+    with torch.no_grad():
+        model.action_head.mean[-1].bias += 0.1
     expected = ppo.policy_update.loss(
         batch.clone()
     )  # weights do not move: the mean over minibatches is that over the batch
     metrics = update(ppo, batch)
     for name in ("loss_objective", "loss_critic", "entropy", "clip_fraction"):
         assert metrics[f"train/{name}"] == pytest.approx(expected[name].item(), rel=1e-4, abs=1e-6)
-    assert metrics["train/approx_kl"] == pytest.approx(expected["kl_approx"].item(), abs=1e-6)
+    # Schulman's k3, of a policy that has moved.
+    log_ratio = policy.actor.get_dist(batch.clone()).log_prob(None).detach() - batch["action_log_prob"]
+    assert metrics["train/approx_kl"] == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), abs=1e-6)
+    assert metrics["train/approx_kl"] > 1e-3
 
 
-def test_target_kl_stops_the_update():
+def test_target_kl_stops_the_update_before_a_step_from_too_far():
     model = make_model()
-    ppo, policy = make_ppo(model, lr=0.05, n_epochs=10, target_kl=0.01)
-    metrics = update(ppo, make_batch(policy))
-    assert 1 < metrics["train/gradient_steps"] < 40
+    ppo, policy = make_ppo(model, lr=0.02, n_epochs=10, target_kl=0.01)
+    batch = make_batch(policy)
+    metrics = update(ppo, batch)
+    assert 1 <= metrics["train/gradient_steps"] < 40
     assert metrics["train/epochs"] == metrics["train/gradient_steps"] / 4
+    far = [p.detach().clone() for p in model.parameters()]
+    metrics = update(ppo, batch)  # where the policy has moved too far before the first step, none is taken
+    assert metrics["train/gradient_steps"] == 0 and metrics["train/approx_kl"] > 0.01
+    assert all(torch.equal(p, before) and p.grad is None for p, before in zip(model.parameters(), far, strict=True))
 
 
 @pytest.mark.parametrize(

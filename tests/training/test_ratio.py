@@ -9,7 +9,7 @@ from worlds import INTERFACES, WRAP, rollout_batch, small_model, write_config
 
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
-from research.training.ratio import describe_ratio, largest_log_ratio
+from research.training.ratio import clamped_share, describe_clamping, describe_ratio, largest_log_ratio
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
@@ -42,3 +42,16 @@ def test_a_run_warns_once_of_one_that_is_not(tmp_path, caplog, model, warned):
     config = write_config(tmp_path, policy__vla_config__model_class=model, trainer__enable_eval=False)
     assert ppo_vla.main(["--config", str(config)]) == 0
     assert sum("is not the one that acted" in message for message in caplog.messages) == warned
+
+
+def test_actions_that_were_clamped_after_they_were_drawn_are_seen():
+    torch.manual_seed(0)
+    drawn = torch.randn(512, 3)
+    assert clamped_share(drawn) == 0 and describe_clamping(0.0) is None
+    clamped = drawn.clone()
+    clamped[:, 1].clamp_(-1, 1)
+    expected = ((drawn[:, 1].abs() >= 1).sum().item() - 2) / 512
+    assert clamped_share(clamped) == pytest.approx(expected) and expected > 0.25
+    assert "31%" in describe_clamping(0.31) and "forward() clamped" in describe_clamping(0.31)
+    assert clamped_share((drawn.clamp(-1, 1) * 16).round() / 16) == 0  # tokens repeat anywhere
+    assert clamped_share(clamped[:16]) == 0  # too few to tell
