@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test test-fast lint pretrain evaluate clean
+.PHONY: train test test-fast test-faults lint pretrain evaluate clean
 
 train: $(READY)  ## fine-tune the shipped checkpoint with PPO: the main job
 	$(VENV)/bin/python experiments/ppo_vla.py $(ARGS)
@@ -19,6 +19,9 @@ test: $(READY)  ## all tests
 
 test-fast: $(READY)  ## mathematics, contracts and parsing: no training run, nothing compiled
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-faults: $(READY)  ## kills, full disks, broken files, many times over: docs/reliability.md
+	$(VENV)/bin/python -m pytest -m "faults or properties" --hypothesis-profile=faults -s $(ARGS)
 
 lint: $(READY)  ## what CI checks besides the tests
 	$(VENV)/bin/ruff check

@@ -6,38 +6,34 @@ clear line, before a run folder is made or anything heavy starts.
 
 from __future__ import annotations
 
-import inspect
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
-from tensordict import TensorDictBase
-from torch import nn
+from building import make_model, make_policy
+from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
-from agents.checking import check_model, check_policy
 from agents.cost import flops_per_transition, reuse_report
-from agents.critic import detach_value_head, find_value_head
-from agents.loading import import_model_class, load_vla_model
+from agents.critic import detach_value_head
 from agents.policy import VLAPolicy
 from envs import make_env
-from research.config import FREEZE_SWITCHES, ExperimentConfig, TrainerConfig
-from research.schema import OBSERVATION, PROPRIO, UserError, check_observation
+from research.config import ExperimentConfig, TrainerConfig
+from research.schema import OBSERVATION, UserError, check_observation, describe_error
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Algorithm, Collection
 from research.training.asynchronous import AsynchronousRollouts
 from research.training.audit import FreezeAudit
-from research.training.freezing import HEADS, freeze, named_parameters_within, parameter_groups, part_names, part_of
+from research.training.freezing import named_parameters_within, parameter_groups, part_names
 from research.training.loss import make_loss
 from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
 from research.training.threads import choose_threads
 from research.training.utilisation import Utilisation, matmul_flops_per_second
 from research.training.vtrace import VTraceAdvantages
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -74,7 +70,7 @@ def assemble(config: ExperimentConfig) -> Assembly:
     trainer.threads, why = choose_threads(trainer.threads)  # recorded: a resumed run takes the same
     torch.set_num_threads(trainer.threads)
     print(f"threads: {trainer.threads} ({why})", flush=True)
-    torch.manual_seed(trainer.seed)
+    seed_everything(trainer.seed)
     env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, trainer.seed)
     observations = env.observation_spec[OBSERVATION].zero()
     check_observation(observations, f"env {trainer.env!r}")
@@ -83,10 +79,12 @@ def assemble(config: ExperimentConfig) -> Assembly:
         raise UserError(
             f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_shape[-1]} numbers"
         )
-    model, value_head = make_model(config, few, action_shape, device)
-    audit = FreezeAudit(model)
-    policy = make_policy(config, model, few, action_shape)
-    algorithm = make_ppo(config, policy, value_head, few)
+    choices = getattr(env, "action_choices", None)
+    built = make_model(config, few, action_shape, device, choices=choices)
+    policy = make_policy(config, built.model, few, action_shape, choices)
+    algorithm = make_ppo(config, policy, built.value_head, few)
+    run = partial(policy.values, TensorDict({OBSERVATION: observations}, observations.batch_size))
+    audit = FreezeAudit(built.model, built.frozen, policy.reused_modules, built.heads, exercise=run)
     rollouts = make_rollouts(config, env, policy, device)
     num_eval_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
     eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
@@ -97,95 +95,22 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"trainer.device is {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"trainer.device: unknown device {name!r}; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("trainer.device is 'cuda', but torch finds no GPU here; use 'auto' or 'cpu'")
+        torch.zeros(1, device=device).item()  # what is not here, or "meta", which holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = describe_error(error)
+        raise UserError(f"trainer.device: {name!r} cannot compute here; use auto, cpu or cuda ({why})") from None
     return device
 
 
-def make_model(
-    config: ExperimentConfig,
-    observations: TensorDictBase,
-    action_shape: Sequence[int],
-    device: torch.device,
-    expect_fresh: bool = False,
-) -> tuple[nn.Module, list[str]]:
-    """The configured model, its checkpoint loaded, frozen as configured and in eval mode; and names of its value head.
-
-    Eval mode throughout (no dropout, fixed batch statistics): the policy that is trained is the one that acted.
-
-    Args:
-        config: the experiment.
-        observations: a few, as the environment offers them, `[B]`: on them the model is tried and its value head found.
-        action_shape: of one action of the environment, `[A]` or `[H, A]`.
-        device: where the model lies.
-        expect_fresh: do not warn of fresh weights; others replace them.
-    """
-    policy, vla = config.policy, config.policy.vla_config
-    if vla.model_path and not Path(vla.model_path).exists() and (HERE / vla.model_path).exists():
-        vla.model_path = str(HERE / vla.model_path)
-    # A model whose constructor names such a switch is told.
-    named = inspect.signature(import_model_class(vla.model_class).__init__).parameters
-    scopes = [policy.freeze] if isinstance(policy.freeze, str) else policy.freeze
-    told = {switch: True for switch, preset in FREEZE_SWITCHES.items() if switch in named and preset in scopes}
-    # What follows from the environment need not be said; said otherwise, the model is tried and refused.
-    follows = {"action_dim": action_shape[-1]}
-    if PROPRIO in observations.keys():
-        follows["proprio_dim"] = observations[PROPRIO].shape[-1]
-    told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
-    model = load_vla_model(
-        vla.model_path,
-        vla.model_class,
-        vla.model_config | told,
-        device,
-        strict=vla.strict,
-        strip_prefix=vla.strip_prefix,
-        add_prefix=vla.add_prefix,
-        trust_checkpoint=vla.trust_checkpoint,
-        expect_fresh=expect_fresh,
-    )
-    with torch.random.fork_rng():
-        check_model(model.eval(), observations, action_shape)
-    value_head = [policy.value_head] if policy.value_head else find_value_head(model, observations)
-    heads = getattr(model, "heads", None) or list(dict.fromkeys([*HEADS, *value_head]))
-    freeze(model, policy.freeze, heads=heads, lora=policy.lora)
-    refuse_half_precision(model)
-    return model.eval(), value_head
-
-
-def refuse_half_precision(model: nn.Module) -> None:
-    """Refuse to train weights in bfloat16 or float16: steps smaller than their rounding are lost without a word."""
-    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if half:
-        parts = ", ".join(dict.fromkeys(map(part_of, half)))
-        raise UserError(
-            f"policy.vla_config: {type(model).__name__} trains {parts} in half precision, where small steps are lost; "
-            "construct what trains in float32 and set trainer.autocast=bf16, or freeze it"
-        )
-
-
-def load_trained(model: nn.Module, weights: dict, source: str) -> None:
-    """Give a model, frozen as in that run, the weights that it ended with; `source` is named where they do not fit."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{source} does not fit the model that its config.json (and your flags) describe: {reason}"
-        ) from None
-
-
-def make_policy(
-    config: ExperimentConfig, model: nn.Module, observations: TensorDictBase, action_shape: Sequence[int]
-) -> VLAPolicy:
-    """The modules around a model that is frozen as it will be, tried out on a few observations `[B]`."""
-    trainer = config.trainer
-    policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast, compile=trainer.compile == "on")
-    check_policy(policy, observations, action_shape)
-    return policy
+def seed_everything(seed: int) -> None:
+    """Seed the generators that a user's model or environment may draw from: Python's, NumPy's, torch's."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def make_ppo(
@@ -219,9 +144,10 @@ def make_rollouts(config: ExperimentConfig, env: EnvBase, policy: VLAPolicy, dev
     if trainer.buffer_type == "standard":
         return Rollouts(env, policy, trainer.buffer_size)
     env.close()
+    print(f"starting {trainer.num_collectors} processes that collect", flush=True)
     return AsynchronousRollouts(
         partial(make_worker_env, trainer, device), trainer.num_envs, policy, trainer.num_collectors,
-        trainer.buffer_size, trainer.max_staleness, trainer.seed,
+        trainer.buffer_size, trainer.max_staleness, trainer.seed, trainer.worker_timeout,
     )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import packages  # noqa: F401
+
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from tensordict import TensorDict
@@ -31,7 +33,7 @@ from agents.loading import load_vla_model
 from agents.policy import VLAPolicy
 from envs import make_env
 from research.options import parse_config, to_dict
-from research.runs.checkpoint import save_checkpoint
+from research.runs.folder import replacing
 from research.schema import ACTION, HIDDEN, OBSERVATION, UserError
 from research.training.evaluation import evaluate
 
@@ -192,7 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     result = evaluate(env, policy.act, range(config.eval_episodes))
     output = Path(config.output)
     settings = to_dict(config) | {"output": output.name}  # not where on this machine
-    save_checkpoint(output, model_state_dict=model.state_dict(), config=settings)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output, "wb") as file:
+        torch.save({"model_state_dict": model.state_dict(), "config": settings}, file)
     facts = {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), **result.metrics()}
     output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"{result.summary()}; {time.monotonic() - start:.0f} s; weights in {output}")

@@ -30,6 +30,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import packages  # noqa: F401
+
 import torch
 from scipy.stats import linregress
 from throughput.figures import draw_scaling, draw_table, growth

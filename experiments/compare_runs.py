@@ -25,6 +25,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import packages  # noqa: F401
+
 from research.schema import UserError, one_line
 from research.study.comparison import compare
 from research.study.report import ranking, write_report

@@ -8,6 +8,7 @@
 A run folder, or a checkpoint in it, brings its own configuration; bare weights take it from --config, by default
 experiments/configs/pick_place.json. Flags win over both. Writes episodes.jsonl, summary.json (the metrics of the first
 split, and of every split under "splits") and a video grid per split. An initial state has the same id in every split.
+A run folder from elsewhere that names code outside of this project asks for --trust.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import packages  # noqa: F401
+
 import torch
-from assembling import choose_device, load_trained, make_model, make_policy
-from configuration import with_default_config
+from assembling import choose_device
+from building import load_trained, make_model, make_policy
+from configuration import split_trust, with_default_config
+from resuming import load_run
 from tqdm import tqdm
 
 from envs import make_env, splits_of
 from research.config import ExperimentConfig, TrainerConfig
 from research.options import parse_config
-from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION, NonFiniteError, UserError
@@ -60,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
+    argv, trusted = split_trust(argv)
     config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
     trained = None
     if config.checkpoint and (run := RunFolder.containing(config.checkpoint)).is_run:
         config = parse_config(EvaluationConfig, [f"--config={run.config}", *argv], __doc__)
-        trained = load_checkpoint(Path(config.checkpoint))["model_state_dict"]
-        config.policy.vla_config.model_path = None  # what the run started from
+        trained = load_run(config.checkpoint, config, trusted)
     elif config.checkpoint:
         config.policy.vla_config.model_path = config.checkpoint
     if config.film < 0 or config.first_state < 0:
@@ -82,10 +86,11 @@ def run(argv: list[str]) -> int:
     first = next(iter(envs.values()))
     observations, action_shape = first.observation_spec[OBSERVATION].zero()[:2], first.action_spec.shape[1:]
     # Frozen as in training, where frozen stages run at other batch shapes and layers may have adapters.
-    model, _ = make_model(config, observations, action_shape, device, expect_fresh=trained is not None)
+    choices = getattr(first, "action_choices", None)
+    model = make_model(config, observations, action_shape, device, trained is not None, choices).model
     if trained is not None:
-        load_trained(model, trained, config.checkpoint)
-    policy = make_policy(config, model, observations, action_shape)
+        load_trained(model, trained)
+    policy = make_policy(config, model, observations, action_shape, choices)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

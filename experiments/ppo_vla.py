@@ -5,19 +5,24 @@
     python experiments/ppo_vla.py --policy.freeze=vision --algorithm.cfg.learning_rate=1e-04 --trainer.seed=2
 
 Without --config it starts from experiments/configs/pick_place.json; flags win over the file. Ctrl-C finishes the
-iteration, writes a checkpoint that --trainer.resume=<run folder> continues exactly, and sums up.
+iteration, writes a checkpoint that --trainer.resume=<run folder> continues exactly, and sums up. A run folder from
+elsewhere that names code outside of this project asks for --trust.
 """
 
 from __future__ import annotations
 
 import sys
 
+import packages  # noqa: F401
+
 from assembling import Assembly, assemble
 from configuration import read_experiment
-from training_run import FILMED, Stopwatch, TrainingRun, load_resumed, open_run
+from resuming import load_resumed
+from training_run import FILMED, TrainingRun, open_run
 
 from research.config import ExperimentConfig
 from research.schema import UserError
+from research.training.utilisation import Stopwatch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped before the run began", file=sys.stderr)
+        return 130
 
 
 def train(config: ExperimentConfig) -> int:
@@ -41,6 +49,7 @@ def learn(parts: Assembly, run: TrainingRun) -> None:
     trainer, progress, rollouts, algorithm = run.trainer, run.progress, parts.rollouts, parts.algorithm
     run.begin()
     while not (progress.finished or run.interrupted):
+        run.hold()
         watch = Stopwatch()
         rollout = rollouts.next()  # [N, T]
         batch, metrics = algorithm.prepare(rollout)  # [N * T], with advantages

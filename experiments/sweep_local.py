@@ -9,6 +9,7 @@ or after a kill, the sweep goes on where it was, each run from its own checkpoin
 or on another machine that sees the same folder, adds workers. Values added to a grid are run at the next start.
 
 A run that crashes stays in the table as failed and is not repeated; one that its script refused is, at the next start.
+One whose simulator broke goes on from its checkpoint, a few times.
 W&B is offline unless WANDB_MODE says otherwise. Workers share the GPUs that CUDA_VISIBLE_DEVICES names.
 """
 
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import packages  # noqa: F401
+
 import optuna
 from configuration import with_default_config
 from optuna.trial import FrozenTrial, TrialState
@@ -42,7 +45,7 @@ from research.training.interruption import Interruption
 
 POLL_S = 0.5
 MOST_FAILURES = 3  # in a row: then more than one trial is wrong, and the sweep gives up
-MOST_STARTS = 5  # of a run that something outside keeps killing
+MOST_STARTS = 5  # of a run that something outside keeps ending
 
 
 @dataclass
@@ -109,7 +112,7 @@ class LocalSweep:
         if self.sweep.project:
             extra.append(f"--trainer.wandb_project_name={self.sweep.project}")
         folder = self.run_folder(trial.number)
-        if folder and folder.last_checkpoint.exists():
+        if folder and folder.last_checkpoint:
             extra.append(f"--trainer.resume={folder}")
         elif folder:
             shutil.rmtree(folder.path)  # stopped before its first checkpoint: it begins anew
@@ -154,7 +157,7 @@ class LocalSweep:
             self.trials.tell(trial, values[-1])
         elif run.stopped == "early":
             self.trials.tell(trial, state=TrialState.PRUNED)
-        elif run.stopped or ((code < 0 or code > 128) and trial.user_attrs["starts"] < MOST_STARTS):
+        elif run.stopped or (self.from_outside(number, code) and trial.user_attrs["starts"] < MOST_STARTS):
             self.trials.put_back(number)
         else:
             lines = self.log(number).read_text(errors="replace").split("\n")
@@ -166,6 +169,11 @@ class LocalSweep:
         self.exhausted = False
         run.lock.close()
         self.say(number)
+
+    def from_outside(self, number: int, code: int) -> bool:
+        """Whether something outside of the run ended it, so that it may come further another time."""
+        folder = self.run_folder(number)
+        return code < 0 or code > 128 or (code == 1 and folder is not None and folder.stopped_by == "simulator")
 
     def run(self) -> int:
         """Work until nothing is left or a signal comes; returns the exit code."""

@@ -9,43 +9,36 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from assembling import Assembly, describe, measure_utilisation
-from configuration import changes_of_resuming, run_of_checkpoint
+from building import keeps_frozen_weights
+from resuming import evaluation_at, restore
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
 from research.config import ExperimentConfig
 from research.options import flatten, to_dict
-from research.runs.checkpoint import load_checkpoint, restore_rng, save_checkpoint
-from research.runs.folder import RunFolder, append_rows
+from research.runs.checkpoint import CheckpointWriter, load_checkpoint, snapshot, write_checkpoint
+from research.runs.folder import FROZEN, RunFolder, append_rows
+from research.runs.origin import sign
 from research.runs.reporting import last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker, resolve_wandb_mode
 from research.runs.video import video_grid, write_video
-from research.schema import FrozenWeightsChanged, NonFiniteError, check_finite
+from research.schema import (
+    ACTION,
+    FrozenWeightsChanged,
+    NonFiniteError,
+    SimulatorFailed,
+    UserError,
+    check_finite,
+    one_line,
+)
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
-from research.training.ratio import describe_ratio, largest_log_ratio
+from research.training.ratio import clamped_share, describe_clamping, describe_ratio, largest_log_ratio
 
 log = logging.getLogger(__name__)
 
 FILMED = 12  # evaluation episodes in a video
-
-
-def load_resumed(config: ExperimentConfig) -> dict | None:
-    """The checkpoint of `trainer.resume`, or None; says what the run does otherwise than before.
-
-    Raises:
-        UserError: there is none, or something that a run cannot change was changed.
-    """
-    if not config.trainer.resume:
-        return None
-    run_of_checkpoint(config.trainer.resume)
-    state = load_checkpoint(config.trainer.resume)
-    progress = Progress(config.trainer.iterations)
-    progress.load_state_dict(state.get("progress", state))
-    for line in changes_of_resuming(state["config"], config, progress.iteration):
-        print(line)
-    return state
 
 
 def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) -> TrainingRun:
@@ -61,13 +54,15 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
     mode, reason = resolve_wandb_mode(trainer.use_wandb)
     folder = RunFolder.containing(trainer.resume) if resumed else RunFolder.create(trainer.run_dir, trainer.exp_name)
     restarted = not resumed and folder.metrics.exists()
-    if restarted and folder.last_checkpoint.exists():
+    if restarted and folder.last_checkpoint:
         resumed, restarted = load_checkpoint(folder.path), False
     elif restarted:
         folder.episodes.unlink(missing_ok=True)
-    progress = Progress(trainer.iterations)
+    progress, writer, evaluated = Progress(trainer.iterations), CheckpointWriter(folder, trainer.keep_checkpoints), []
     if resumed:
-        restore(resumed, parts, progress)
+        restore(resumed, parts, progress)  # what is written from here on goes on from there
+        writer.remove_after(progress.env_steps)
+        evaluated = evaluation_at(folder, progress.env_steps, trainer.num_eval_episodes)
     tracker = Tracker(
         folder,
         to_dict(config),
@@ -81,35 +76,35 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
         resume_id=folder.id if resumed else None,
         resume_step=progress.env_steps if resumed else -1 if restarted else None,
     )
-    return TrainingRun(config, parts, folder, tracker, progress, resumed is not None)
-
-
-def restore(state: dict, parts: Assembly, progress: Progress) -> None:
-    """Put a run's parts where a checkpoint was taken."""
-    parts.policy.model.load_state_dict(state["model_state_dict"])
-    parts.audit.load_state_dict(state["audit"])
-    parts.algorithm.load_state_dict(state["optimizer"])
-    progress.load_state_dict(state.get("progress", state))  # earlier runs kept its entries at the top
-    episodes = {"episodes": state["statistics"]} if "statistics" in state else {}
-    if not parts.rollouts.load_state_dict(episodes | state["rollouts"], progress.env_steps):
-        print("episodes cannot be restored and start anew: the run goes on, but not bit for bit")
-    restore_rng(state)
+    sign(folder)
+    if keeps_frozen_weights(config) and (frozen := parts.audit.frozen_state()):
+        write_checkpoint(folder.checkpoints / FROZEN, snapshot(to_dict(config), model_state_dict=frozen))
+    run = TrainingRun(config, parts, folder, tracker, writer, progress, resumed is not None)
+    if evaluated:
+        run.result = Evaluation.from_rows(evaluated, getattr(parts.eval_env, "distinct_states", True))
+        run.evaluated_at = progress.env_steps
+    return run
 
 
 class TrainingRun:
     """One run; a context manager that ends it.
 
-    | it ended because                                        | exit code | what it says                               |
-    |---------------------------------------------------------|-----------|--------------------------------------------|
-    | all iterations are done                                 | 0         | results                                    |
-    | Ctrl-C, SIGTERM: after the iteration, with a checkpoint | 130, 143  | results; preempted runs of a sweep requeue |
-    | W&B asked it to stop (early termination of a sweep)     | 0         | results                                    |
-    | a second Ctrl-C: at once                                | 130       | the last checkpoint                        |
-    | a NaN, or a frozen weight that changed                  | 1         | what and where, the last checkpoint        |
-    | anything else is raised                                 | (raised)  | the traceback                              |
+    | it ended because                                         | exit code | what it says                              |
+    |----------------------------------------------------------|-----------|-------------------------------------------|
+    | all iterations are done                                  | 0         | results                                   |
+    | Ctrl-C, SIGTERM, SIGUSR1, SIGHUP: after the iteration    | 128 + n   | results; a sweep requeues preempted runs  |
+    | W&B asked it to stop (early termination of a sweep)      | 0         | results                                   |
+    | a second Ctrl-C: at once                                 | 130       | the last checkpoint                       |
+    | a NaN, a frozen weight that changed, a broken simulator, | 1         | what and where, the last checkpoint       |
+    | a full disk                                              |           |                                           |
+    | anything else is raised                                  | (raised)  | the same, and the traceback               |
+
+    Each of them leaves a summary, and `stopped_by` in it says which.
 
     Attributes:
         progress: how far it has come.
+        result: the last evaluation.
+        evaluated_at: the env step that it is of.
         code: the exit code, once it has ended.
     """
 
@@ -119,18 +114,22 @@ class TrainingRun:
         parts: Assembly,
         folder: RunFolder,
         tracker: Tracker,
+        writer: CheckpointWriter,
         progress: Progress,
         resumed: bool,
     ):
         self.config, self.trainer, self.parts = config, config.trainer, parts
-        self.folder, self.tracker, self.progress, self.resumed = folder, tracker, progress, resumed
-        self.code, self.result = 0, None
+        self.folder, self.tracker, self.writer = folder, tracker, writer
+        self.progress, self.resumed = progress, resumed
+        self.code, self.result, self.evaluated_at = 0, None, -1
         self._ratio_is_known = False
+        self._held: dict | None = None
+        self._holding_s, self._held_at = 0.0, 0.0
         self._at_exit = ExitStack()
 
     def __enter__(self) -> TrainingRun:
         self._at_exit.enter_context(self.tracker)
-        self._interruption = self._at_exit.enter_context(Interruption())
+        self._interruption = self._at_exit.enter_context(Interruption(late=self._write_held))
         self._at_exit.callback(self.parts.rollouts.shutdown)  # workers that outlive an error would hold up the exit
         return self
 
@@ -144,9 +143,8 @@ class TrainingRun:
         print(describe(self.parts, self.folder), flush=True)
         self._utilisation = measure_utilisation(self.config, self.parts)
         self.parts.audit.check("at the start" if not self.resumed else "where the run was resumed")
-        if self.trainer.enable_eval and not self.resumed:
+        if self.trainer.enable_eval and self.progress.before is None and self.progress.iteration == 0:
             self.evaluate(film=FILMED)
-            self.progress.before = self.result.metrics()
             print(f"before: {self.result.summary()}", flush=True)
         self._bar = self._at_exit.enter_context(
             tqdm(
@@ -155,15 +153,47 @@ class TrainingRun:
             )
         )  # fmt: skip
 
+    def hold(self) -> None:
+        """Keep a copy of where the run is: what a signal, or a failure, within the next iteration leaves behind.
+
+        Not more often than that copying takes a fiftieth of the time.
+        """
+        start = time.perf_counter()
+        if start - self._held_at < 50 * self._holding_s:
+            return
+        self._held = self._snapshot()
+        self._held_at = time.perf_counter()
+        self._holding_s = self._held_at - start
+
+    def _snapshot(self) -> dict:
+        parts = self.parts
+        return snapshot(
+            to_dict(self.config),
+            model_state_dict=parts.audit.trained_state(),
+            optimizer=parts.algorithm.state_dict(),
+            progress=self.progress.state_dict(),
+            rollouts=parts.rollouts.state_dict(),
+            audit=parts.audit.state_dict(),
+        )
+
+    def _write_held(self) -> None:
+        """Write what was held last, unless a checkpoint is as new."""
+        if self._held is not None and self._held["progress"]["global_step"] > self.writer.latest:
+            try:
+                self.writer.submit(self._held)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+
     def check_ratio(self, batch: TensorDictBase) -> None:
-        """Warn, once, of a policy that scores its own first decisions otherwise than it drew them."""
+        """Warn, once, of a policy whose first decisions are not what it scores."""
         if self._ratio_is_known:
             return
         self._ratio_is_known = True
         cfg, autocast = self.config.algorithm.cfg, self.trainer.autocast
         ratio = largest_log_ratio(self.parts.policy, batch, cfg.micro_batch_size or cfg.batch_size)
-        if warning := describe_ratio(ratio, autocast):
-            log.warning(warning)
+        for warning in (describe_ratio(ratio, autocast), describe_clamping(clamped_share(batch[ACTION]))):
+            if warning:
+                log.warning(warning)
 
     def log(self, metrics: dict[str, float], transitions: int, collect_s: float, update_s: float) -> None:
         """Record an iteration that has just ended: its metrics, its times, and the share of the device's speed."""
@@ -177,26 +207,32 @@ class TrainingRun:
         self._bar.set_postfix(postfix(metrics, self.result))
         self._bar.update(transitions)
 
-    def evaluate(self, film: int = 0) -> Evaluation:
-        """Evaluate the policy as it is; the best one so far is kept as a checkpoint."""
-        parts, trainer, step = self.parts, self.trainer, self.progress.env_steps
+    def evaluate(self, film: int = 0) -> None:
+        """Evaluate the policy as it is, unless that was done; the best one so far is kept as a checkpoint."""
+        parts, trainer, progress, step = self.parts, self.trainer, self.progress, self.progress.env_steps
+        if self.evaluated_at == step:
+            return
         result = evaluate(
             parts.eval_env, parts.policy.act, range(trainer.num_eval_episodes), film, trainer.max_eval_steps
         )
-        self.tracker.log(result.metrics() | parts.audit.drift(), step)
+        # In this order: where there are metrics, there are all episodes (`resuming.evaluation_at`).
         append_rows(self.folder.episodes, result.rows(global_step=step, seed=trainer.seed))
+        self.tracker.log(result.metrics() | parts.audit.drift(), step)
         if result.frames:
             path = self.folder.video(step)
             write_video(video_grid(result.frames, columns=4, success=result.filmed_success), path, fps=10)
             self.tracker.log_video("eval/video", path, step)
-        self.result = result
-        if result.score > self.progress.best:
-            self.progress.best = result.score
+        self.result, self.evaluated_at = result, step
+        if progress.iteration == 0:
+            progress.before = result.metrics()
+        if result.score > progress.best:
+            progress.best = result.score
             self.save(best=True)
-        return result
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint that `trainer.resume` goes on from, once it is sure that frozen weights are as before.
+
+        The run goes on while it is written.
 
         Raises:
             NonFiniteError: a weight is not a number; the checkpoint before stays as it is.
@@ -205,52 +241,61 @@ class TrainingRun:
         when = f"at env step {self.progress.env_steps}"
         check_finite(((f"weight {n}", p) for n, p in parts.policy.model.named_parameters() if p.requires_grad), when)
         parts.audit.check(when)
-        save_checkpoint(
-            self.folder.best_checkpoint if best else self.folder.last_checkpoint,
-            model_state_dict=parts.policy.model.state_dict(),
-            optimizer=parts.algorithm.state_dict(),
-            progress=self.progress.state_dict(),
-            rollouts=parts.rollouts.state_dict(),
-            audit=parts.audit.state_dict(),
-            config=to_dict(self.config),
-        )
+        self.writer.submit(self._snapshot(), best)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """End the run; see the table in the class's docstring. What it does not know is raised on."""
-        expected = isinstance(error, NonFiniteError | FrozenWeightsChanged | KeyboardInterrupt)
-        if error is not None and not expected:
-            return self._at_exit.__exit__(kind, error, traceback) or False
+        known = error is None or isinstance(error, tuple(STOPPED_BY))
         with self._at_exit:
+            error = self._finish_writing(error)
             self.code = self._interruption.code
-            if expected:
+            reason = "signal" if self.code else None
+            if error is not None:
                 self.code = 130 if isinstance(error, KeyboardInterrupt) else 1
-                why = "stopped at once" if isinstance(error, KeyboardInterrupt) else f"error: {error}; stopped"
+                reason = next((name for kind, name in STOPPED_BY.items() if isinstance(error, kind)), "error")
+                why = "stopped at once" if isinstance(error, KeyboardInterrupt) else f"error: {_said(error)}; stopped"
                 where = f"at env step {self.progress.env_steps}"
                 print(f"{why} {where}, {last_checkpoint(self.folder)}", file=sys.stderr)
-            facts = {"exit_code": self.code, **self.parts.audit.summary()}
-            progress = self.progress
-            summarise(self.tracker, self.folder, progress.env_steps, progress.before, self.result, facts)
+            facts = {"exit_code": self.code, "stopped_by": reason, **self.parts.audit.summary()}
+            try:
+                progress = self.progress
+                summarise(self.tracker, self.folder, progress.env_steps, progress.before, self.result, facts)
+            except (OSError, UserError) as second:
+                print(f"error: no summary: {_said(second)}", file=sys.stderr)
+                self.code = self.code or 1
             if self.tracker.stopped and self.code > 128:
                 self.code = 0  # what its sweep asked for is no failure; an agent gives up after a few of those
-            elif self.code == 143 and self.tracker.run:
+            elif self.code > 130 and self.tracker.run:
                 self.tracker.run.mark_preempting()  # the sweep queues this run again
             self.tracker.finish(self.code)
         self.parts.eval_env.close()
-        return True
+        return known
+
+    def _finish_writing(self, error: BaseException | None) -> BaseException | None:
+        """Bring all checkpoints to the disk, and what was held where the run broke; returns what ended the run."""
+        try:
+            if error is not None and not isinstance(error, NonFiniteError | FrozenWeightsChanged | KeyboardInterrupt):
+                self._write_held()
+            self.writer.wait()
+        except UserError as second:
+            return error or second
+        return error
 
 
-class Stopwatch:
-    """Times the two halves of an iteration."""
+# What ends a run with one line, and what its summary calls that.
+STOPPED_BY = {
+    NonFiniteError: "not a number",
+    FrozenWeightsChanged: "frozen weights changed",
+    SimulatorFailed: "simulator",
+    KeyboardInterrupt: "signal",
+    UserError: "error",
+    OSError: "error",
+}
 
-    def __init__(self):
-        self._start = self._collected = time.perf_counter()
 
-    def collected(self) -> None:
-        """The rollout is there."""
-        self._collected = time.perf_counter()
-
-    def seconds(self) -> tuple[float, float]:
-        """How long collecting and updating took, until now."""
-        return self._collected - self._start, time.perf_counter() - self._collected
+def _said(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return one_line(error) or type(error).__name__

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import packages  # noqa: F401
+
 from research.schema import UserError, one_line
 from research.study.run_table import MEASURES
 

@@ -13,6 +13,13 @@ settings.register_profile("faults", max_examples=1000, deadline=None, suppress_h
 settings.load_profile("short")
 
 
+def pytest_collection_modifyitems(items):
+    """Property-based tests can be chosen by `-m properties`."""
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.properties)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_no_account(monkeypatch):
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from agents.small_vla import SmallVLA
 from agents.vla import StagedVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
+from research.runs.checkpoint import frozen_weights, load_checkpoint
 from research.runs.tracking import read_metrics
 from research.training.advantages import GAEAdvantages
 from research.training.freezing import freeze, named_parameters_within
@@ -57,6 +58,12 @@ def write_config(folder: Path, **changes) -> Path:
 def run_folder(folder: Path) -> Path:
     (run,) = (folder / "runs").iterdir()
     return run
+
+
+def all_weights(run: Path) -> dict:
+    """Every weight of a run that started from no file, from its newest checkpoint."""
+    state = load_checkpoint(run)
+    return {**(frozen_weights(state) or {}), **state["model_state_dict"]}
 
 
 def rows_without_times(run: Path) -> list[dict]:

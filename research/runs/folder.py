@@ -3,14 +3,16 @@
 | file                   | what it holds                                                                   |
 |------------------------|---------------------------------------------------------------------------------|
 | `config.json`          | the resolved configuration                                                      |
+| `signature`            | says who wrote it, see `research/runs/origin.py`                                |
 | `metrics.jsonl`        | one row per rollout and per evaluation, see `research/runs/tracking.py`         |
 | `episodes.jsonl`       | one row per evaluation episode                                                  |
 | `summary.json`         | the results, and the `exit_code`; a run that was killed has none                |
-| `checkpoints/last.pt`  | what the run is resumed from                                                    |
-| `checkpoints/best.pt`  | where the best evaluation was                                                   |
+| `checkpoints/step_<n>` | what the run is resumed from: the newest, and a few before it                   |
+| `checkpoints/best_<n>` | where the best evaluation was                                                   |
 | `videos/`              | `eval_<global_step>.mp4` of evaluations, `strip.png` of the last one            |
 | `learning_curve.png`   | success rate or return against env steps                                        |
 | `splits/`              | what `evaluate_vla.py --split=all` wrote: episodes, summary, videos             |
+| `choosing/`            | what `evaluate_vla.py` wrote on other states, to choose a learning rate on      |
 | `wandb/`               | W&B's own files                                                                 |
 """
 
@@ -23,12 +25,15 @@ import secrets
 import string
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from research.schema import UserError
+
+MANIFEST = "manifest.json"  # what makes a folder in checkpoints/ a checkpoint
+FROZEN = "frozen"  # the checkpoint that holds frozen weights which are in no file
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +88,8 @@ class RunFolder:
     def containing(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run folder that a path is, or lies in as a checkpoint."""
         path = Path(path)
-        return cls(path if path.is_dir() else path.parent.parent)
+        is_checkpoint = not path.is_dir() or (path / MANIFEST).is_file()
+        return cls(path.parent.parent if is_checkpoint else path)
 
     @classmethod
     def all_below(cls, path: str | os.PathLike[str]) -> list[RunFolder]:
@@ -103,6 +109,10 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def signature(self) -> Path:
+        return self.path / "signature"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -118,13 +128,34 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def last_checkpoint(self) -> Path:
-        return self.checkpoints / "last.pt"
+    def checkpoint(self, global_step: int, best: bool = False) -> Path:
+        """The checkpoint of an env step, or that of the best evaluation, which was then."""
+        return self.checkpoints / f"{'best' if best else 'step'}_{global_step:09d}"
+
+    def checkpoints_called(self, kind: Literal["step", "best"]) -> list[Path]:
+        """The complete checkpoints of a kind, the newest first; whether they are whole is for who reads them."""
+        found = [file.parent for file in self.checkpoints.glob(f"{kind}_*/{MANIFEST}")]
+        whole = [path for path in found if path.name.partition("_")[2].isdigit()]  # not one that was being written
+        return sorted(whole, key=lambda path: int(path.name.partition("_")[2]), reverse=True)
 
     @property
-    def best_checkpoint(self) -> Path:
-        return self.checkpoints / "best.pt"
+    def saved_checkpoints(self) -> list[Path]:
+        """All checkpoints that a run can be resumed from, the newest first; those of earlier versions are files."""
+        folders = [*self.checkpoints_called("step"), *self.checkpoints_called("best")]
+        folders.sort(key=lambda path: int(path.name.partition("_")[2]), reverse=True)
+        earlier = [self.checkpoints / name for name in ("last.pt", "best.pt")]
+        return [*folders, *(path for path in earlier if path.is_file())]
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint; None where none was written."""
+        return next(iter(self.saved_checkpoints), None)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint of the best evaluation; None where none was written."""
+        earlier = [path for path in self.saved_checkpoints if path.name == "best.pt"]
+        return next(iter([*self.checkpoints_called("best"), *earlier]), None)
 
     @property
     def videos(self) -> Path:
@@ -144,6 +175,11 @@ class RunFolder:
         return self.path / "splits" / "episodes.jsonl"
 
     @property
+    def choosing(self) -> Path:
+        """The episodes on other states than the run reports, for `compare_runs.py --choose_on=other_states`."""
+        return self.path / "choosing" / "episodes.jsonl"
+
+    @property
     def wandb(self) -> Path:
         return self.path / "wandb"
 
@@ -160,6 +196,11 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run came to its end, and not to an error or an interruption."""
         return self.summary.exists() and read_json(self.summary).get("exit_code") == 0
+
+    @property
+    def stopped_by(self) -> str | None:
+        """What ended the run before its end, as `TrainingRun` calls it; None where nothing is known to have."""
+        return read_json(self.summary).get("stopped_by") if self.summary.exists() else None
 
 
 def _new_id() -> str:
@@ -188,6 +229,17 @@ def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk: without it, a crash of the machine may undo a renaming."""
+    with suppress(OSError):  # not every file system can
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_file(path: Path, text: str) -> None:

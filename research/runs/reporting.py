@@ -26,7 +26,7 @@ def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, s
 def last_checkpoint(folder: str | PathLike[str]) -> str:
     """Where a run that ends early can be continued from."""
     path = RunFolder(folder).last_checkpoint
-    return f"the last checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+    return f"the last checkpoint is {path}" if path else "no checkpoint was written yet"
 
 
 def summarise(

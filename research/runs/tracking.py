@@ -6,20 +6,23 @@ Metrics, the same names in every script, all against `global_step`:
 |-----------------------------------------|-----------|--------------------------------------------------------------|
 | `global_step`                           | env steps | control steps taken so far, over all environments            |
 | `time/elapsed_s`                        | s         | wall clock since the run began, pauses left out               |
-| `rollout/success_rate`                  | 0..1      | successes among the episodes that ended during the rollout   |
+| `rollout/success_rate`                  | 0..1      | success at any step, over the episodes that began in one     |
+|                                         |           | rollout, once all of them have ended (research.training)     |
+| `rollout/success_at_end`                | 0..1      | success at the last step, where episodes go on after success |
 | `rollout/return`                        | reward    | mean undiscounted return of those episodes                   |
 | `rollout/episode_length`                | env steps | their mean length                                            |
 | `train/loss_objective`                  | –         | clipped PPO objective, mean over the update's minibatches    |
 | `train/loss_critic`                     | –         | value loss, same mean                                        |
 | `train/entropy`                         | nats      | entropy of the policy                                        |
-| `train/approx_kl`                       | nats      | KL divergence between the collecting and the updated policy  |
+| `train/approx_kl`                       | nats      | KL from the collecting to the updated policy: r - 1 - log r  |
 | `train/clip_fraction`                   | 0..1      | samples whose probability ratio was clipped                  |
 | `train/gradient_steps`, `train/epochs`  | –         | steps of the optimizer, and passes over the rollout          |
 | `train/explained_variance`              | <= 1      | 1 - Var(target - value) / Var(target), before the update     |
 | `train/grad_norm/<part>`                | L2 norm   | gradient of one named part of the model, before clipping     |
 | `train/learning_rate/<part>`            | –         | its learning rate                                            |
 | `audit/drift/<part>`                    | –         | how far its weights are from those at the start; 0 if frozen |
-| `eval/success_rate`                     | 0..1      | successes over the fixed evaluation states                   |
+| `eval/success_rate`                     | 0..1      | success at any step, over the fixed evaluation states        |
+| `eval/success_at_end`                   | 0..1      | success at the last step, where that is another number       |
 | `eval/success_low`, `eval/success_high` | 0..1      | its 95 % interval                                            |
 | `eval/return`                           | reward    | mean undiscounted return of the evaluation                   |
 | `time/env_steps_per_second`             | 1/s       | env steps per second of the whole iteration                  |
@@ -38,7 +41,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -52,7 +56,8 @@ if TYPE_CHECKING:
 WANDB_MODES = ("online", "offline", "shared", "disabled")
 
 # Seconds that W&B may hold a run up where the network is gone; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override.
-_WANDB_TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 300.0}
+_WANDB_TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 60.0}
+_QUIET_S = 2.0  # of waiting for W&B, before it is said what is being waited for
 
 
 def resolve_wandb_mode(use_wandb: bool) -> tuple[str, str]:
@@ -188,10 +193,11 @@ class Tracker:
 
     def _start_wandb(self, names: dict[str, Any], flat_config: Mapping[str, Any], reason: str) -> str:
         """Start the W&B run, offline where online fails; return the reason for the mode it ended up in."""
-        _set_up_wandb()
+        server = _set_up_wandb().base_url
         import wandb
 
-        names |= {k: v for k, v in _WANDB_TIMEOUTS.items() if f"WANDB_{k.upper()}" not in os.environ}
+        limits = {name: _timeout(name) for name in _WANDB_TIMEOUTS}
+        names |= limits
         try:
             settings = wandb.Settings(
                 **names,
@@ -204,7 +210,8 @@ class Tracker:
         except (wandb.Error, ValueError) as error:
             raise UserError(f"W&B refuses a name of this run: {_without_advice(error)}") from error
         try:  # inside a sweep, W&B takes project and id from its agent and not from these settings
-            self.run = wandb.init(config=dict(flat_config), settings=settings)
+            with _saying_what_is_waited_for(f"{server} to answer", limits["init_timeout"], self.mode):
+                self.run = wandb.init(config=dict(flat_config), settings=settings)
         except (wandb.Error, TimeoutError) as error:
             if self.mode == "offline":
                 raise
@@ -272,13 +279,15 @@ class Tracker:
     def finish(self, exit_code: int = 0) -> None:
         """Close the files and the W&B run; a second call does nothing.
 
-        Waits for uploads, at most 300 s (`WANDB_FINISH_TIMEOUT`), then says how to upload the rest.
+        Waits for uploads, at most 60 s (`WANDB_FINISH_TIMEOUT`), then says how to upload the rest.
         """
-        self._metrics.close()
+        with suppress(OSError):  # a full disk; whoever logged the row was told
+            self._metrics.close()
         run, self.run = self.run, None
         if run:
             try:
-                run.finish(exit_code=exit_code)
+                with _saying_what_is_waited_for("the upload", _timeout("finish_timeout"), self.mode):
+                    run.finish(exit_code=exit_code)
             except TimeoutError:
                 self.sync_command = self._sync("run-*")
                 print(f"W&B: the upload is not complete; complete it with: {self.sync_command}", flush=True)
@@ -294,6 +303,30 @@ class Tracker:
         else:
             code = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
         self.finish(code)
+
+
+def _timeout(name: str) -> float:
+    """Seconds that W&B may take for something; its own variable in the environment wins."""
+    try:
+        return float(os.environ.get(f"WANDB_{name.upper()}", _WANDB_TIMEOUTS[name]))
+    except ValueError:
+        raise UserError(
+            f"WANDB_{name.upper()}: {os.environ[f'WANDB_{name.upper()}']!r} is no number of seconds"
+        ) from None
+
+
+@contextmanager
+def _saying_what_is_waited_for(what: str, seconds: float, mode: str) -> Iterator[None]:
+    """Say on the screen what W&B is waiting for, and how long at most, where it takes more than a moment."""
+    line = f"W&B: waiting for {what}, at most {seconds:g} s; everything is in the run folder as well"
+    timer = threading.Timer(_QUIET_S, lambda: print(line, flush=True))
+    timer.daemon = True
+    if mode != "offline":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _run_id(folder: RunFolder) -> str:

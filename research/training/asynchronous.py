@@ -7,28 +7,32 @@ therefore a little off-policy, and is treated as such:
   with them, between two steps; transitions staler than a limit are thrown away, and staleness is reported;
 - log-probabilities and values are computed anew under the current weights, and advantages are V-trace's
   (`vtrace.VTraceAdvantages`).
+
+Workers are watched: one that breaks says why, one that dies is noticed within seconds, one that takes no step for a
+stated time is killed. Either ends the run (`SimulatorFailed`), which can be resumed.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing import util
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.collectors import MultiAsyncCollector
 from torchrl.envs import EnvBase
 
+from research.processes import serve_the_main_process
+from research.schema import UserError, describe_error
 from research.training.episodes import EpisodeStatistics
 from research.training.rollout import POLICY_VERSION, WORKER, CollectingPolicy, Policy, RolloutCollector
-
-_SHARED_MEMORY = "/dev/shm"  # a folder that is memory, where there is one
+from research.training.workers import WeightMailbox, WorkerWatch, end_now
 
 
 class AsynchronousRollouts:
@@ -42,6 +46,7 @@ class AsynchronousRollouts:
         buffer_size: transitions per rollout, N * T.
         max_staleness: updates that a transition may lag behind; older ones are thrown away.
         seed: workers draw from streams that differ by worker and by seed.
+        timeout: seconds in which a worker that is waited for has to take a step.
     """
 
     def __init__(
@@ -53,19 +58,20 @@ class AsynchronousRollouts:
         buffer_size: int,
         max_staleness: int,
         seed: int,
+        timeout: float = 60.0,
     ):
         self.policy = CollectingPolicy(policy)
         self.max_staleness, self.buffer_size, self.share = max_staleness, buffer_size, num_envs // num_collectors
         self.episodes = EpisodeStatistics(num_envs)
-        self.mailbox = WeightMailbox(self.policy)
+        self.mailbox = WeightMailbox(self.policy, num_collectors)
         copied = copy.deepcopy(self.policy)
         copied.before_step = self.mailbox.deliver
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="weight_updater is None")  # the mailbox sends the weights
-            self.collector = MultiAsyncCollector(
-                [_EnvMaker(make_env, worker) for worker in range(num_collectors)],
+            self.collector = self._start(
+                [_EnvMaker(make_env, worker, self.mailbox) for worker in range(num_collectors)],
                 policy_factory=[_Copy(copied, worker) for worker in range(num_collectors)],
-                collector_class=RolloutCollector,
+                collector_class=WorkerCollector,
                 frames_per_batch=buffer_size // num_collectors,
                 total_frames=-1,
                 trust_policy=True,
@@ -74,17 +80,31 @@ class AsynchronousRollouts:
                 num_sub_threads=1,
                 auto_register_policy_transforms=False,
             )
+        # Workers ignore SIGTERM, by which multiprocessing would end them, and wait for them.
+        self._end = util.Finalize(self, end_now, args=(self.collector.procs,), exitpriority=10)
+        self.watch = WorkerWatch(self.mailbox, self.collector.procs, buffer_size // num_envs, timeout)
         self.collector.set_seed(seed)
         self._staleness = torch.zeros(0)  # of the last rollout's transitions, in updates
         self._discarded = 0
         self._arriving: Iterator[TensorDictBase] | None = None
         self._fifo: deque[TensorDictBase] = deque()
 
+    def _start(self, *arguments, **options) -> MultiAsyncCollector:
+        try:
+            return MultiAsyncCollector(*arguments, **options)
+        except Exception as error:  # torchrl's words for it vary
+            reported = self.mailbox.reported()
+            self.mailbox.remove()
+            raise UserError(
+                f"trainer.buffer_type: a process that collects ended while it started: "
+                f"{reported or describe_error(error)}; what it printed is above"
+            ) from error
+
     def next(self) -> TensorDictBase:
         """The next rollout `[N, T]` that is fresh enough; workers go on meanwhile."""
         self._arriving = self._arriving or iter(self.collector)
         while sum(part.numel() for part in self._fifo) < self.buffer_size:
-            part = next(self._arriving)
+            part = self._receive()
             first = self.share * int(part[WORKER][0, 0])
             self.episodes.observe(
                 part.select("next").to("cpu"), slice(first, first + self.share)
@@ -97,6 +117,17 @@ class AsynchronousRollouts:
         self._fifo.clear()
         self._staleness = self._lag(rollout).float()
         return rollout
+
+    def _receive(self) -> TensorDictBase:
+        try:
+            self.watch.wait()
+            part = next(self._arriving)
+            self.watch.received(int(part[WORKER][0, 0]))
+            return part
+        except Exception as error:  # torchrl says that a process has ended, in several ways
+            failure = self.watch.failure()
+            end_now(self.collector.procs)
+            raise failure from error
 
     def metrics(self) -> dict[str, float]:
         """Of the episodes that ended since this was last asked, and how stale the last rollout is, in updates."""
@@ -125,64 +156,23 @@ class AsynchronousRollouts:
 
     def shutdown(self) -> None:
         """Stop the workers."""
-        self.collector.shutdown()
+        self._end.cancel()
+        self.watch.stop()
+        with suppress(Exception):  # that workers which were ended do not answer
+            self.collector.shutdown()
+        end_now(self.collector.procs)
         self.mailbox.remove()
 
 
-class WeightMailbox:
-    """The latest weights, in memory that all processes of a machine share, to be taken whole or not at all.
+class WorkerCollector(RolloutCollector):
+    """As `RolloutCollector`; where its environment or policy breaks, the main process is told why, in one line."""
 
-    TorchRL's own weight exchange writes into the memory that a worker's policy is computing with: a step taken at that
-    moment mixes old weights and new ones. Here a worker copies, between two steps, what was posted, and looks at the
-    two counters around it to see that nothing was written meanwhile (a sequence lock).
-
-    Args:
-        policy: whose trainable weights and version are posted.
-    """
-
-    def __init__(self, policy: CollectingPolicy):
-        self.folder = tempfile.mkdtemp(
-            prefix="vla-weights-", dir=_SHARED_MEMORY if os.path.isdir(_SHARED_MEMORY) else None
-        )
-        contents = {str(i): w.cpu() for i, w in enumerate(_exchanged(policy))}
-        contents |= {"begun": torch.zeros((), dtype=torch.int64), "done": torch.zeros((), dtype=torch.int64)}
-        self._contents = TensorDict(contents).memmap(self.folder)
-
-    def post(self, policy: CollectingPolicy) -> None:
-        """Replace the weights by the policy's."""
-        self._contents["begun"].add_(1)
-        for i, weight in enumerate(_exchanged(policy)):
-            self._contents[str(i)].copy_(weight)
-        self._contents["done"].copy_(self._contents["begun"])
-
-    def deliver(self, policy: CollectingPolicy) -> None:
-        """Give a worker's policy what was posted since it last looked, unless it is being written just now."""
-        done = self._contents["done"].item()
-        if done == getattr(self, "_taken", 0):
-            return
-        weights = _exchanged(policy)
-        copies = [self._contents[str(i)].clone() for i in range(len(weights))]
-        if self._contents["begun"].item() != done:
-            return
-        for weight, new in zip(weights, copies, strict=True):
-            weight.copy_(new)
-        self._taken = done
-
-    def __getstate__(self) -> dict:
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict) -> None:
-        self.folder = state["folder"]
-        self._contents = TensorDict.load_memmap(self.folder)
-
-    def remove(self) -> None:
-        """Free the memory."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _exchanged(policy: CollectingPolicy) -> list[Tensor]:
-    """What changes from update to update: trainable weights, and the version."""
-    return [*(p.data for p in policy.parameters() if p.requires_grad), policy.version]
+    def rollout(self) -> TensorDictBase:
+        try:
+            return super().rollout()
+        except Exception as error:
+            self.policy.before_step.__self__.report(self.policy.worker, error)
+            os._exit(1)  # without a second message, about this process
 
 
 class _Copy:
@@ -199,8 +189,13 @@ class _Copy:
 class _EnvMaker:
     """Builds a worker's environment, in the worker."""
 
-    def __init__(self, make_env: Callable[[int], EnvBase], worker: int):
-        self.make_env, self.worker = make_env, worker
+    def __init__(self, make_env: Callable[[int], EnvBase], worker: int, mailbox: WeightMailbox):
+        self.make_env, self.worker, self.mailbox = make_env, worker, mailbox
 
     def __call__(self) -> EnvBase:
-        return self.make_env(self.worker)
+        serve_the_main_process(at_the_end=self.mailbox.remove)
+        try:
+            return self.make_env(self.worker)
+        except Exception as error:
+            self.mailbox.report(self.worker, error)
+            os._exit(1)

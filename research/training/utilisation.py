@@ -58,3 +58,18 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class Stopwatch:
+    """Times the two halves of an iteration."""
+
+    def __init__(self):
+        self._start = self._collected = time.perf_counter()
+
+    def collected(self) -> None:
+        """The rollout is there."""
+        self._collected = time.perf_counter()
+
+    def seconds(self) -> tuple[float, float]:
+        """How long collecting and updating took, until now."""
+        return self._collected - self._start, time.perf_counter() - self._collected

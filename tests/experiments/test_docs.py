@@ -14,6 +14,7 @@ from worlds import ROOT
 
 from research.config import ExperimentConfig
 from research.options import parse_config
+from research.runs.checkpoint import load_checkpoint
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -35,7 +36,7 @@ def test_integration_example_trains_as_printed(tmp_path, monkeypatch, capsys):
     torch.save({"state_dict": model.state_dict()}, "my_vla.pt")
     assert ppo_vla.main(["--config", "my.json", "--trainer.progress_bar=False"]) == 0, capsys.readouterr().err
     run = next((tmp_path / "runs").iterdir())
-    trained = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    trained = load_checkpoint(run)["model_state_dict"]
     assert any(not torch.equal(trained[name], weight) for name, weight in model.state_dict().items())
     for name in ("config.json", "metrics.jsonl", "summary.json", "episodes.jsonl", "learning_curve.png"):
         assert (run / name).stat().st_size > 0, name

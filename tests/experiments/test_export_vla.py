@@ -6,7 +6,7 @@ import export_vla
 import ppo_vla
 import pytest
 import torch
-from worlds import run_folder, write_config
+from worlds import all_weights, run_folder, write_config
 
 from agents.loading import load_vla_model
 from envs.tabletop import TabletopEnv
@@ -32,7 +32,7 @@ def test_exported_weights_are_the_trained_policy_under_the_classs_own_names(run,
     assert str(output) in capsys.readouterr().out
     model = load_vla_model(output, "agents.small_vla.SmallVLA", MODEL).eval()  # strict: all names fit
     observations = TabletopEnv(8, "reach", modalities=["rgb", "proprio"]).reset()["observation"]
-    trained = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    trained = all_weights(run)
     layer = "fusion.layers.0"
     base, a, b = (
         trained[f"{layer}.{n}"] for n in ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")

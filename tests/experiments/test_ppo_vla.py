@@ -22,6 +22,8 @@ from torch.distributions import Independent, Normal
 from worlds import ROOT, rows_without_times, run_folder, write_config
 
 from agents.small_vla import SmallVLA
+from research.runs.checkpoint import load_checkpoint
+from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -89,7 +91,7 @@ def test_resume_is_bit_exact(tmp_path):
         return [row for row in rows_without_times(run) if "train/approx_kl" in row]
 
     assert training(whole) == training(halves) and len(training(whole)) == 4
-    a, b = (torch.load(r / "checkpoints" / "last.pt", weights_only=True) for r in (whole, halves))
+    a, b = (load_checkpoint(r) for r in (whole, halves))
     for key, weight in a["model_state_dict"].items():
         assert torch.equal(weight, b["model_state_dict"][key]), key
 
@@ -147,6 +149,7 @@ BAD = [
     (["--policy.vla_config.model_path=nowhere.pt"], "nowhere.pt"),
     (["--policy.action_dim=7"], "policy.action_dim is 7, but tabletop takes 3"),
     (["--trainer.device=tpu9"], "trainer.device"),
+    (["--trainer.device=meta"], "trainer.device: 'meta' cannot compute here"),
     (["--policy.freeze=[visoin_encoder]"], "vision_encoder"),
     (["--policy.learning_rates.fusoin=1e-3"], "fusion"),
     (["--policy.value_head=critic"], "value_head"),
@@ -196,8 +199,8 @@ def test_nan_during_the_run_keeps_the_last_good_checkpoint(tmp_path, capsys, mon
     assert ppo_vla.main(["--config", str(write_config(tmp_path)), "--trainer.iterations=50"]) == 1
     error = capsys.readouterr().err
     assert "state_value is nan" in error or "loss_critic is nan" in error
-    assert "at env step" in error and "last.pt" in error
-    saved = torch.load(run_folder(tmp_path) / "checkpoints" / "last.pt", weights_only=True)
+    assert "at env step" in error and "checkpoints/step_" in error
+    saved = load_checkpoint(run_folder(tmp_path))
     assert all(torch.isfinite(w).all() for w in saved["model_state_dict"].values())
 
 
@@ -218,7 +221,7 @@ def test_interruption_leaves_a_checkpoint_and_a_summary(tmp_path, number, code):
     out, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     run = run_folder(tmp_path)
-    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    saved = load_checkpoint(run)
     last = read_metrics(run)[-1]["global_step"]
     assert saved["progress"]["global_step"] == last > 0
     assert str(run) in out and json.loads((run / "summary.json").read_text())["exit_code"] == code
@@ -342,9 +345,11 @@ def test_a_checkpoint_outside_of_a_run_is_not_resumed(started, tmp_path, capsys)
     other = tmp_path / "elsewhere" / "copies"
     other.mkdir(parents=True)
     (tmp_path / "elsewhere" / "config.json").write_text("mine")
-    shutil.copy(started / "checkpoints" / "last.pt", other / "last.pt")
-    (other / "link.pt").symlink_to(started / "checkpoints" / "last.pt")
-    for name in ("last.pt", "link.pt"):
+    last = RunFolder(started).last_checkpoint
+    shutil.copytree(last, other / "copy")
+    (other / "link").symlink_to(last)
+    shutil.copy(last / "state.pt", other / "last.pt")
+    for name in ("copy", "link", "last.pt"):
         assert ppo_vla.main([f"--trainer.resume={other / name}"]) == 2
         assert "neither a run folder nor a checkpoint in one" in capsys.readouterr().err
     assert (tmp_path / "elsewhere" / "config.json").read_text() == "mine"
@@ -374,7 +379,7 @@ def test_best_is_the_best_of_all_evaluations(tmp_path, monkeypatch):
     monkeypatch.setattr(training_run.TrainingRun, "save", note)
     assert ppo_vla.main(["--config", str(config)]) == 0
     assert saved == [0, 192]  # 0.3 before training, then 0.9 at the end
-    best = torch.load(run_folder(tmp_path) / "checkpoints" / "best.pt", weights_only=True)
+    best = load_checkpoint(RunFolder(run_folder(tmp_path)).best_checkpoint)
     assert best["progress"]["global_step"] == 192 and best["progress"]["best"] == 0.9
 
 
@@ -385,10 +390,11 @@ def test_a_run_folder_of_an_earlier_layout_resumes(tmp_path):
     assert ppo_vla.main(["--config", str(write_config(tmp_path / "whole", trainer__iterations=4))]) == 0
     assert ppo_vla.main(["--config", str(write_config(tmp_path / "halves", trainer__iterations=2))]) == 0
     run = run_folder(tmp_path / "halves")
-    path = run / "checkpoints" / "last.pt"
-    state = torch.load(path, weights_only=True)
+    state = load_checkpoint(run)
     state |= {"statistics": state["rollouts"].pop("episodes"), **state.pop("progress")}
-    torch.save(state, path)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    torch.save(state, run / "checkpoints" / "last.pt")
     config = json.loads((run / "config.json").read_text())
     config["policy"]["value_head"] = "value_head"  # was the default
     (run / "config.json").write_text(json.dumps(config))
@@ -435,13 +441,13 @@ def test_three_methods_are_enough_whatever_the_parts_are_called(tmp_path):
     assert ppo_vla.main(["--config", str(config)]) == 0
     run = run_folder(tmp_path)
     torch.manual_seed(1)
-    trained = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
-    start = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model_state_dict"]
+    trained = load_checkpoint(run)["model_state_dict"]
+    start = load_checkpoint(RunFolder(run).best_checkpoint)["model_state_dict"]
     moved = {name.split(".")[0] for name in trained if not torch.equal(trained[name], start[name])}
     assert moved == {"critic"}
     argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=2"]
     assert ppo_vla.main(argv) == 0
-    later = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    later = load_checkpoint(run)["model_state_dict"]
     assert {n.split(".")[0] for n in later if not torch.equal(later[n], trained[n])} == {"eyes", "hand", "critic"}
 
 
@@ -473,11 +479,11 @@ def test_what_follows_from_the_environment_need_not_be_said(tmp_path, monkeypatc
         policy__action_dim=None,
         policy__vla_config={
             "model_class": "agents.small_vla.SmallVLA",
-            "model_config": {"modalities": ["proprio"], "hidden_size": 16},
+            "model_config": {"hidden_size": 16},
         },
     )
     assert ppo_vla.main(["--config", str(config)]) == 0
-    trained = torch.load(run_folder(tmp_path) / "checkpoints" / "last.pt", weights_only=True)["model_state_dict"]
+    trained = load_checkpoint(run_folder(tmp_path))["model_state_dict"]
     assert trained["fusion.layers.0.weight"].shape == (256, 6) and trained["action_head.raw_std"].shape == (2,)
 
 

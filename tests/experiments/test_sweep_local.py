@@ -17,6 +17,7 @@ import yaml
 from study_worlds import write_sweep
 from worlds import ROOT, write_config
 
+from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -53,6 +54,9 @@ while done < iterations and not asked:
     with metrics.open("a") as file:
         file.write(json.dumps({"global_step": done, "eval/success_rate": 1 / (1 + abs(rate - 1)) * done / 100}) + "\\n")
     checkpoint.write_text(str(done))
+    if rate == 17 and done == 2 and not Path("mended").exists():
+        (folder / "summary.json").write_text(json.dumps({"exit_code": 1, "stopped_by": "simulator"}))
+        sys.exit("physics exploded")
 code = 143 if asked else 0
 (folder / "summary.json").write_text(json.dumps({"exit_code": code, "ended": time.time()}))
 sys.exit(code)
@@ -227,9 +231,16 @@ def test_hyperband_stops_what_is_worse_and_keeps_its_checkpoint(monkeypatch, cap
     for run in worse:
         assert 3 <= len(read_metrics(run)) < 20  # min_iter counts from the value before training
         assert json.loads((run / "summary.json").read_text())["exit_code"] == 143
-        assert (run / "checkpoints" / "last.pt").exists()
+        assert RunFolder(run).last_checkpoint
     assert "2 stopped early" in capsys.readouterr().out
     assert sweep_local.main([path]) == 0 and len(points()) == 3  # they stay stopped
+
+
+def test_a_run_whose_simulator_broke_goes_on_from_its_checkpoint(capsys):
+    """It breaks at the second of four iterations, once: the time after, it is past that place."""
+    path = write_sweep(rates=[17.0], parameters={"trainer.seed": {"value": 1}, "trainer.iterations": {"value": 4}})
+    assert sweep_local.main([path]) == 0
+    assert [start["from"] for start in next(iter(starts().values()))] == [0, 2] and states() == ["COMPLETE"]
 
 
 # ---- interruptions

@@ -76,14 +76,15 @@ def test_every_file_has_its_place():
     folder = RunFolder("runs/exp-1")
     assert {
         name: str(getattr(folder, name).relative_to("runs/exp-1"))
-        for name in ("config", "metrics", "episodes", "summary", "checkpoints", "last_checkpoint", "best_checkpoint",
-                     "videos", "strip", "learning_curve", "splits", "wandb")
+        for name in ("config", "metrics", "episodes", "summary", "checkpoints", "signature", "videos", "strip",
+                     "learning_curve", "splits", "wandb")
     } == {
         "config": "config.json", "metrics": "metrics.jsonl", "episodes": "episodes.jsonl", "summary": "summary.json",
-        "checkpoints": "checkpoints", "last_checkpoint": "checkpoints/last.pt",
-        "best_checkpoint": "checkpoints/best.pt", "videos": "videos", "strip": "videos/strip.png",
+        "checkpoints": "checkpoints", "signature": "signature", "videos": "videos", "strip": "videos/strip.png",
         "learning_curve": "learning_curve.png", "splits": "splits/episodes.jsonl", "wandb": "wandb",
     }  # fmt: skip
+    assert str(folder.checkpoint(64)) == "runs/exp-1/checkpoints/step_000000064"
+    assert str(folder.checkpoint(64, best=True)) == "runs/exp-1/checkpoints/best_000000064"
     assert str(folder.video(4096)) == "runs/exp-1/videos/eval_000004096.mp4"
 
 
@@ -99,7 +100,10 @@ def test_a_run_folder_goes_where_a_path_goes(tmp_path):
 
 def test_a_checkpoint_leads_to_its_run_folder(tmp_path):
     folder = RunFolder.create(tmp_path, "exp")
-    for path in (folder, folder.path, str(folder), folder.last_checkpoint, str(folder.best_checkpoint)):
+    folder.checkpoint(64).mkdir()
+    (folder.checkpoint(64) / "manifest.json").touch()
+    earlier = folder.checkpoints / "last.pt"
+    for path in (folder, folder.path, str(folder), folder.checkpoint(64), str(folder.checkpoint(64)), earlier):
         assert RunFolder.containing(path) == folder
 
 
@@ -163,7 +167,8 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path
 
     monkeypatch.setattr(folder_module.os, "fsync", fsync)
     replace_file(tmp_path / "a", "12345")
-    assert seen == [(5, False)] and (tmp_path / "a").exists()
+    file, folder = seen
+    assert file == (5, False) and folder[1]  # the folder after it: a name is on the disk once its folder is
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
@@ -215,7 +220,7 @@ def test_episodes_become_rows_in_their_order_with_tags_in_front(tmp_path):
     first, second = (tmp_path / "episodes.jsonl").read_text().splitlines()
     assert first == (
         '{"global_step": 64, "seed": 1, "initial_state": 7, "instruction": "put it", "success": true, '
-        '"episode_return": 0.5, "length": 12}'
+        '"episode_return": 0.5, "length": 12, "success_at_end": null, "cut_off": false}'
     )
     assert json.loads(second)["success"] is None
 

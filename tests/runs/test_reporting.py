@@ -42,10 +42,11 @@ def test_the_progress_bar_shows_success_or_else_the_return(metrics, result, expe
 
 def test_a_run_that_ends_early_names_its_last_checkpoint(tmp_path):
     folder = RunFolder.create(tmp_path, "exp")
-    folder.best_checkpoint.write_text("")
     assert last_checkpoint(folder) == last_checkpoint(folder.path) == "no checkpoint was written yet"
-    folder.last_checkpoint.write_text("")
-    assert last_checkpoint(folder) == f"the last checkpoint is {folder}/checkpoints/last.pt"
+    for step in (64, 128):
+        folder.checkpoint(step).mkdir()
+        (folder.checkpoint(step) / "manifest.json").touch()
+    assert last_checkpoint(folder) == f"the last checkpoint is {folder}/checkpoints/step_000000128"
 
 
 def test_the_end_says_and_records_what_was_achieved(tracker, capsys):

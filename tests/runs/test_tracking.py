@@ -4,8 +4,10 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
+from worlds import ROOT
 
 from research.runs import tracking
 from research.runs.folder import RunFolder
@@ -320,3 +323,43 @@ def test_read_metrics_tolerates_a_torn_last_line_only(tmp_path):
     path.write_text('{"global_step": 0}\n{"glob\n{"global_step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(tmp_path)
+
+
+def test_what_is_waited_for_is_on_the_screen(tmp_path, capsys, monkeypatch):
+    """A server that vanished in mid-run: silence would look like a hang."""
+
+    class Slow:
+        def finish(self, exit_code):
+            time.sleep(0.3)
+
+    monkeypatch.setattr(tracking, "_QUIET_S", 0.05)
+    tracker = Tracker(tmp_path, {}, {}, project="p", group="g", mode="disabled")
+    tracker.run, tracker.mode = Slow(), "online"
+    capsys.readouterr()
+    tracker.finish()
+    assert capsys.readouterr().out == (
+        "W&B: waiting for the upload, at most 60 s; everything is in the run folder as well\n"
+    )
+
+
+def test_a_server_that_never_answers_is_named_while_it_is_waited_for_and_not_for_long(tmp_path):
+    """It takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        script = (
+            "from research.runs.tracking import Tracker, resolve_wandb_mode; mode, why = resolve_wandb_mode(True);"
+            f"t = Tracker({str(tmp_path)!r}, {{}}, {{}}, project='p', group='g', mode=mode, reason=why); t.finish()"
+        )
+        environment = os.environ | {
+            "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "WANDB_INIT_TIMEOUT": "5",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert first.startswith(f"W&B: waiting for {address} to answer, at most 5 s")
+    assert second.startswith("W&B: offline (online failed:") and "upload later with" in second
+    assert time.monotonic() - start < 60

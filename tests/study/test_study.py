@@ -127,3 +127,16 @@ def test_results_say_what_the_report_says(comparison):
     assert [line in results for line in markdown_table(table) if "language" in line] == [True]
     pairs = markdown_table(pair_table(compare(read_table(LOOK_BACK / "runs.csv"))))
     assert [line in results for line in pairs if "language" in line] == [True] * 4
+
+
+def test_the_main_jobs_table_is_that_of_the_committed_runs():
+    """Seed, before, at 0.2, 0.4 and 0.8 million env steps, at the end, seconds."""
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## The main job")[1].split("## ")[0]
+    for run in read_table(STUDY.parent / "main_job" / "runs.csv"):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {run.seed} | 0."))
+        shown = [float(cell.strip(" *").split()[0].strip("*")) for cell in line.strip("|").split("|")]
+        scores = [run.eval_scores[i] for i in (0, 1, 2, 4, -1)]
+        assert shown[1:6] == [pytest.approx(score, abs=5e-4) for score in scores], line
+        assert run.eval_steps[-1] == 983_040 and shown[6] == pytest.approx(run.eval_seconds[-1], abs=1)
+    overall = compare(read_table(STUDY.parent / "main_job" / "runs.csv")).scopes[0].mean
+    assert f"{overall.value:.3f} [{overall.low:.3f}, {overall.high:.3f}] for a new seed and new states" in text

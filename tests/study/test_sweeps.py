@@ -13,7 +13,6 @@ from pathlib import Path
 
 import ppo_vla
 import pytest
-import torch
 import wandb_workspace
 import yaml
 from standin_wandb_server import ENTITY, StandInServer

@@ -1,0 +1,164 @@
+"""The model of an experiment, built, filled and frozen, and the policy around it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+
+from agents.adapters import load_adapters
+from agents.checking import check_model, check_policy
+from agents.constancy import check_constant
+from agents.critic import find_value_head
+from agents.loading import import_model_class, load_vla_model
+from agents.policy import VLAPolicy
+from research.config import FREEZE_SWITCHES, ExperimentConfig
+from research.runs.checkpoint import frozen_weights
+from research.schema import PROPRIO, RGB, UserError, base_modality, one_line
+from research.training.audit import load_trained_state
+from research.training.freezing import HEADS, freeze, part_of
+
+HERE = Path(__file__).resolve().parent
+
+
+class BuiltModel(NamedTuple):
+    """A model as a run needs it."""
+
+    model: nn.Module
+    value_head: list[str]
+    """Names of the modules and parameters that only the value depends on."""
+    heads: list[str]
+    """Parts that the scopes "backbone" and "lora" leave."""
+    frozen: list[str]
+    """Names of the parameters that the scope froze."""
+
+
+def make_model(
+    config: ExperimentConfig,
+    observations: TensorDictBase,
+    action_shape: Sequence[int],
+    device: torch.device,
+    expect_fresh: bool = False,
+    choices: Sequence[int] | None = None,
+) -> BuiltModel:
+    """The configured model, its checkpoint loaded, frozen as configured and in eval mode.
+
+    Eval mode throughout (no dropout, fixed batch statistics): the policy that is trained is the one that acted.
+
+    Args:
+        config: the experiment.
+        observations: a few, as the environment offers them, `[B]`: on them the model is tried and its value head found.
+        action_shape: of one action of the environment, `[A]` or `[H, A]`.
+        device: where the model lies.
+        expect_fresh: do not warn of fresh weights; others replace them.
+        choices: how many each component of an action has, where the environment takes choices.
+    """
+    policy, vla = config.policy, config.policy.vla_config
+    if vla.model_path and not Path(vla.model_path).exists() and (HERE / vla.model_path).exists():
+        vla.model_path = str(HERE / vla.model_path)
+    # A model whose constructor names such a switch is told.
+    named = inspect.signature(import_model_class(vla.model_class).__init__).parameters
+    scopes = [policy.freeze] if isinstance(policy.freeze, str) else policy.freeze
+    told = {switch: True for switch, preset in FREEZE_SWITCHES.items() if switch in named and preset in scopes}
+    # What follows from the environment need not be said; said otherwise, the model is tried and refused.
+    follows = what_follows(observations, action_shape, choices, named)
+    told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
+    model = load_vla_model(
+        vla.model_path,
+        vla.model_class,
+        vla.model_config | told,
+        device,
+        strict=vla.strict,
+        strip_prefix=vla.strip_prefix,
+        add_prefix=vla.add_prefix,
+        trust_checkpoint=vla.trust_checkpoint,
+        expect_fresh=expect_fresh,
+    )
+    with torch.random.fork_rng():
+        check_model(model.eval(), observations, action_shape, choices)
+    value_head = [policy.value_head] if policy.value_head else find_value_head(model, observations)
+    heads = getattr(model, "heads", None) or list(dict.fromkeys([*HEADS, *value_head]))
+    frozen = freeze(model, policy.freeze, heads=heads, lora=policy.lora)
+    if vla.adapter_path:
+        load_adapters(model, vla.adapter_path, policy.lora.rank, policy.lora.alpha, vla.trust_checkpoint)
+    refuse_half_precision(model)
+    return BuiltModel(model.eval(), value_head, heads, frozen)
+
+
+def what_follows(
+    observations: TensorDictBase,
+    action_shape: Sequence[int],
+    choices: Sequence[int] | None,
+    named: Mapping[str, inspect.Parameter],
+) -> dict[str, Any]:
+    """What an environment says of a model's constructor arguments, for those that have these names.
+
+    `modalities` are those of its own default that are offered, and `cameras` the keys of all pictures.
+    """
+    follows: dict[str, Any] = {"action_dim": action_shape[-1]}
+    if choices is not None:
+        follows["action_choices"] = list(choices)
+    if PROPRIO in observations.keys():
+        follows["proprio_dim"] = observations[PROPRIO].shape[-1]
+    if cameras := sorted(key for key in observations.keys() if base_modality(key) == RGB):
+        follows["cameras"] = cameras
+    default = named["modalities"].default if "modalities" in named else None
+    if isinstance(default, list | tuple) and (offered := [key for key in default if key in observations.keys()]):
+        follows["modalities"] = offered
+    return follows
+
+
+def refuse_half_precision(model: nn.Module) -> None:
+    """Refuse to train weights in bfloat16 or float16: steps smaller than their rounding are lost without a word."""
+    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        parts = ", ".join(dict.fromkeys(map(part_of, half)))
+        raise UserError(
+            f"policy.vla_config: {type(model).__name__} trains {parts} in half precision, where small steps are lost; "
+            "construct what trains in float32 and set trainer.autocast=bf16, or freeze it"
+        )
+
+
+def load_trained(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a model, built and frozen as in a run, the weights of one of its checkpoints.
+
+    Frozen weights, which a checkpoint does not hold, are compared with the hashes that it holds.
+
+    Raises:
+        UserError: the weights do not fit, or the frozen ones are others.
+    """
+    weights = {**(frozen_weights(state) or {}), **state["model_state_dict"]}
+    try:
+        wrong = load_trained_state(model, weights, state.get("audit", {}).get("hashes", {}))
+    except RuntimeError as error:
+        wrong = [one_line(error)[:200]]
+    if wrong:
+        raise UserError(
+            f"{state['source']} does not fit the model that its config.json (and your flags) describe; "
+            f"{len(wrong)} missing, or too many: {', '.join(wrong[:3])}"
+        )
+
+
+def keeps_frozen_weights(config: ExperimentConfig) -> bool:
+    """Whether a run has to keep its frozen weights itself: not all of them come from a file."""
+    return config.policy.vla_config.model_path is None or not config.policy.vla_config.strict
+
+
+def make_policy(
+    config: ExperimentConfig,
+    model: nn.Module,
+    observations: TensorDictBase,
+    action_shape: Sequence[int],
+    choices: Sequence[int] | None = None,
+) -> VLAPolicy:
+    """The modules around a model that is frozen as it will be, tried out on a few observations `[B]`."""
+    trainer = config.trainer
+    policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast, compile=trainer.compile == "on")
+    check_policy(policy, observations, action_shape, choices)
+    check_constant(policy, observations)
+    return policy

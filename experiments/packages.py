@@ -1,0 +1,29 @@
+"""Sees to it that `agents`, `envs` and `research` are this project's: imported before anything of theirs.
+
+A folder of the same name further ahead on the path (the working directory under `python -m`, PYTHONPATH) would be taken
+instead, and what a script then says is of no use to anyone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KNOWN_BY = {"agents": "vla.py", "envs": "simulator.py", "research": "schema.py"}
+
+
+def others_called(name: str) -> list[Path]:
+    """Folders that would be imported under the name of a package of this project, and are not it."""
+    spec = importlib.util.find_spec(name)
+    places = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
+    return [place for place in places if not (place / KNOWN_BY[name]).is_file()]
+
+
+for name in KNOWN_BY:
+    if others := others_called(name):
+        print(f"{others[0]} has the name of this project's {name}/ and is hidden by it; rename it to use it")
+    if others or importlib.util.find_spec(name) is None:
+        sys.path.insert(0, str(ROOT))
+        importlib.invalidate_caches()

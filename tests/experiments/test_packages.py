@@ -1,0 +1,27 @@
+"""A user's folders may be called as the project's packages are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from worlds import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_folders_of_the_same_name_hide_nothing_and_are_named(tmp_path, init):
+    for name in ("envs", "research"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("__init__.py" if init else "mine.py")).write_text("")
+    command = [sys.executable, str(ROOT / "experiments" / "compare_runs.py"), "nowhere"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and done.stderr == "error: no such folder: nowhere\n"
+    assert (
+        done.stdout
+        == f"{tmp_path}/envs has the name of this project's envs/ and is hidden by it; rename it to use it\n"
+    )

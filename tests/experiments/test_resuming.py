@@ -1,0 +1,149 @@
+"""What a run that goes on may find in its folder: rows of a lost future, an evaluation that is there, damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import evaluate_vla
+import ppo_vla
+import pytest
+import torch
+from resuming import evaluation_at
+from worlds import rows_without_times, run_folder, write_config
+
+from agents.small_vla import SmallVLA
+from research.runs.checkpoint import load_checkpoint
+from research.runs.folder import RunFolder, append_rows, read_rows
+from research.schema import SimulatorFailed
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    assert ppo_vla.main(["--config", str(write_config(tmp_path))]) == 0
+    return run_folder(tmp_path)
+
+
+def contents(run: Path) -> dict:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_that_is_resumed_evaluates_nothing_again(finished, capsys):
+    rows, episodes = rows_without_times(finished), (finished / "episodes.jsonl").read_text()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert ppo_vla.main([f"--trainer.resume={finished}"]) == 0
+    assert rows_without_times(finished) == rows and (finished / "episodes.jsonl").read_text() == episodes
+    again = json.loads((finished / "summary.json").read_text())
+    assert {k: again[k] for k in again if k.startswith(("eval/", "before/"))} == {
+        k: summary[k] for k in summary if k.startswith(("eval/", "before/"))
+    }
+
+
+def test_rows_of_what_is_done_again_are_dropped_and_torn_ones_too(finished, tmp_path):
+    """As a kill leaves them: both files go on after the checkpoint, the last line of each is half."""
+    whole = {name: (finished / name).read_text() for name in ("metrics.jsonl", "episodes.jsonl")}
+    for step in (192,):  # the last checkpoint; the one before is of step 128
+        shutil.rmtree(RunFolder(finished).checkpoint(step))
+    for path in (finished / "checkpoints").glob("best_*"):
+        shutil.rmtree(path)
+    for name in whole:
+        with (finished / name).open("a") as file:
+            file.write('{"global_step": 19')
+    assert ppo_vla.main([f"--trainer.resume={finished}"]) == 0
+    for name, text in whole.items():
+        now, before = read_rows(finished / name), [json.loads(line) for line in text.splitlines()]
+        strip = lambda rows: [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]  # noqa: E731
+        assert strip(now) == strip(before), name
+
+
+def test_an_evaluation_whose_metrics_were_not_written_is_made_again(tmp_path):
+    folder = RunFolder.create(tmp_path, "exp")
+    rows = [{"global_step": step, "initial_state": i} for step in (0, 64) for i in range(3)]
+    append_rows(folder.metrics, [{"global_step": 0, "eval/return": 1.0}, {"global_step": 64, "train/entropy": 1.0}])
+    append_rows(folder.episodes, [*rows, *rows[-1:]])
+    assert evaluation_at(folder, 64, episodes=3) == [] and read_rows(folder.episodes) == rows[:3]
+    append_rows(folder.episodes, [*rows[3:], *rows[-1:]])
+    append_rows(folder.metrics, [{"global_step": 64, "eval/return": 1.0}])
+    assert (
+        evaluation_at(folder, 64, episodes=4) == [] and len(read_rows(folder.metrics)) == 2
+    )  # another number is asked
+    append_rows(folder.episodes, [*rows[3:], *rows[-1:], {"global_step": 128, "initial_state": 0}])
+    append_rows(folder.metrics, [{"global_step": 64, "eval/return": 1.0}])
+    assert evaluation_at(folder, 64, episodes=3) == rows[3:] and read_rows(folder.episodes) == rows
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "optimizer", "progress", "rollouts", "audit", "rng"])
+@pytest.mark.parametrize("value", [None, 3, [], {}, {"a": {"b": 1}}])
+def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_nothing_is_written(
+    finished, tmp_path, capsys, key, value
+):
+    if key == "rollouts" and value == {}:
+        pytest.skip("that is what workers' rollouts leave")
+    state = load_checkpoint(finished)
+    shutil.rmtree(finished / "checkpoints")
+    (finished / "checkpoints").mkdir()
+    state[key] = value
+    torch.save(state, finished / "checkpoints" / "last.pt")
+    before = contents(finished)
+    assert ppo_vla.main([f"--trainer.resume={finished}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and "last.pt" in error
+    assert contents(finished) == before
+
+
+class Mine(SmallVLA):
+    """Code that is not the project's."""
+
+
+def test_code_that_a_folder_from_elsewhere_names_is_not_run_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    config = write_config(tmp_path, policy__vla_config__model_class="test_resuming.Mine")
+    assert ppo_vla.main(["--config", str(config), "--trainer.iterations=1"]) == 0
+    run = run_folder(tmp_path)
+    output = f"--output={tmp_path / 'out'}"
+    assert evaluate_vla.main([f"--checkpoint={run}", output, "--film=0"]) == 0  # written here
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "somebody else's home"))
+    for script, words in ((ppo_vla, [f"--trainer.resume={run}"]), (evaluate_vla, [f"--checkpoint={run}", output])):
+        capsys.readouterr()
+        assert script.main(words) == 2
+        error = capsys.readouterr().err
+        assert "model_class = test_resuming.Mine" in error and "--trust" in error and error.count("\n") == 1
+    assert evaluate_vla.main([f"--checkpoint={run}", output, "--film=0", "--trust"]) == 0
+    assert "--trust" not in (run / "config.json").read_text()
+
+
+def test_a_simulator_that_breaks_ends_the_run_with_a_summary_and_a_place_to_go_on(tmp_path, monkeypatch, capsys):
+    from envs.tabletop import TabletopEnv
+
+    step, calls = TabletopEnv._step, []
+
+    def breaks(self, tensordict):
+        calls.append(1)
+        if len(calls) == 190 + 20:
+            raise SimulatorFailed("tabletop: physics exploded")
+        return step(self, tensordict)
+
+    monkeypatch.setattr(TabletopEnv, "_step", breaks)
+    argv = ["--config", str(write_config(tmp_path, trainer__save_freq=0, trainer__iterations=40))]
+    assert ppo_vla.main(argv) == 1
+    error = capsys.readouterr().err
+    assert "physics exploded; stopped at env step" in error and "checkpoints/step_" in error
+    run = run_folder(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["exit_code"] == 1 and summary["stopped_by"] == "simulator"
+    # The iteration under way is lost, and a few before it: there was no checkpoint but what the run held.
+    assert 0 < load_checkpoint(run)["progress"]["global_step"] <= summary["global_step"]
+    assert ppo_vla.main([f"--trainer.resume={run}"]) == 0
+    assert json.loads((run / "summary.json").read_text())["stopped_by"] is None
+    training = [row["global_step"] for row in rows_without_times(run) if "train/approx_kl" in row]
+    assert training == list(range(64, 40 * 64 + 1, 64))
+
+
+def test_what_nobody_expected_leaves_a_summary_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_vla.TrainingRun, "check_ratio", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ppo_vla.main(["--config", str(write_config(tmp_path))])
+    assert json.loads((run_folder(tmp_path) / "summary.json").read_text())["stopped_by"] == "error"

@@ -1,0 +1,194 @@
+"""Processes that collect: what they leave when they break, die or hang, and that none outlives its run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from worlds import ROOT, reach_env, reach_policy, run_folder, write_config
+
+from research.runs.checkpoint import load_checkpoint
+from research.runs.folder import read_json
+from research.schema import NonFiniteError, SimulatorFailed, UserError
+from research.training.asynchronous import AsynchronousRollouts
+from research.training.rollout import CollectingPolicy
+from research.training.workers import WeightMailbox
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = ROOT / "experiments" / "ppo_vla.py"
+
+
+def breaking_env(worker: int):
+    env = reach_env(worker)
+    step, taken = env._step, []
+
+    def breaks(tensordict):
+        taken.append(1)
+        if worker == 1 and len(taken) > 20:
+            raise SimulatorFailed("physics exploded")
+        return step(tensordict)
+
+    env._step = breaks
+    return env
+
+
+def hanging_env(worker: int):
+    env = reach_env(worker)
+    step, taken = env._step, []
+
+    def hangs(tensordict):
+        taken.append(1)
+        if worker == 1 and len(taken) > 20:
+            time.sleep(3600)
+        return step(tensordict)
+
+    env._step = hangs
+    return env
+
+
+def absent_env(worker: int):
+    raise UserError("trainer.env: no such thing")
+
+
+def dying_env(worker: int):
+    os._exit(3)
+
+
+@pytest.mark.parametrize(("make_env", "why"), [(absent_env, "worker 0: trainer.env: no such thing"), (dying_env, "")])
+def test_a_worker_that_cannot_start_is_one_line(make_env, why):
+    before = mailboxes()
+    with pytest.raises(UserError, match=f"a process that collects ended while it started: {why}") as caught:
+        collect(make_env)
+    assert "\n" not in str(caught.value) and mailboxes() <= before
+
+
+def collect(make_env, timeout: float = 60.0) -> None:
+    rollouts = AsynchronousRollouts(make_env, 8, reach_policy(), 2, 8 * 6, max_staleness=100, seed=0, timeout=timeout)
+    try:
+        for _ in range(200):
+            rollouts.next()
+    finally:
+        rollouts.shutdown()
+        assert not any(process.is_alive() for process in rollouts.collector.procs)
+        assert not Path(rollouts.mailbox.folder).exists()
+
+
+def test_what_an_environment_raises_in_a_worker_is_said_here():
+    with pytest.raises(SimulatorFailed, match=r"^worker 1: physics exploded$"):
+        collect(breaking_env)
+
+
+def test_a_worker_that_hangs_is_named_and_ended_in_time():
+    """The other one goes on, and would fill rollouts alone for ever."""
+    start = time.monotonic()
+    with pytest.raises(SimulatorFailed, match=r"worker 1 \(process \d+\) took no step for 2 s and was ended"):
+        collect(hanging_env, timeout=2.0)
+    assert time.monotonic() - start < 60
+
+
+def test_what_broke_keeps_its_kind():
+    box = WeightMailbox(CollectingPolicy(reach_policy()), 2)
+    assert box.reported() is None
+    for error, kind, text in (
+        (NonFiniteError("reward is nan"), NonFiniteError, "worker 1: reward is nan"),
+        (ValueError("odd\nshape"), SimulatorFailed, "worker 1: ValueError: odd shape"),
+    ):
+        box.report(1, error)
+        assert type(box.reported()) is kind and str(box.reported()) == text
+    box.remove()
+
+
+def test_what_a_killed_run_left_in_shared_memory_goes_with_the_next(tmp_path):
+    """Killed between making its mailbox and starting the workers that would have removed it."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    orphan, ours = (Path(f"/dev/shm/vla-weights-{pid}-test") for pid in (ended.pid, os.getpid()))
+    for folder in (orphan, ours):
+        folder.mkdir(exist_ok=True)
+    WeightMailbox(CollectingPolicy(reach_policy())).remove()
+    assert not orphan.exists() and ours.exists()
+    ours.rmdir()
+
+
+def started(tmp_path: Path, **changes) -> tuple[subprocess.Popen, list[int]]:
+    """A run whose two workers collect, once it learns."""
+    config = write_config(
+        tmp_path, trainer__buffer_type="vla", trainer__num_collectors=2, trainer__iterations=100000,
+        trainer__save_freq=640, trainer__enable_eval=False, trainer__max_staleness=1000, **changes,
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--config", str(config), "--trainer.worker_timeout=5"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        runs = list((tmp_path / "runs").glob("*/metrics.jsonl"))
+        if runs and runs[0].read_text().count("train/approx_kl") > 12:
+            break
+        time.sleep(0.2)
+    assert process.poll() is None, process.communicate()
+    return process, workers_of(process.pid)
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes below one that were made by multiprocessing, other than its resource tracker."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    return [int(child) for child, parent, words in rows if int(parent) == pid and "resource_tracker" not in words]
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def mailboxes() -> set[Path]:
+    return set(Path("/dev/shm").glob("vla-weights-*"))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_stopped_worker_ends_the_run_with_a_checkpoint_and_a_summary(tmp_path, kind):
+    process, workers = started(tmp_path)
+    assert len(workers) == 2, workers
+    os.kill(workers[0], kind)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and time.monotonic() - start < 30, err
+    last = [line for line in err.splitlines() if line.startswith("error")]
+    assert len(last) == 1 and re.search(r"worker \d .*; stopped at env step \d+, the last checkpoint is", last[0]), err
+    assert "Traceback" not in err
+    run = run_folder(tmp_path)
+    assert read_json(run / "summary.json")["stopped_by"] == "simulator"
+    assert load_checkpoint(run)["progress"]["global_step"] > 0
+    assert gone(workers, 10)
+
+
+def test_a_ctrl_c_of_the_whole_group_stops_as_one_of_the_main_process(tmp_path):
+    process, workers = started(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert load_checkpoint(run_folder(tmp_path))["progress"]["global_step"] > 0
+    assert gone(workers, 10)
+
+
+def test_nothing_outlives_a_main_process_that_is_killed(tmp_path):
+    before = mailboxes()
+    process, workers = started(tmp_path)
+    assert len(mailboxes() - before) == 1
+    process.kill()
+    process.communicate()
+    assert gone(workers, 15)
+    assert mailboxes() <= before
