@@ -124,7 +124,7 @@ class TrainingRun:
         self.code, self.result, self.evaluated_at = 0, None, -1
         self._ratio_is_known = False
         self._held: dict | None = None
-        self._holding_s, self._held_at = 0.0, 0.0
+        self._holding_s = self._held_at = self._iteration_s = 0.0
         self._at_exit = ExitStack()
 
     def __enter__(self) -> TrainingRun:
@@ -156,14 +156,17 @@ class TrainingRun:
     def hold(self) -> None:
         """Keep a copy of where the run is: what a signal, or a failure, within the next iteration leaves behind.
 
-        Not more often than that copying takes a fiftieth of the time.
+        It may take a four-hundredth of the time, and where iterations are long, so that much would be lost, a fiftieth.
         """
         start = time.perf_counter()
-        if start - self._held_at < 50 * self._holding_s:
+        if start - self._held_at < (50 if self._iteration_s > 10 else 400) * self._holding_s:
             return
-        self._held = self._snapshot()
-        self._held_at = time.perf_counter()
+        self._take()
         self._holding_s = self._held_at - start
+
+    def _take(self) -> dict:
+        self._held, self._held_at = self._snapshot(), time.perf_counter()
+        return self._held
 
     def _snapshot(self) -> dict:
         parts = self.parts
@@ -197,7 +200,7 @@ class TrainingRun:
 
     def log(self, metrics: dict[str, float], transitions: int, collect_s: float, update_s: float) -> None:
         """Record an iteration that has just ended: its metrics, its times, and the share of the device's speed."""
-        seconds = collect_s + update_s
+        seconds = self._iteration_s = collect_s + update_s
         metrics = metrics | {"time/collect_s": collect_s, "time/update_s": update_s}
         metrics["time/env_steps_per_second"] = transitions / seconds
         metrics["time/threads"] = float(self.trainer.threads)
@@ -241,7 +244,7 @@ class TrainingRun:
         when = f"at env step {self.progress.env_steps}"
         check_finite(((f"weight {n}", p) for n, p in parts.policy.model.named_parameters() if p.requires_grad), when)
         parts.audit.check(when)
-        self.writer.submit(self._snapshot(), best)
+        self.writer.submit(self._take(), best)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -21,6 +21,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         "format": FORMAT,
         "global_step": state.get("progress", {}).get("global_step", 0),
         "files": {STATE: {"sha256": _sha256(file), "bytes": file.stat().st_size}},
-        "code": git_commit(),
+        "code": _code(),
         "versions": {m.__name__: m.__version__ for m in (torch, tensordict, torchrl)},
         "config": state["config"],
     }
@@ -94,6 +95,11 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     sync_folder(partial)
     os.rename(partial, path)
     sync_folder(path.parent)
+
+
+@cache
+def _code() -> str | None:
+    return git_commit()  # the code that runs is that of the start, whatever is committed since
 
 
 def remove_checkpoint(path: Path) -> None:
