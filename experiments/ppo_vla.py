@@ -17,8 +17,9 @@ import packages  # noqa: F401
 
 from assembling import Assembly, assemble
 from configuration import read_experiment
+from opening import open_run
 from resuming import load_resumed
-from training_run import FILMED, TrainingRun, open_run
+from training_run import FILMED, TrainingRun
 
 from research.config import ExperimentConfig
 from research.schema import UserError

@@ -9,18 +9,15 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from assembling import Assembly, describe, measure_utilisation
-from building import keeps_frozen_weights
-from resuming import evaluation_at, restore
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
 from research.config import ExperimentConfig
-from research.options import flatten, to_dict
-from research.runs.checkpoint import CheckpointWriter, load_checkpoint, snapshot, write_checkpoint
-from research.runs.folder import FROZEN, RunFolder, append_rows
-from research.runs.origin import sign
+from research.options import to_dict
+from research.runs.checkpoint import CheckpointWriter, snapshot
+from research.runs.folder import RunFolder, append_rows
 from research.runs.reporting import last_checkpoint, postfix, summarise
-from research.runs.tracking import Tracker, resolve_wandb_mode
+from research.runs.tracking import Tracker
 from research.runs.video import video_grid, write_video
 from research.schema import (
     ACTION,
@@ -32,58 +29,13 @@ from research.schema import (
     one_line,
 )
 from research.training.algorithm import Progress
-from research.training.evaluation import Evaluation, evaluate
+from research.training.evaluation import evaluate
 from research.training.interruption import Interruption
 from research.training.ratio import clamped_share, describe_clamping, describe_ratio, largest_log_ratio
 
 log = logging.getLogger(__name__)
 
 FILMED = 12  # evaluation episodes in a video
-
-
-def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) -> TrainingRun:
-    """Make the run's folder, or go on in the one of a checkpoint, and start tracking.
-
-    Args:
-        config: the experiment.
-        parts: what it trains with; they take the checkpoint's state.
-        resumed: the checkpoint of `trainer.resume`, or None. Where the agent of a sweep starts a run again after an
-            interruption, its folder's own is taken.
-    """
-    trainer = config.trainer
-    mode, reason = resolve_wandb_mode(trainer.use_wandb)
-    folder = RunFolder.containing(trainer.resume) if resumed else RunFolder.create(trainer.run_dir, trainer.exp_name)
-    restarted = not resumed and folder.metrics.exists()
-    if restarted and folder.last_checkpoint:
-        resumed, restarted = load_checkpoint(folder.path), False
-    elif restarted:
-        folder.episodes.unlink(missing_ok=True)
-    progress, writer, evaluated = Progress(trainer.iterations), CheckpointWriter(folder, trainer.keep_checkpoints), []
-    if resumed:
-        restore(resumed, parts, progress)  # what is written from here on goes on from there
-        writer.remove_after(progress.env_steps)
-        evaluated = evaluation_at(folder, progress.env_steps, trainer.num_eval_episodes)
-    tracker = Tracker(
-        folder,
-        to_dict(config),
-        flatten(config)
-        | {"scope": config.policy.scope, "learning_rate": config.algorithm.cfg.learning_rate},  # panels take no dots
-        project=trainer.wandb_project_name,
-        group=trainer.wandb_group or f"{trainer.env}-{config.algorithm.name}-{config.policy.scope}",
-        mode=mode,
-        reason=reason,
-        tags=[f"freeze:{config.policy.scope}"[:64], *trainer.wandb_tags],
-        resume_id=folder.id if resumed else None,
-        resume_step=progress.env_steps if resumed else -1 if restarted else None,
-    )
-    sign(folder)
-    if keeps_frozen_weights(config) and (frozen := parts.audit.frozen_state()):
-        write_checkpoint(folder.checkpoints / FROZEN, snapshot(to_dict(config), model_state_dict=frozen))
-    run = TrainingRun(config, parts, folder, tracker, writer, progress, resumed is not None)
-    if evaluated:
-        run.result = Evaluation.from_rows(evaluated, getattr(parts.eval_env, "distinct_states", True))
-        run.evaluated_at = progress.env_steps
-    return run
 
 
 class TrainingRun:

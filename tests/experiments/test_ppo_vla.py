@@ -25,6 +25,7 @@ from agents.small_vla import SmallVLA
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
+from research.training.evaluation import Evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -366,7 +367,7 @@ def test_best_is_the_best_of_all_evaluations(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(training_run, "evaluate", scored)
-    monkeypatch.setattr(training_run.Evaluation, "score", property(lambda self: self.given))
+    monkeypatch.setattr(Evaluation, "score", property(lambda self: self.given))
     config = write_config(tmp_path, trainer__eval_freq=64, trainer__iterations=3)
     saved = []
     save = training_run.TrainingRun.save

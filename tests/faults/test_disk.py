@@ -26,10 +26,10 @@ def no_file_larger_than(size: int):
     return limit
 
 
-@pytest.mark.parametrize("kilobytes", [1, 3, 100])
-def test_a_disk_that_is_full_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(tmp_path, kilobytes):
-    """At the configuration, at the rows, at the checkpoint."""
-    argv = arguments(tmp_path / "run", "tabletop")
+@pytest.mark.parametrize(("kilobytes", "scope"), [(1, "none"), (3, "none"), (3, "vision"), (100, "none")])
+def test_a_disk_that_is_full_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(tmp_path, kilobytes, scope):
+    """At the configuration, at the rows, at what is frozen, at the checkpoint."""
+    argv = [*arguments(tmp_path / "run", "tabletop"), f"--policy.freeze={scope}"]
     code = start(argv, tmp_path / "log", no_file_larger_than(1024 * kilobytes))
     said = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error")]
     assert code in (1, 2) and said and "File too large" in said[0], (tmp_path / "log").read_text()
