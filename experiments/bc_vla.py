@@ -34,7 +34,7 @@ from agents.policy import VLAPolicy
 from envs import make_env
 from research.options import parse_config, to_dict
 from research.runs.folder import replacing
-from research.schema import ACTION, HIDDEN, OBSERVATION, UserError
+from research.schema import ACTION, HIDDEN, OBSERVATION, NonFiniteError, SimulatorFailed, UserError
 from research.training.evaluation import evaluate
 
 WATCHED_STATES = range(5000, 5128)  # neither drawn in training (from 10000 on) nor evaluated by default (0 to 255)
@@ -215,5 +215,6 @@ def normalise_proprio(model: nn.Module, data: TensorDict) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (UserError, NonFiniteError, SimulatorFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -31,7 +31,7 @@ from research.config import ExperimentConfig, TrainerConfig
 from research.options import parse_config
 from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
-from research.schema import OBSERVATION, NonFiniteError, UserError
+from research.schema import OBSERVATION, NonFiniteError, SimulatorFailed, UserError
 from research.training.evaluation import Evaluation, evaluate
 from research.training.threads import choose_threads
 
@@ -55,7 +55,7 @@ class EvaluationConfig(ExperimentConfig):
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except NonFiniteError as error:
+    except (NonFiniteError, SimulatorFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except UserError as error:

@@ -15,6 +15,7 @@ stated time is killed. Either ends the run (`SimulatorFailed`), which can be res
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import warnings
 from collections import deque
@@ -28,7 +29,7 @@ from torch import Tensor
 from torchrl.collectors import MultiAsyncCollector
 from torchrl.envs import EnvBase
 
-from research.processes import serve_the_main_process
+from research.processes import children_hear_nothing, serve_the_main_process
 from research.schema import UserError, describe_error
 from research.training.episodes import EpisodeStatistics
 from research.training.rollout import POLICY_VERSION, WORKER, CollectingPolicy, Policy, RolloutCollector
@@ -90,12 +91,17 @@ class AsynchronousRollouts:
         self._fifo: deque[TensorDictBase] = deque()
 
     def _start(self, *arguments, **options) -> MultiAsyncCollector:
+        before = multiprocessing.active_children()
         try:
-            return MultiAsyncCollector(*arguments, **options)
-        except Exception as error:  # torchrl's words for it vary
+            with children_hear_nothing():
+                return MultiAsyncCollector(*arguments, **options)
+        except BaseException as error:  # a Ctrl-C too: workers ignore what multiprocessing would end them by
+            end_now([child for child in multiprocessing.active_children() if child not in before])
             reported = self.mailbox.reported()
             self.mailbox.remove()
-            raise UserError(
+            if not isinstance(error, Exception):
+                raise
+            raise UserError(  # torchrl's words for it vary
                 f"trainer.buffer_type: a process that collects ended while it started: "
                 f"{reported or describe_error(error)}; what it printed is above"
             ) from error

@@ -7,6 +7,9 @@ import json
 import evaluate_vla
 import pytest
 
+from envs.tabletop import TabletopEnv
+from research.schema import SimulatorFailed
+
 pytestmark = pytest.mark.slow
 
 FEW = ["--trainer.num_eval_episodes=6", "--trainer.num_eval_envs=4", "--trainer.progress_bar=False", "--film=1"]
@@ -59,3 +62,12 @@ def test_unknown_splits_are_one_clear_line(argv, message, tmp_path, capsys):
     assert evaluate_vla.main([*argv, f"--output={tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_simulator_that_breaks_is_one_line_and_no_refusal(tmp_path, capsys, monkeypatch):
+    def breaks(self, tensordict):
+        raise SimulatorFailed("tabletop: physics exploded")
+
+    monkeypatch.setattr(TabletopEnv, "_step", breaks)
+    assert evaluate_vla.main([*FEW, f"--output={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "error: tabletop: physics exploded\n"
