@@ -116,8 +116,8 @@ class WorkerWatch:
     """Ends a worker that takes no step for a time although nobody keeps it from that.
 
     A worker takes T steps, hands over what it collected, and waits until the main process has received it. So it may
-    stand still at multiples of T, where the main process has something else to do; anywhere else, and while the main
-    process waits for it, it may not.
+    stand still at multiples of T, while the main process has something else to do. It may not anywhere else, nor while
+    the main process waits, nor once that has received what others handed over later.
 
     Args:
         mailbox: where workers count their steps.
@@ -146,15 +146,17 @@ class WorkerWatch:
         self._received[worker] += 1
 
     def _look(self) -> None:
-        seen, moved = self.mailbox.steps(), [time.monotonic()] * len(self.processes)
+        workers = len(self.processes)
+        seen, moved, before = self.mailbox.steps(), [time.monotonic()] * workers, [0] * workers
         while not self._stopped.wait(min(1.0, self.timeout / 10)):
             now, steps, waiting_since = time.monotonic(), self.mailbox.steps(), self._waiting_since
             for worker, process in enumerate(self.processes):
                 if seen[worker] != steps[worker]:
-                    moved[worker] = now
+                    moved[worker], before[worker] = now, sum(self._received)
                 rollouts = self._received[worker]
                 since = moved[worker]
-                if steps[worker] >= (rollouts + 1) * self.steps:  # it may be waiting for the main process
+                overtaken = sum(self._received) - before[worker] > 2 * workers  # the queue is first in, first out
+                if steps[worker] >= (rollouts + 1) * self.steps and not overtaken:  # it may be waiting for its turn
                     since = now if waiting_since is None else max(since, waiting_since)
                 most = self.timeout if rollouts else max(self.timeout, FIRST_S)
                 if now - since > most and process.is_alive():

@@ -18,7 +18,7 @@ from research.runs.folder import read_json
 from research.schema import NonFiniteError, SimulatorFailed, UserError
 from research.training.asynchronous import AsynchronousRollouts
 from research.training.rollout import CollectingPolicy
-from research.training.workers import WeightMailbox
+from research.training.workers import WeightMailbox, WorkerWatch
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +90,62 @@ def test_a_worker_that_hangs_is_named_and_ended_in_time():
     with pytest.raises(SimulatorFailed, match=r"worker 1 \(process \d+\) took no step for 2 s and was ended"):
         collect(hanging_env, timeout=2.0)
     assert time.monotonic() - start < 60
+
+
+class Alive:
+    """A process, as the watch sees it."""
+
+    def __init__(self, pid: int):
+        self.pid, self.killed = pid, False
+
+    def is_alive(self) -> bool:
+        return not self.killed
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class Counted:
+    """A mailbox that says what it is told."""
+
+    def __init__(self, *steps: int):
+        self.told = list(steps)
+
+    def steps(self) -> list[int]:
+        return list(self.told)
+
+
+@pytest.mark.parametrize(
+    ("steps", "others", "waits", "ends"),
+    [
+        (3, 0, False, True),  # in the middle of a rollout
+        (6, 0, False, False),  # it has handed over its second one, and the main process is busy
+        (6, 0, True, True),  # the main process waits for that
+        (6, 9, False, True),  # or has received nine later ones of the other worker: it never handed it over
+    ],
+)
+def test_where_a_worker_may_stand_still(steps, others, waits, ends):
+    processes = [Alive(1), Alive(2)]
+    box = Counted(3, 3)
+    watch = WorkerWatch(box, processes, steps=3, timeout=0.2)
+    watch.wait()
+    for worker in (0, 1):
+        watch.received(worker)
+    box.told = [steps, 6]
+    time.sleep(0.1)
+    for _ in range(others):
+        box.told[1] += 3
+        watch.received(1)
+    if waits:
+        watch.wait()
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline and not processes[0].killed:
+        box.told[1] += 3  # the other one goes on
+        watch._received[1] += 1 if others else 0
+        time.sleep(0.02)
+    watch.stop()
+    assert processes[0].killed == ends and not processes[1].killed
+    assert (watch.verdict or "").startswith("worker 0 (process 1) took no step for 0.2 s") == ends
 
 
 def test_what_broke_keeps_its_kind():
