@@ -31,26 +31,25 @@ from research.runs.folder import RunFolder, read_json, read_rows
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 ITERATIONS = 12
+
+
+def mujoco(name: str, workers: int) -> dict:
+    """Of which qpos, qvel, time and generator come back."""
+    return {
+        "trainer__env": f"gym:{name}",
+        "trainer__env_config": {"max_episode_steps": 20, "workers": workers},
+        "policy__action_dim": None,
+        "policy__vla_config": {
+            "model_class": "agents.small_vla.SmallVLA",
+            "model_config": {"modalities": ["proprio"], "hidden_size": 16},
+        },
+    }
+
+
 WORLDS = {
     "tabletop": {},
-    "mujoco": {  # qpos, qvel, time, generator: all comes back
-        "trainer__env": "gym:Hopper-v5",
-        "trainer__env_config": {"max_episode_steps": 20, "workers": 1},
-        "policy__action_dim": None,
-        "policy__vla_config": {
-            "model_class": "agents.small_vla.SmallVLA",
-            "model_config": {"modalities": ["proprio"], "hidden_size": 16},
-        },
-    },
-    "mujoco, two workers": {
-        "trainer__env": "gym:InvertedPendulum-v5",
-        "trainer__env_config": {"max_episode_steps": 20, "workers": 2},
-        "policy__action_dim": None,
-        "policy__vla_config": {
-            "model_class": "agents.small_vla.SmallVLA",
-            "model_config": {"modalities": ["proprio"], "hidden_size": 16},
-        },
-    },
+    "mujoco": mujoco("Hopper-v5", workers=1),
+    "mujoco, two workers": mujoco("InvertedPendulum-v5", workers=2),
     "workers that collect": {"trainer__buffer_type": "vla", "trainer__max_staleness": 1000},
 }
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,32 +27,30 @@ pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "experiments" / "ppo_vla.py"
 
 
-def breaking_env(worker: int):
+def env_whose_second_worker(worker: int, does: Callable[[], None]):
+    """An environment that does something else in the place of its 21st step, in worker 1."""
     env = reach_env(worker)
     step, taken = env._step, []
 
-    def breaks(tensordict):
+    def stepped(tensordict):
         taken.append(1)
         if worker == 1 and len(taken) > 20:
-            raise SimulatorFailed("physics exploded")
+            does()
         return step(tensordict)
 
-    env._step = breaks
+    env._step = stepped
     return env
 
 
-def hanging_env(worker: int):
-    env = reach_env(worker)
-    step, taken = env._step, []
+def explode() -> None:
+    raise SimulatorFailed("physics exploded")
 
-    def hangs(tensordict):
-        taken.append(1)
-        if worker == 1 and len(taken) > 20:
-            time.sleep(3600)
-        return step(tensordict)
 
-    env._step = hangs
-    return env
+def hang() -> None:
+    time.sleep(3600)
+
+
+breaking_env, hanging_env = (partial(env_whose_second_worker, does=does) for does in (explode, hang))
 
 
 def absent_env(worker: int):
