@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gymnasium
 import numpy as np
 import pytest
@@ -19,11 +17,6 @@ from research.training.evaluation import evaluate, wilson_interval
 
 REACH = "user_package.reach_env:ReachEnv"
 KEYS = {"proprio": ["state", "clock"], "rgb": "images.front", "depth": "depth"}
-
-
-@pytest.fixture(autouse=True)
-def _user_package_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
 
 
 @pytest.fixture

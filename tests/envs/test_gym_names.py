@@ -13,11 +13,6 @@ from envs.gym_names import find_spec
 from research.schema import UserError
 
 
-@pytest.fixture(autouse=True)
-def _user_package_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-
-
 @pytest.mark.parametrize("prefix", ["gym", "gym_vec"])
 @pytest.mark.parametrize(
     ("name", "kwargs"),

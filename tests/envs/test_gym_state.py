@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -16,18 +15,11 @@ from envs_worlds import play
 from tensordict import TensorDict
 from worlds import rows_without_times, run_folder, write_config
 
-from envs.failures import warn_once
 from envs.gym import make_gym_env
 from envs.gym_state import from_bytes, read_state, to_bytes, write_state
 from research.runs.checkpoint import load_checkpoint
 
 STATEFUL = "user_package.habits:Stateful"
-
-
-@pytest.fixture(autouse=True)
-def _user_package_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tensordict import TensorDict
@@ -19,11 +17,6 @@ KEYS = {
     TWO: {"proprio": "state", "rgb_front": "front", "rgb_wrist": "wrist.rgb", "depth_wrist": "wrist.depth"},
     REACH: {"proprio": ["state", "clock"], "rgb": "images.front", "depth": "depth"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _user_package_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
 
 
 @pytest.fixture

@@ -16,19 +16,12 @@ from user_package import odd_envs
 from worlds import run_folder, write_config
 
 from envs import make_env
-from envs.failures import warn_once
 from research.runs.tracking import read_metrics
 from research.schema import NonFiniteError, SimulatorFailed, UserError, check_observation, decode_text
 from research.training.evaluation import evaluate
 
 IDS = [10, 60, 90, 57]  # of these 60, 90 and 57 are beyond a half of 97, and 90 is beyond 0.9 of it
 BOTH = ("gym", "gym_vec")
-
-
-@pytest.fixture(autouse=True)
-def _user_package_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    warn_once.cache_clear()
 
 
 @pytest.fixture
