@@ -1,12 +1,17 @@
 """Action heads: from `hidden` to a distribution over actions `[B, A]`, or over chunks of them, `[B, H, A]`.
 
 All store what was sampled, unclamped, so that the ratio of the first PPO minibatch is exactly 1.
+
+A head plans `horizon` control steps. The environment executes the first `executed` of them, and the distribution is
+over those alone: what is never executed has no consequences, and would only add noise to the ratio. One step executed
+is an action `[A]`, more are a chunk `[executed, A]`. `plan` is what imitation compares with a demonstration, all of it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -63,7 +68,41 @@ def _say_estimated(name: str) -> None:
     log.warning("the entropy of %s has no formula: it is estimated from one sample of each row", name)
 
 
-class GaussianHead(nn.Module):
+class ActionHead(nn.Module):
+    """What all heads share: how far they plan, and how much of it is executed.
+
+    Args:
+        action_dim: A.
+        horizon: H, control steps that are planned.
+        executed: those that are executed; None: all.
+    """
+
+    def __init__(self, action_dim: int, horizon: int, executed: int | None):
+        super().__init__()
+        executed = horizon if executed is None else executed
+        if not 1 <= executed <= horizon:
+            raise UserError(f"an action head executes 1 to horizon = {horizon} steps of its plan, got {executed}")
+        self.horizon, self.executed, self.action_dim = horizon, executed, action_dim
+
+    @property
+    def event_dim(self) -> int:
+        """Dimensions of what is executed: 1 for an action, 2 for a chunk."""
+        return 1 if self.executed == 1 else 2
+
+    def within(self, plan: Tensor) -> Tensor:
+        """The part of a plan `[B, H, A, ...]` that is executed, `[B, A, ...]` or `[B, executed, A, ...]`."""
+        return plan[:, 0] if self.executed == 1 else plan[:, : self.executed]
+
+    @abstractmethod
+    def plan(self, hidden: Tensor) -> Tensor:
+        """The likeliest actions of the whole horizon, `[B, H, A]`, with gradients where there are any."""
+
+    @abstractmethod
+    def imitation_loss(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        """How far the plan is from the actions of an expert, `[B, H, A]`, in each of them: `[B, H, A]`."""
+
+
+class GaussianHead(ActionHead):
     """Diagonal Gaussian: the mean is an MLP of `hidden`, the standard deviation a learnable vector kept in bounds.
 
     The bounds hold by construction, std = min * (max / min)^sigmoid(s), so that neither a collapsing nor an exploding
@@ -74,7 +113,7 @@ class GaussianHead(nn.Module):
         action_dim: A.
         width: units of the one hidden layer.
         init_std, min_std, max_std: standard deviation at the start, and its bounds.
-        horizon: H, for chunks; None for single actions.
+        horizon, executed: see `ActionHead`.
     """
 
     def __init__(
@@ -85,13 +124,13 @@ class GaussianHead(nn.Module):
         init_std=0.3,
         min_std=0.05,
         max_std=1.0,
-        horizon: int | None = None,
+        horizon: int = 1,
+        executed: int | None = None,
     ):
-        super().__init__()
+        super().__init__(action_dim, horizon, executed)
         if not 0 < min_std < init_std < max_std:
             raise ValueError(f"need 0 < min_std < init_std < max_std, got {min_std}, {init_std}, {max_std}")
-        self.event = (action_dim,) if horizon is None else (horizon, action_dim)
-        self.mean = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, math.prod(self.event)))
+        self.mean = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, horizon * action_dim))
         self.min_log_std, self.max_log_std = math.log(min_std), math.log(max_std)
         self.raw_std = nn.Parameter(torch.zeros(action_dim))
         self.set_std(init_std)
@@ -107,12 +146,19 @@ class GaussianHead(nn.Module):
         span = self.max_log_std - self.min_log_std
         return torch.exp(self.min_log_std + span * torch.sigmoid(self.raw_std))
 
+    def plan(self, hidden: Tensor) -> Tensor:
+        return self.mean(hidden).float().unflatten(-1, (self.horizon, self.action_dim))
+
+    def imitation_loss(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        """Squared error of the mean."""
+        return (self.plan(hidden) - actions).square()
+
     def forward(self, hidden: Tensor) -> IndependentNormal:
-        mean = self.mean(hidden).float().unflatten(-1, self.event)
-        return IndependentNormal(mean, self.std().expand_as(mean), event_dim=len(self.event))
+        mean = self.within(self.plan(hidden))
+        return IndependentNormal(mean, self.std().expand_as(mean), event_dim=self.event_dim)
 
 
-class TokenHead(nn.Module):
+class TokenHead(ActionHead):
     """Each action dimension is one of `bins` tokens, evenly spaced over [low, high] (RT-1, OpenVLA).
 
     Args:
@@ -121,7 +167,7 @@ class TokenHead(nn.Module):
         bins: tokens per dimension.
         width: units of the one hidden layer.
         temperature: sampling temperature; log-probabilities are taken at the same one.
-        horizon: H, for chunks; None for single actions.
+        horizon, executed: see `ActionHead`.
     """
 
     def __init__(
@@ -131,21 +177,32 @@ class TokenHead(nn.Module):
         bins: int = 32,
         width: int = 128,
         temperature: float = 1.0,
-        horizon: int | None = None,
+        horizon: int = 1,
+        executed: int | None = None,
     ):
-        super().__init__()
+        super().__init__(action_dim, horizon, executed)
         if bins < 2 or temperature <= 0:
             raise ValueError(f"need bins >= 2 and temperature > 0, got {bins} and {temperature}")
-        self.temperature = temperature
-        self.tokens = (action_dim, bins) if horizon is None else (horizon, action_dim, bins)
-        self.logits = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, math.prod(self.tokens)))
+        self.temperature, self.bins = temperature, bins
+        outputs = horizon * action_dim * bins
+        self.logits = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, outputs))
+
+    def planned_logits(self, hidden: Tensor) -> Tensor:
+        """Of every token of the whole horizon, before the temperature: `[B, H, A, K]`."""
+        return self.logits(hidden).float().unflatten(-1, (self.horizon, self.action_dim, self.bins))
+
+    def plan(self, hidden: Tensor) -> Tensor:
+        return ActionTokens(self.planned_logits(hidden), event_dim=2).mode
+
+    def imitation_loss(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        """Cross-entropy of the tokens nearest to the actions."""
+        return _token_loss(ActionTokens(self.planned_logits(hidden), event_dim=2), actions)
 
     def forward(self, hidden: Tensor) -> ActionTokens:
-        logits = self.logits(hidden).float().unflatten(-1, self.tokens)
-        return ActionTokens(logits / self.temperature, event_dim=len(self.tokens) - 1)
+        return ActionTokens(self.within(self.planned_logits(hidden)) / self.temperature, event_dim=self.event_dim)
 
 
-class CategoricalHead(nn.Module):
+class CategoricalHead(ActionHead):
     """Each action dimension is one of a number of choices of its own, a whole number from 0; for discrete actions.
 
     Args:
@@ -153,21 +210,44 @@ class CategoricalHead(nn.Module):
         action_dim: A.
         choices: A numbers of choices.
         width: units of the one hidden layer.
+        horizon, executed: see `ActionHead`.
     """
 
-    def __init__(self, hidden_size: int, action_dim: int, choices: Sequence[int], width: int = 128):
-        super().__init__()
+    def __init__(
+        self,
+        hidden_size: int,
+        action_dim: int,
+        choices: Sequence[int],
+        width: int = 128,
+        horizon: int = 1,
+        executed: int | None = None,
+    ):
+        super().__init__(action_dim, horizon, executed)
         if len(choices) != action_dim or min(choices) < 1:
             raise UserError(f"action_choices needs {action_dim} numbers of at least 1, got {list(choices)}")
         self.most = max(2, *choices)
-        self.logits = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, action_dim * self.most))
+        outputs = horizon * action_dim * self.most
+        self.logits = nn.Sequential(nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, outputs))
         absent = torch.arange(self.most) >= torch.tensor(choices)[:, None]
         self.register_buffer("absent", absent, persistent=False)  # [A, K]: no dimension has more than its choices
 
+    def planned_logits(self, hidden: Tensor) -> Tensor:
+        """Of every choice of the whole horizon, `[B, H, A, K]`."""
+        logits = self.logits(hidden).float().unflatten(-1, (self.horizon, self.action_dim, self.most))
+        return logits.masked_fill(self.absent, torch.finfo(logits.dtype).min / 2)
+
+    def plan(self, hidden: Tensor) -> Tensor:
+        return self._choices(self.planned_logits(hidden), event_dim=2).mode
+
+    def imitation_loss(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        """Cross-entropy of the choices."""
+        return _token_loss(self._choices(self.planned_logits(hidden), event_dim=2), actions)
+
     def forward(self, hidden: Tensor) -> ActionTokens:
-        logits = self.logits(hidden).float().unflatten(-1, self.absent.shape)
-        logits = logits.masked_fill(self.absent, torch.finfo(logits.dtype).min / 2)
-        return ActionTokens(logits, low=0.0, high=self.most - 1.0)
+        return self._choices(self.within(self.planned_logits(hidden)), self.event_dim)
+
+    def _choices(self, logits: Tensor, event_dim: int) -> ActionTokens:
+        return ActionTokens(logits, low=0.0, high=self.most - 1.0, event_dim=event_dim)
 
 
 HEADS = {"gaussian": GaussianHead, "tokens": TokenHead, "categorical": CategoricalHead}
@@ -234,8 +314,16 @@ class ActionTokens(Distribution):
         return self.deterministic_sample
 
     def log_prob(self, value: Tensor) -> Tensor:
+        return self.token_log_prob(value).sum(dim=self._event)
+
+    def token_log_prob(self, value: Tensor) -> Tensor:
+        """Of the token nearest to each number of an action, `[*B, A]` or `[*B, H, A]`."""
         token = ((value - self.low) * ((self.bins - 1) / (self.high - self.low))).round().long()
-        return self.tokens.log_prob(token.clamp(0, self.bins - 1)).sum(dim=self._event)
+        return self.tokens.log_prob(token.clamp(0, self.bins - 1))
 
     def entropy(self) -> Tensor:
         return self.tokens.entropy().sum(dim=self._event)
+
+
+def _token_loss(distribution: ActionTokens, actions: Tensor) -> Tensor:
+    return -distribution.token_log_prob(actions)

@@ -101,6 +101,7 @@ class GPTVLAModel(StagedVLA):
         gradient_checkpointing: keep the inputs of the encoder's and the language model's blocks only, and compute the
             rest again in the backward pass: less memory, about a third more time.
         action_choices: how many choices each component of a discrete action has.
+        horizon, executed: control steps that are planned, and those of them that are executed before the next look.
     Raises:
         UserError: an unknown name or argument, or weights or a tokenizer that are absent, damaged or do not fit.
     """
@@ -122,6 +123,8 @@ class GPTVLAModel(StagedVLA):
         head: dict | None = None,
         gradient_checkpointing: bool = False,
         action_choices: Sequence[int] | None = None,
+        horizon: int = 1,
+        executed: int | None = None,
     ):
         super().__init__()
         check_modalities(self, modalities, READS)
@@ -142,9 +145,8 @@ class GPTVLAModel(StagedVLA):
         elif self.reads_language and vocabulary < 256:
             raise UserError(f"GPTVLAModel: bytes need a vocab_size of 256 or more, language_model has {vocabulary}")
         self.readout = nn.Parameter(0.02 * torch.randn(size))  # as GPT-2's own embeddings start
-        self.action_head = make_action_head(
-            action_head, size, action_dim, action_choices, width=action_head_hidden_size, **(head or {})
-        )
+        options = {"width": action_head_hidden_size, "horizon": horizon, "executed": executed, **(head or {})}
+        self.action_head = make_action_head(action_head, size, action_dim, action_choices, **options)
         self.value_head = nn.Sequential(
             nn.Linear(size, action_head_hidden_size), nn.ReLU(), nn.Linear(action_head_hidden_size, 1)
         )

@@ -39,6 +39,7 @@ class SmallVLA(StagedVLA):
         head: further arguments of the action head, see `agents/action_heads.py`.
         random_shift: pixels by which the update shifts `rgb` at random, see `RandomShift`; 0 = not at all.
         action_choices: how many choices each component of a discrete action has.
+        horizon, executed: control steps that are planned, and those of them that are executed before the next look.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class SmallVLA(StagedVLA):
         head: dict | None = None,
         random_shift: int = 0,
         action_choices: Sequence[int] | None = None,
+        horizon: int = 1,
+        executed: int | None = None,
     ):
         super().__init__()
         check_modalities(self, modalities, MODALITIES)
@@ -72,7 +75,8 @@ class SmallVLA(StagedVLA):
             proprio_dim if self.reads_proprio else 0,
             hidden_size,
         )
-        self.action_head = make_action_head(action_head, hidden_size, action_dim, action_choices, **(head or {}))
+        options = {"horizon": horizon, "executed": executed, **(head or {})}
+        self.action_head = make_action_head(action_head, hidden_size, action_dim, action_choices, **options)
         self.value_head = nn.Sequential(nn.Linear(hidden_size, 128), nn.ReLU(), nn.Linear(128, 1))
 
     def stages(self) -> list[TensorDictModule]:

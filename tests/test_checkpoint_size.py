@@ -16,7 +16,7 @@ from research import checkpoint_size
 from research.checkpoint_size import refuse_unbounded
 from research.schema import UserError
 
-SECONDS = 1.0  # until a refusal, and for the checks of a checkpoint of 10,000 tensors
+SECONDS = 1.0  # of computing until a refusal, and for the checks of a checkpoint of 10,000 tensors
 
 
 def doubled(depth: int) -> tuple:
@@ -64,9 +64,9 @@ UNBOUNDED = {
 def test_a_structure_that_expands_without_end_is_refused_at_once(tmp_path, name, kind):
     path = tmp_path / "w.pt"
     pickled(path, UNBOUNDED[name], kind)
-    begin = time.perf_counter()
+    begin = time.process_time()
     message = error(path)
-    assert time.perf_counter() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
     assert "expands without end; save the state dict alone" in message or "holds a bytearray" in message
 
 
@@ -93,9 +93,9 @@ def test_a_zip_bomb_is_refused_at_once(tmp_path):
         for i in range(2):
             archive.writestr(f"w/data/{i}", bytes(64 * 2**20))
     assert path.stat().st_size < 3e5
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert "expand to 134,217,728: no weights compress so well" in error(path)
-    assert time.perf_counter() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
 
 
 def test_a_structure_too_large_is_refused(tmp_path, monkeypatch):

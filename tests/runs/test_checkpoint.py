@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import random
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -87,17 +87,18 @@ def test_the_newest_and_the_best_are_kept(folder):
 
 
 def test_the_run_goes_on_while_its_checkpoint_is_written(folder, monkeypatch):
-    written, write = [], checkpoint.write_checkpoint
+    written, write, gone_on = [], checkpoint.write_checkpoint, threading.Event()
 
     def slowly(path, taken):
-        time.sleep(0.3)
+        assert gone_on.wait(60), "submit waited for its own checkpoint"
         write(path, taken)
         written.append(path)
 
     monkeypatch.setattr(checkpoint, "write_checkpoint", slowly)
-    writer, start = CheckpointWriter(folder, keep=2), time.monotonic()
+    writer = CheckpointWriter(folder, keep=2)
     writer.submit(state(1))
-    assert time.monotonic() - start < 0.2 and not written
+    assert not written
+    gone_on.set()
     writer.submit(state(2))  # waits for the one before
     assert len(written) == 1
     writer.wait()
