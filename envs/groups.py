@@ -26,6 +26,7 @@ import cloudpickle
 import numpy as np
 import torch
 
+from envs.chunks import execute
 from envs.failures import blame, mid_run
 from envs.pictures import letterbox
 from envs.simulator import Layout, Simulator
@@ -61,6 +62,8 @@ class Group:
         with blame(f"{name}: making it", UserError):
             self.simulators = [make() for _ in range(count)]
             saves = all(one.save() is not None for one in self.simulators)
+        self._filmed, self._film_size = 0, 0  # of the first rows, what they look like between control steps is kept
+        self._between: list[list[np.ndarray]] = []
         self._result: Any = Facts(self.simulators[0].layout, saves)
 
     def submit(self, method: str, *args: Any) -> None:
@@ -71,13 +74,36 @@ class Group:
         return self._result
 
     def reset(self, rows: Sequence[int], states: Sequence[int]) -> dict[str, np.ndarray]:
-        return _stack([self.simulators[row].reset(state) for row, state in zip(rows, states, strict=True)])
+        """Start rows from ids: their observations, `[rows, ...]`."""
+        for row, state in zip(rows, states, strict=True):
+            self.simulators[row].reset(state)
+        return _stack([self.simulators[row].observe() for row in rows])
 
     def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
-        return _stack([one.step(action) for one, action in zip(self.simulators, actions, strict=True)])
+        """Take a decision in every row, `[n, A]` or `[n, H, A]`."""
+        self._between = [[] for _ in range(self._filmed)]
+        return _stack([execute(one, actions[row], self._camera(row)) for row, one in enumerate(self.simulators)])
+
+    def _camera(self, row: int) -> Callable[[], None] | None:
+        if row >= self._filmed:
+            return None
+        return lambda: self._between[row].append(letterbox(self.simulators[row].frame(), self._film_size))
 
     def frames(self, size: int) -> np.ndarray:
         return np.stack([letterbox(one.frame(), size) for one in self.simulators])
+
+    def film_between(self, rows: int, size: int) -> None:
+        """Keep what the first rows look like between the control steps of their decisions."""
+        self._filmed, self._film_size, self._between = rows, size, [[] for _ in range(rows)]
+
+    def frames_between(self) -> list[np.ndarray]:
+        """Of the last decision: per filmed row uint8 `[K, size, size, 3]`."""
+        none = np.empty((0, self._film_size, self._film_size, 3), np.uint8)
+        return [np.stack(shot) if shot else none for shot in self._between]
+
+    def expert_actions(self) -> np.ndarray:
+        """What the experts would do now, float32 `[n, A]`."""
+        return np.stack([one.expert_action() for one in self.simulators])
 
     def save(self) -> list[bytes | None]:
         return [one.save() for one in self.simulators]

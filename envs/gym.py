@@ -79,6 +79,7 @@ def make_gym_env(
     worker_timeout: float = STEP_S,
     ids_reproducible: bool = True,
     depth_unit: float | None = None,
+    chunk: int = 1,
     **unknown: Any,
 ) -> VectorEnv:
     """Make `num_envs` copies of a Gymnasium environment, stepped together.
@@ -111,6 +112,7 @@ def make_gym_env(
         ids_reproducible: false says that one knows: the same id does not start from the same state here. Otherwise that
             is tried, and such an environment refused. Comparisons of runs are then not paired by initial state.
         depth_unit: metres per unit of `depth` (0.001 where it is in millimetres); by default 1, for floats alone.
+        chunk: H, actions that are executed per decision, without a look in between; see `envs.simulator.Environment`.
 
     Raises:
         UserError: an option, the environment's spaces or its package do not fit; the message names the option.
@@ -137,7 +139,7 @@ def make_gym_env(
     )
     recipe, distinct = try_out(GymnasiumSimulator, recipe, keys, ids_reproducible)
     make = partial(GymnasiumSimulator, recipe)
-    env = VectorEnv(make, num_envs, workers, seed, device, name, worker_timeout=worker_timeout)
+    env = VectorEnv(make, num_envs, workers, seed, device, name, chunk=chunk, worker_timeout=worker_timeout)
     env.distinct_states = distinct
     return env
 
@@ -179,6 +181,7 @@ class GymnasiumSimulator:
             self.env = gymnasium.make(recipe.spec, disable_env_checker=not check, **recipe.make_kwargs)
         self.actions = read_actions(self.env.action_space, recipe.name)
         self.info: Mapping[str, Any] = {}
+        self._seen: Any = None  # the environment's own observation
         self._return, self._reported = 0.0, False
         self.read_as(recipe)
 
@@ -200,10 +203,10 @@ class GymnasiumSimulator:
             action_choices=self.actions.choices,
         )
 
-    def reset(self, state: int) -> dict[str, np.ndarray]:
+    def reset(self, state: int) -> None:
         recipe = self.recipe
         with blame(f"{recipe.name}: reset(seed={state})"):
-            observation, self.info = self.env.reset(seed=state)
+            self._seen, self.info = self.env.reset(seed=state)
         self._return = 0.0
         if recipe.instruction_key is not None:
             text = look_up(self.info, recipe.instruction_key)
@@ -213,11 +216,10 @@ class GymnasiumSimulator:
                     f"info[{recipe.instruction_key!r}]; info has {names_of(self.info)}"
                 )
             self._language = encode_instruction(text, recipe.instruction_length)
-        return self._observe(observation)
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         with blame(f"{self.recipe.name}: step()"):
-            observation, reward, terminated, truncated, self.info = self.env.step(self.actions(action))
+            self._seen, reward, terminated, truncated, self.info = self.env.step(self.actions(action))
         out = {
             "reward": self._one("reward", reward, np.float32),
             "terminated": self._one("terminated", terminated, bool),
@@ -227,7 +229,7 @@ class GymnasiumSimulator:
         success = self._success(bool(out["terminated"][0] or out["truncated"][0]))
         if success is not None:
             out[SUCCESS] = np.array([success], dtype=bool)
-        return {**out, **self._observe(observation)}
+        return out
 
     def _one(self, what: str, value: Any, dtype: type) -> np.ndarray:
         """What a step returned for one environment, `[1]`: a number, or an array or tensor of one element."""
@@ -277,10 +279,10 @@ class GymnasiumSimulator:
             raise never_reported(recipe.name, recipe.success_key, self.info)
         return False
 
-    def _observe(self, observation: Any) -> dict[str, np.ndarray]:
+    def observe(self) -> dict[str, np.ndarray]:
         out = {}
         for key, sources in self.recipe.sources.items():
-            values = [self._read(observation, key, source) for source in sources]
+            values = [self._read(key, source) for source in sources]
             base = base_modality(key)
             if base == LANGUAGE:
                 out[key] = encode_instruction(values[0], self.recipe.instruction_length)
@@ -302,8 +304,8 @@ class GymnasiumSimulator:
             return value
         return to_rgb(torch.from_numpy(np.ascontiguousarray(value)), source, self.recipe.name).numpy()
 
-    def _read(self, observation: Any, key: str, source: Source) -> Any:
-        value = read_source(observation, source, self.recipe.name)
+    def _read(self, key: str, source: Source) -> Any:
+        value = read_source(self._seen, source, self.recipe.name)
         if key == LANGUAGE:
             return value
         value = np.asarray(value)

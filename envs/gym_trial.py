@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.chunks import execute
 from envs.failures import blame, refused, warn_once
 from envs.gym_info import as_success, look_up, never_reported, reported_key
 from envs.gym_spaces import check_one_text, map_observations
@@ -48,7 +49,8 @@ def try_out(
                 raise UserError("trainer.env_config: rgb comes from render or from keys, not from both; set keys")
             check_one_text(sources, recipe.instruction is not None or recipe.instruction_key is not None)
             simulator.read_as(replace(recipe, sources=sources))
-            if not simulator.reset(0):
+            simulator.reset(0)
+            if not simulator.observe():
                 raise UserError(
                     f"trainer.env_config: nothing of {recipe.name} is observed; set keys, render or instruction"
                 )
@@ -105,7 +107,8 @@ def _try_ids(simulator: GymnasiumSimulator, reproducible: bool) -> bool:
     name, rest = simulator.recipe.name, np.zeros(simulator.layout.action_dim, dtype=np.float32)
     starts = []
     for state in (0, 1, 2, 0):
-        starts.append(_copied(simulator.reset(state)))
+        simulator.reset(state)
+        starts.append(_copied(simulator.observe()))
         simulator.step(rest)
     first, *others, again = starts
     if reproducible and (key := _difference(first, again)):
@@ -171,9 +174,10 @@ def _play(simulator: GymnasiumSimulator, actions: np.ndarray) -> list[dict[str, 
     """What actions `[T, A]` lead to, through the ends of episodes."""
     seen = []
     for action in actions:
-        seen.append(_copied(simulator.step(action)))
+        seen.append(_copied(execute(simulator, action)))
         if seen[-1]["terminated"] or seen[-1]["truncated"]:
-            seen[-1] |= {f"{key} of the next episode": value for key, value in _copied(simulator.reset(1)).items()}
+            simulator.reset(1)
+            seen[-1] |= {f"{key} of the next episode": v for key, v in _copied(simulator.observe()).items()}
     return seen
 
 

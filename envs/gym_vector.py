@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.chunks import BatchedDecision
 from envs.failures import blame, mid_run, refused
 from envs.gym import Recipe
 from envs.gym_info import as_successes, look_up, names_of, never_reported, warn_of_unused
@@ -66,6 +67,7 @@ def make_gym_vector_env(
     env_kwargs: dict[str, Any] | None = None,
     ids_reproducible: bool = True,
     depth_unit: float | None = None,
+    chunk: int = 1,
     **unknown: Any,
 ) -> GymVectorEnv:
     """Make a vector environment of `num_envs` rows; arguments as those of `envs.gym.make_gym_env`.
@@ -90,7 +92,7 @@ def make_gym_vector_env(
         success_return=success_return,
         depth_unit=depth_unit,
     )
-    return GymVectorEnv(recipe, keys, num_envs, seed, device, ids_reproducible)
+    return GymVectorEnv(recipe, keys, num_envs, seed, device, ids_reproducible, chunk)
 
 
 class GymVectorEnv(VectorTrial, InitialStateEnv):
@@ -106,6 +108,7 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
         seed: which stream of initial states training episodes are drawn from.
         device: where observations are put.
         ids_reproducible: refuse an environment that starts the same id from another state.
+        chunk: H, actions per decision.
     Raises:
         UserError: from the constructor: it does not fit, or it raised something.
         SimulatorFailed: later: it raised something, or returned what its spaces exclude.
@@ -119,8 +122,9 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
         seed: int,
         device: torch.device | str,
         ids_reproducible: bool = True,
+        chunk: int = 1,
     ):
-        super().__init__(num_envs, seed, device)
+        super().__init__(num_envs, seed, device, chunk=chunk)
         self.name = recipe.name
         self.vector = make_vector(recipe, num_envs)
         self.is_closed = False
@@ -202,6 +206,29 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
 
     @mid_run()
     def _advance(self, action: Tensor) -> dict[str, Tensor]:
+        if self.chunk == 1:
+            step, observation = self._control_step(action)
+            return {**step, **self._observe(observation)}
+        decision, seen = BatchedDecision(self.batch_size[0], self.device), {}
+        for taken, one in enumerate(action.unbind(1), 1):
+            live = decision.live[:, 0]
+            step, observation = self._control_step(one)
+            ended = decision.add(step)[:, 0]
+            if ended.any() or taken == self.chunk:  # a row is seen as its episode ended, or as the decision did
+                for key, now in self._observe(observation).items():
+                    which = live.view(-1, *[1] * (now.dim() - 1))
+                    seen[key] = torch.where(which, now, seen[key]) if key in seen else now
+            if not decision.live.any():
+                break
+            if ended.any() and taken < self.chunk:
+                # All rows are stepped together, and none may be whose episode has ended: those begin one that is
+                # thrown away.
+                rows = ended.nonzero()[:, 0].cpu().numpy()
+                self._reset_rows(rows, [0] * len(rows))
+        return {**decision.result(), **seen}
+
+    def _control_step(self, action: Tensor) -> tuple[dict[str, Tensor], Any]:
+        """Step all rows once, `[N, A]`: what it earned and ended, `[N, 1]` each, and the observation as it comes."""
         n = self.batch_size[0]
         with blame(f"{self.name}: step()"):
             observation, reward, terminated, truncated, info = self.vector.step(self._native(action))
@@ -214,7 +241,7 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
         success = self._success(info, (out["terminated"] | out["truncated"])[:, 0])
         if success is not None:
             out[SUCCESS] = success[:, None]
-        return {**out, **self._observe(observation)}
+        return out, observation
 
     def _native(self, action: Tensor) -> np.ndarray | Tensor:
         """Actions float32 `[N, A]` as the vector environment takes them."""

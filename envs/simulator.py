@@ -34,6 +34,10 @@ class Layout(NamedTuple):
     """Whether `frame` can be asked for pictures."""
     action_choices: tuple[int, ...] | None = None
     """Where actions are choices: component i is one of this many, a whole number from 0; None: it is continuous."""
+    task_names: tuple[str, ...] = ()
+    """Where there are several tasks, or one with a name: the task of an id is `task_names[id % len(task_names)]`."""
+    has_expert: bool = False
+    """Whether `expert_action` can be asked for what an expert would do."""
 
 
 class Simulator(Protocol):
@@ -45,35 +49,38 @@ class Simulator(Protocol):
 
     layout: Layout
 
-    def reset(self, state: int) -> dict[str, np.ndarray]:
+    def reset(self, state: int) -> None:
         """Start an episode from the initial state of an id.
 
         Args:
             state: at least 0. The same id is the same state: in every row, process, run and on every machine, whatever
                 was done before. Paired evaluation and groups of equal episodes rest on this.
-        Returns:
-            the observation: exactly the keys, shapes and dtypes of `layout.observation`, no batch dimension. The
-            arrays may be written to by the next call; whoever keeps them copies them.
         """
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
-        """Take one control step, in an episode that has not ended.
-
-        Action chunks come later: for an action `[H, A]` a simulator will take up to H control steps, fewer where the
-        episode ends, and return the sum of their rewards, `env_steps` int64 `[1]` (how many it took) and the last
-        observation, the only one that is drawn.
+        """Take one control step, in an episode that has not ended. Nothing is drawn.
 
         Args:
             action: float32 `[A]`; the simulator clips it, if its actions are bounded, and rounds it to the nearest
                 choice, where they are choices.
         Returns:
-            the observation, as `reset`, and `reward` float32 `[1]`, `terminated` bool `[1]` (the task ended the
-            episode), `truncated` bool `[1]` (a time limit did; the state has a future) and, where
-            `layout.has_success`, `success` bool `[1]`.
+            `reward` float32 `[1]`, `terminated` bool `[1]` (the task ended the episode), `truncated` bool `[1]` (a time
+            limit did; the state has a future) and, where `layout.has_success`, `success` bool `[1]`.
+        """
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """What a policy sees now; asked once per decision, however many control steps that took.
+
+        Returns:
+            exactly the keys, shapes and dtypes of `layout.observation`, no batch dimension. The arrays may be written
+            to by the next call of any method; whoever keeps them copies them.
         """
 
     def frame(self) -> np.ndarray:
         """The world as a person would want to see it now, for videos: uint8 `[H, W, 3]`; asked if `layout.films`."""
+
+    def expert_action(self) -> np.ndarray:
+        """What an expert who sees the whole state would do now, float32 `[A]`; asked if `layout.has_expert`."""
 
     def save(self) -> bytes | None:
         """All that decides this world's future (physics, clock, generators, what success depends on), or None: cannot.
@@ -99,16 +106,27 @@ class Environment(Protocol):
     | ("observation", key)        | research.schema  | what a policy sees, each entry with batch `[N]`             |
     | initial_state               | int64 `[N, 1]`   | the id of the state from which the row's episode started    |
     | success                     | bool `[N, 1]`    | optional, then in `observation_spec`: the task is done      |
-    | reward                      | float32 `[N, 1]` | of the step                                                 |
+    | reward                      | float32 `[N, 1]` | of the decision                                             |
     | terminated, truncated, done | bool `[N, 1]`    | the two ends of an episode, kept apart, and either of them  |
+    | env_steps                   | int64 `[N, 1]`   | where `chunk` > 1: control steps that the decision took     |
+    | success_now                 | bool `[N, 1]`    | where `chunk` > 1: the task is done at the decision's end   |
 
-    `action` is float32 `[N, A]`: in [-1, 1] if `action_spec` is bounded, or, where `action_choices` is not None, whole
+    A step is one decision of the policy. With `chunk` H > 1 it executes up to H actions, float32 `[N, H, A]`, one after
+    the other and without a look in between, and fewer in a row whose episode ends: `env_steps` says how many. Its reward
+    is the sum of theirs, undiscounted, so that a discount per decision, g, is one of g^(1/H) per control step; `success`
+    is success at any of them. The two ends are where they happened, and the observation is the one seen then.
+
+    Without chunks `action` is float32 `[N, A]`. Numbers are in [-1, 1] if `action_spec` is bounded, or, where `action_choices` is not None, whole
     numbers from 0, component i one of `action_choices[i]`.
 
     `reset` takes a TensorDict that may hold `initial_state`, int64 `[N, 1]`: row n then starts from the state of that
     id, which is the same state in every row, run and machine; without it, states are drawn from a stream that depends
     on the environment's `seed`. A `_reset` mask, bool `[N, 1]`, names the rows that start; the others go on untouched.
     A row whose episode has ended is reset before it is stepped again: no environment does so by itself.
+
+    Optional, for videos: `film_between(rows, size)` keeps what the first rows look like after each control step but the
+    last of every decision from now on, and `frames_between()` gives those of the last decision: for each of these rows
+    uint8 `[K, size, size, 3]`, K from 0 to H - 1. Optional: `task_names`, see `Layout`.
 
     Optional, and needed for imitation alone: `max_steps` (int, at which episodes are truncated), `expert_action()`
     (float32 `[N, A]`, what an expert who sees the state would do now) and `named_places()` (float32 `[N, places, 2]`,
@@ -122,6 +140,10 @@ class Environment(Protocol):
     """Whether different ids are different states (absent: they are); if not, an evaluation is of one state."""
     action_choices: tuple[int, ...] | None
     """How many choices each component of an action has (absent or None: actions are continuous)."""
+    chunk: int
+    """H, actions per decision."""
+    has_expert: bool
+    """Whether there is an expert to imitate, see `expert_action` (absent: there is none)."""
     resumes_exactly: bool
     """Whether `load_state_dict` brings back the very step; else reset after it, and episodes start anew."""
 

@@ -48,6 +48,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from envs.chunks import BatchedDecision, check_chunk
 from envs.simulator import HELD_OUT_STATES
 from envs.tabletop_painter import Painter
 from envs.tabletop_scene import (
@@ -69,6 +70,7 @@ from envs.tabletop_scene import (
 from research.schema import (
     ACTION,
     DEPTH,
+    ENV_STEPS,
     INITIAL_STATE,
     LANGUAGE,
     MODALITIES,
@@ -76,6 +78,7 @@ from research.schema import (
     PROPRIO,
     RGB,
     SUCCESS,
+    SUCCESS_NOW,
     UserError,
     encode_text,
 )
@@ -162,6 +165,7 @@ class TabletopEnv(EnvBase):
         max_steps: truncation limit; by default 25 / 80 / 40 for reach / push / pick_place.
         instruction_length: L, bytes reserved for the instruction.
         split: "train", or what to generalise to: "vision", "semantics" or "execution".
+        chunk: H, actions that are executed per decision, without a look in between; see `envs.simulator.Environment`.
         seed: which stream of initial states training episodes are drawn from.
         device: where state, rendering and observations live.
 
@@ -172,6 +176,7 @@ class TabletopEnv(EnvBase):
     distinct_states = True
     action_choices = None
     resumes_exactly = True
+    has_expert = True
     held_out = HELD_OUT_STATES
 
     def __init__(
@@ -186,6 +191,7 @@ class TabletopEnv(EnvBase):
         max_steps: int | None = None,
         instruction_length: int = 64,
         split: str = "train",
+        chunk: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
@@ -206,7 +212,11 @@ class TabletopEnv(EnvBase):
             if not isinstance(value, int) or value < low or (high is not None and value > high):
                 bound = f"from {low} to {high}" if high else f"of at least {low}"
                 raise UserError(f"trainer.env_config.{name}: expected an integer {bound}, got {value!r}")
+        check_chunk(chunk)
         super().__init__(device=device, batch_size=[num_envs])
+        self.chunk = chunk
+        self._filmed, self._film_size = 0, 256  # of the first rows, what they look like between control steps is kept
+        self._between: list[list[Tensor]] = []
         self.task, self.reward_kind, self.image_size, self.max_steps = task, reward, image_size, max_steps
         self.modalities, self.split = tuple(modalities), split
         self.num_blocks, self.num_plates = num_blocks, num_plates
@@ -231,16 +241,17 @@ class TabletopEnv(EnvBase):
         }
         flag = lambda: Categorical(2, (n, 1), dtype=torch.bool, device=device)  # noqa: E731
         observation = Composite({k: kinds[k]() for k in self.modalities}, shape=(n,), device=device)
-        self.observation_spec = Composite(
-            {
-                OBSERVATION: observation,
-                SUCCESS: flag(),
-                INITIAL_STATE: Bounded(0, 2**32 - 1, (n, 1), dtype=torch.int64, device=device),
-            },
-            shape=(n,),
-            device=device,
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, 3), dtype=torch.float32, device=device)
+        root = {
+            OBSERVATION: observation,
+            SUCCESS: flag(),
+            INITIAL_STATE: Bounded(0, 2**32 - 1, (n, 1), dtype=torch.int64, device=device),
+        }
+        action_shape = (n, 3)
+        if self.chunk > 1:
+            root |= {SUCCESS_NOW: flag(), ENV_STEPS: Bounded(0, self.chunk, (n, 1), dtype=torch.int64, device=device)}
+            action_shape = (n, self.chunk, 3)
+        self.observation_spec = Composite(root, shape=(n,), device=device)
+        self.action_spec = Bounded(-1.0, 1.0, action_shape, dtype=torch.float32, device=device)
         self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=device)
         self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(n,), device=device)
 
@@ -430,9 +441,10 @@ class TabletopEnv(EnvBase):
             images = {key: self._images[key].index_copy(0, rows, image) for key, image in images.items()}
         self._images = images
         none = torch.zeros(n, 1, dtype=torch.bool, device=self.device)
-        return self._report(
-            images, {SUCCESS: none, "done": none, "terminated": none.clone(), "truncated": none.clone()}
-        )
+        outcome = {SUCCESS: none, "done": none, "terminated": none.clone(), "truncated": none.clone()}
+        if self.chunk > 1:
+            outcome |= {SUCCESS_NOW: none.clone(), ENV_STEPS: none.long()}
+        return self._report(images, outcome)
 
     def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reset the environments that are done. As TorchRL's own, but faster: `_reset` reports all environments, so no
@@ -444,31 +456,41 @@ class TabletopEnv(EnvBase):
         return tensordict
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        state = self._state
         action = tensordict.get(ACTION).clamp(-1.0, 1.0)
-        success = self._move(state, action)
+        outcome = self._control_step(action) if self.chunk == 1 else self._execute(action)
+        self._images = self._painter.frames(self._state)
+        return self._report(self._images, {"done": outcome["terminated"] | outcome["truncated"], **outcome})
+
+    def _execute(self, actions: Tensor) -> dict[str, Tensor]:
+        """Take a decision `[N, H, 3]`: control steps one after the other; a row whose episode has ended stands still."""
+        decision = BatchedDecision(self.batch_size[0], self.device)
+        self._between = [[] for _ in range(self._filmed)]
+        for taken, action in enumerate(actions.unbind(1), 1):
+            decision.add(self._control_step(action, decision.live[:, 0]))
+            if taken < self.chunk and self._filmed:
+                self._film_live_rows(decision.live)
+        return decision.result()
+
+    def _control_step(self, action: Tensor, live: Tensor | None = None) -> dict[str, Tensor]:
+        """One control step `[N, 3]` of all rows, or of those that are live: what it earned and ended, `[N, 1]` each."""
+        state = self._state
+        before = dict(state) if live is not None else {}
+        success = self._move(state, action, live)
         state["steps"] = state["steps"] + 1
         reward = success.float()
         if self.reward_kind == "milestones":
             potential = self._milestones(state, reward)
             reward = potential - state["potential"]
             state["potential"] = potential
-        terminated = success[:, None]
-        truncated = (state["steps"] >= self.max_steps)[:, None] & ~terminated
-        self._images = self._painter.frames(state)
-        return self._report(
-            self._images,
-            {
-                "reward": reward[:, None],
-                "done": terminated | truncated,
-                "terminated": terminated,
-                "truncated": truncated,
-                SUCCESS: terminated.clone(),
-            },
-        )
+        truncated = (state["steps"] >= self.max_steps) & ~success
+        for key, value in before.items():  # what a step replaces; scenes are painted in place, of live rows alone
+            if value is not state[key]:
+                state[key] = torch.where(live.view(-1, *[1] * (value.dim() - 1)), state[key], value)
+        outcome = {"reward": reward, "terminated": success, "truncated": truncated, SUCCESS: success.clone()}
+        return {key: value[:, None] for key, value in outcome.items()}
 
-    def _move(self, state: State, action: Tensor) -> Tensor:
-        """Advance gripper and blocks by one control step, in place; returns success, bool `[N]`."""
+    def _move(self, state: State, action: Tensor, live: Tensor | None) -> Tensor:
+        """Advance gripper and blocks by one control step; returns success, bool `[N]`. Paints live rows' scenes."""
         gripper = (state["gripper"] + action[:, :2] * STEP).clamp(-REACH, REACH)
         held, resting = state["held"], state["blocks"]
         blocks, disturbed = resting, None
@@ -494,7 +516,7 @@ class TabletopEnv(EnvBase):
             disturbed = moved if disturbed is None else disturbed | moved
         state.update(gripper=gripper, blocks=blocks)
         if disturbed is not None:
-            self._repaint_scenes(state, disturbed)
+            self._repaint_scenes(state, disturbed if live is None else disturbed & live)
         target, plate = blocks[:, 0], state["plates"][:, 0]
         if self.task == "reach":
             return (gripper - target).norm(dim=-1) <= REACH_RADIUS
@@ -582,6 +604,21 @@ class TabletopEnv(EnvBase):
         around = target + 1.25 * contact * torch.stack([torch.cos(ahead), torch.sin(ahead)], dim=-1)
         through = target - along * (contact - 0.5 * STEP)
         return torch.where((turn.abs() < 0.15)[:, None], through, around)
+
+    def film_between(self, rows: int, size: int = 256) -> None:
+        """Keep what the first rows look like between the control steps of a decision; see `frames_between`."""
+        self._filmed, self._film_size, self._between = rows, size, [[] for _ in range(rows)]
+
+    def frames_between(self) -> list[Tensor]:
+        """Of the first rows' last decision: uint8 `[K, size, size, 3]`, after each control step but the last."""
+        none = torch.empty((0, self._film_size, self._film_size, 3), dtype=torch.uint8, device=self.device)
+        return [torch.stack(shot) if shot else none for shot in self._between]
+
+    def _film_live_rows(self, live: Tensor) -> None:
+        frames = self.render_frames(self._film_size)
+        for row, shot in enumerate(self._between):
+            if live[row]:
+                shot.append(frames[row])
 
     def render_frames(self, size: int = 256) -> Tensor:
         """The tables as a person would want to see them: uint8 `[N, size, size, 3]`."""

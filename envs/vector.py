@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +20,19 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from envs.chunks import check_chunk
 from envs.groups import STEP_S, Facts, Group, RemoteGroup, close_all
 from envs.pictures import letterbox
 from envs.simulator import HELD_OUT_STATES, Layout, Simulator
 from research.schema import (
     ACTION,
+    ENV_STEPS,
     INITIAL_STATE,
     LANGUAGE,
     OBSERVATION,
     RGB,
     SUCCESS,
+    SUCCESS_NOW,
     SimulatorFailed,
     UserError,
     base_modality,
@@ -49,16 +53,27 @@ class InitialStateEnv(EnvBase):
         seed: which stream of initial states training episodes are drawn from.
         device: where observations are put.
         held_out: ids below it are never drawn.
+        chunk: H, actions per decision.
     """
 
     batch_locked = True
     resumes_exactly = False
     distinct_states = True
     action_choices: tuple[int, ...] | None = None
+    task_names: tuple[str, ...] = ()
+    has_expert = False
 
-    def __init__(self, num_envs: int, seed: int, device: torch.device | str, held_out: int = HELD_OUT_STATES):
+    def __init__(
+        self,
+        num_envs: int,
+        seed: int,
+        device: torch.device | str,
+        held_out: int = HELD_OUT_STATES,
+        chunk: int = 1,
+    ):
+        check_chunk(chunk)
         super().__init__(device=device, batch_size=[num_envs])
-        self.held_out = held_out
+        self.held_out, self.chunk = held_out, chunk
         self._current: dict[str, Tensor] | None = None  # the last observation, and "initial_state"
         self._set_seed(seed)
 
@@ -68,7 +83,7 @@ class InitialStateEnv(EnvBase):
 
     @abstractmethod
     def _advance(self, action: Tensor) -> dict[str, Tensor]:
-        """One control step `[N, A]`; returns observation, `reward`, `terminated`, `truncated` and any `success`."""
+        """One decision `[N, A]` or `[N, H, A]`; returns what `envs.simulator.Environment` says of a step."""
 
     @abstractmethod
     def _frames(self, size: int) -> np.ndarray:
@@ -76,7 +91,8 @@ class InitialStateEnv(EnvBase):
 
     def _make_specs(self, layout: Layout) -> None:
         self._layout, self.films, self.has_success = layout, layout.films, layout.has_success
-        self.action_choices = layout.action_choices
+        self.action_choices, self.task_names = layout.action_choices, layout.task_names
+        self.has_expert = layout.has_expert
         n, device = self.batch_size[0], self.device
         flag = lambda: Categorical(2, (n, 1), dtype=torch.bool, device=device)  # noqa: E731
         observation = Composite(shape=(n,), device=device)
@@ -92,8 +108,11 @@ class InitialStateEnv(EnvBase):
         }
         if layout.has_success:
             root[SUCCESS] = flag()
+        if self.chunk > 1:
+            root[ENV_STEPS] = Bounded(0, self.chunk, (n, 1), dtype=torch.int64, device=device)
+            root |= {SUCCESS_NOW: flag()} if layout.has_success else {}
         self.observation_spec = Composite(root, shape=(n,), device=device)
-        self.action_spec = _action_spec(layout, n, device)
+        self.action_spec = _action_spec(layout, n, self.chunk, device)
         self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=device)
         self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(n,), device=device)
 
@@ -102,10 +121,19 @@ class InitialStateEnv(EnvBase):
         self._episodes = np.zeros(self.batch_size[0], dtype=np.int64)
 
     def _draw_training_states(self, rows: np.ndarray) -> np.ndarray:
-        """The next initial-state id of each row: a hash of seed, row and episode, past the held-out ids."""
-        ids = [np.random.SeedSequence((self._seed, row, self._episodes[row])).generate_state(1)[0] for row in rows]
+        """The next initial-state id of each row: a hash of seed, row and episode, past the held-out ids.
+
+        Of several tasks, each row takes the next that neither it nor the other rows have had as often.
+        """
+        episodes = self._episodes[rows]
+        pairs = zip(rows.tolist(), episodes.tolist(), strict=True)
+        ids = [np.random.SeedSequence((self._seed, *pair)).generate_state(1)[0] for pair in pairs]
         self._episodes[rows] += 1
-        return self.held_out + np.array(ids, dtype=np.int64) % (2**31 - self.held_out)
+        ids = self.held_out + np.array(ids, dtype=np.int64) % (2**31 - self.held_out)
+        if (tasks := len(self.task_names)) > 1:
+            ids = ids - ids % tasks + (rows + self.batch_size[0] * episodes) % tasks
+            ids += tasks * (ids < self.held_out)
+        return ids
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_) -> TensorDictBase:
         n = self.batch_size[0]
@@ -126,9 +154,16 @@ class InitialStateEnv(EnvBase):
             self._current = {key: value.clone() for key, value in self._current.items()}
             for key, value in made.items():
                 self._current[key][torch.from_numpy(rows)] = value
-        none = torch.zeros((n, 1), dtype=torch.bool)
-        flags = (SUCCESS, "done", "terminated", "truncated")[0 if self.has_success else 1 :]
-        return self._pack(self._current | {key: none.clone() for key in flags})
+        none = {key: torch.zeros((n, 1), dtype=torch.bool) for key in self._flags}
+        if self.chunk > 1:
+            none[ENV_STEPS] = torch.zeros((n, 1), dtype=torch.int64)
+        return self._pack(self._current | none)
+
+    @property
+    def _flags(self) -> list[str]:
+        """The booleans that every reset reports, all false."""
+        success = [SUCCESS, SUCCESS_NOW][: 1 if self.chunk == 1 else 2] if self.has_success else []
+        return [*success, "done", "terminated", "truncated"]
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         made = self._advance(tensordict.get(ACTION).detach())
@@ -168,8 +203,8 @@ class InitialStateEnv(EnvBase):
         self._seed, self._episodes = state_dict["seed"], state_dict["episodes"].cpu().numpy().copy()
 
 
-def _action_spec(layout: Layout, n: int, device: torch.device) -> Bounded | Unbounded:
-    shape = (n, layout.action_dim)
+def _action_spec(layout: Layout, n: int, chunk: int, device: torch.device) -> Bounded | Unbounded:
+    shape = (n, layout.action_dim) if chunk == 1 else (n, chunk, layout.action_dim)
     if layout.action_choices is not None:
         last = torch.tensor(layout.action_choices, dtype=torch.float32, device=device) - 1
         return Bounded(torch.zeros(shape, device=device), last.expand(shape), shape, dtype=torch.float32, device=device)
@@ -199,6 +234,7 @@ class VectorEnv(InitialStateEnv):
         device: where observations are put; simulators run on the CPU.
         name: how messages call this environment.
         held_out: ids below it are never drawn in training.
+        chunk: H, actions per decision; the observation is drawn once, after the last of them.
         worker_timeout: seconds within which a worker process has to answer a reset or a step.
     Raises:
         UserError: a simulator cannot be made.
@@ -214,10 +250,11 @@ class VectorEnv(InitialStateEnv):
         device: torch.device | str = "cpu",
         name: str = "the environment",
         held_out: int = HELD_OUT_STATES,
+        chunk: int = 1,
         worker_timeout: float = STEP_S,
     ):
-        super().__init__(num_envs, seed, device, held_out)
-        self.name = name
+        super().__init__(num_envs, seed, device, held_out, chunk)
+        self.name, self._filmed = name, 0
         workers = min(workers, num_envs)
         self._shares = np.array_split(np.arange(num_envs), workers)  # the rows of each group
         self._groups: list[Group | RemoteGroup] = []
@@ -247,7 +284,38 @@ class VectorEnv(InitialStateEnv):
         return _join(self._ask("step", {group: (actions[share],) for group, share in enumerate(self._shares)}))
 
     def _frames(self, size: int) -> np.ndarray:
-        return np.concatenate(self._ask("frames", dict.fromkeys(range(len(self._shares)), (size,))))
+        return np.concatenate(self._ask("frames", self._all(size)))
+
+    def film_between(self, rows: int, size: int = 256) -> None:
+        """Keep what the first rows look like between the control steps of a decision; see `frames_between`."""
+        if self.films:
+            mine = {group: (int((share < rows).sum()), size) for group, share in enumerate(self._shares)}
+            self._ask("film_between", mine)
+            self._filmed = rows
+
+    def frames_between(self) -> list[Tensor]:
+        """Of the first rows' last decision: what they looked like after each control step but the last.
+
+        Returns:
+            uint8 `[K, size, size, 3]` on the CPU for each row that `film_between` named; empty where nothing is filmed.
+        """
+        if not self._filmed:
+            return []
+        return [torch.from_numpy(shot) for group in self._ask("frames_between", self._all()) for shot in group]
+
+    def expert_action(self) -> Tensor:
+        """What an expert who sees the whole state would do now, float32 `[N, A]`.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.has_expert:
+            raise UserError(f"{self.name} has no expert")
+        return torch.from_numpy(np.concatenate(self._ask("expert_actions", self._all()))).to(self.device)
+
+    def _all(self, *args: Any) -> dict[int, tuple]:
+        """The same arguments for every group."""
+        return dict.fromkeys(range(len(self._shares)), args)
 
     def _ask(self, method: str, calls: Mapping[int, tuple]) -> list:
         """Call a method of groups, group -> arguments, at the same time where they are in processes of their own.
@@ -268,7 +336,7 @@ class VectorEnv(InitialStateEnv):
         """The stream's seed and place, and, if `resumes_exactly` and an episode has begun, the simulators' states."""
         state = super().state_dict()
         if self.resumes_exactly and self._current is not None:
-            saved = [one for group in self._ask("save", dict.fromkeys(range(len(self._shares)), ())) for one in group]
+            saved = [one for group in self._ask("save", self._all()) for one in group]
             # As tensors: checkpoints hold tensors and plain values, so that reading one never runs code.
             state["simulators"] = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in saved]
             state["current"] = {key: value.clone() for key, value in self._current.items()}

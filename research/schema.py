@@ -39,6 +39,8 @@ LOG_PROB = "action_log_prob"
 VALUE = "state_value"
 HIDDEN = "hidden"
 SUCCESS = "success"
+ENV_STEPS = "env_steps"  # int64 [B, 1], where actions are chunks: control steps that a decision took
+SUCCESS_NOW = "success_now"  # bool [B, 1], where actions are chunks: success at its last control step; SUCCESS at any
 # Asked for in the TensorDict given to `env.reset`, reported by every reset: which initial state an episode starts from.
 INITIAL_STATE = "initial_state"
 

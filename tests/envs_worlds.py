@@ -26,6 +26,7 @@ class Drifter:
             "hang" does not return and "quit" asks Python to end; "exit early" ends it in the constructor, "hang in
             close" does not return from there.
         ballast: bytes that its saved state is longer.
+        ends: whether success ends the episode.
     """
 
     layout = Layout(
@@ -41,7 +42,10 @@ class Drifter:
         films=True,
     )
 
-    def __init__(self, saves: bool = True, limit: int = 7, wrong: str | None = None, ballast: int = 0):
+    def __init__(
+        self, saves: bool = True, limit: int = 7, wrong: str | None = None, ballast: int = 0, ends: bool = True
+    ):
+        self.ends = ends
         self.saves, self.limit, self.wrong, self.ballast = saves, limit, wrong, ballast
         if wrong == "exit early":
             os._exit(5)
@@ -52,11 +56,10 @@ class Drifter:
         if self.wrong == where:
             raise UserError(f"no {where} today")
 
-    def reset(self, state: int) -> dict[str, np.ndarray]:
+    def reset(self, state: int) -> None:
         self._fail("reset")
         self.rng, self.clock = np.random.default_rng(state), 0
         self.point = self.rng.uniform(-0.5, 0.5, 2)
-        return self._observe()
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         self._fail("step")
@@ -74,10 +77,17 @@ class Drifter:
         success = bool(np.abs(self.point).max() > 1)
         return {
             "reward": np.array([self.point.sum()], np.float32),
-            "terminated": np.array([success]),
+            "terminated": np.array([success and self.ends]),
             "truncated": np.array([self.clock >= self.limit]),
             "success": np.array([success]),
-            **self._observe(),
+        }
+
+    def observe(self) -> dict[str, np.ndarray]:
+        return {
+            "rgb": np.full((4, 6, 3), self.clock, np.uint8),
+            "depth_wrist": np.full((4, 6), self.point[0], np.float32),
+            "proprio": np.array([*self.point, self.clock], np.float32),
+            "language": np.array([103, 111, 0, 0, 0], np.int64),
         }
 
     def frame(self) -> np.ndarray:
@@ -93,14 +103,6 @@ class Drifter:
         if self.wrong == "hang in close":
             time.sleep(3600)
         self.closed = True
-
-    def _observe(self) -> dict[str, np.ndarray]:
-        return {
-            "rgb": np.full((4, 6, 3), self.clock, np.uint8),
-            "depth_wrist": np.full((4, 6), self.point[0], np.float32),
-            "proprio": np.array([*self.point, self.clock], np.float32),
-            "language": np.array([103, 111, 0, 0, 0], np.int64),
-        }
 
 
 def play(env: VectorEnv, steps: int = 30, seed: int = 1) -> TensorDict:

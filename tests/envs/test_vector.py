@@ -23,7 +23,7 @@ def make():
 
     def build(num_envs=5, workers=1, seed=0, held_out=HELD_OUT_STATES, worker_timeout=60.0, **options):
         drifter = partial(Drifter, **options)
-        envs.append(VectorEnv(drifter, num_envs, workers, seed, "cpu", "drift", held_out, worker_timeout))
+        envs.append(VectorEnv(drifter, num_envs, workers, seed, "cpu", "drift", held_out, worker_timeout=worker_timeout))
         return envs[-1]
 
     yield build
