@@ -72,7 +72,7 @@ def _check_methods(
         action = _call(f"{name}.forward", model, observations)
         if choices is not None and isinstance(action, Tensor):
             action = action.float()  # as a rollout keeps it
-        _expect(f"{name}.forward (the action)", action, (b, *action_shape))
+        _expect_action(f"{name}.forward (the action)", action, (b, *action_shape))
         _expect_choices(f"{name}.forward", action, choices)
         _expect(f"{name}.get_value", _call(f"{name}.get_value", model.get_value, observations), (b, 1))
     scores = _call(f"{name}.evaluate_actions", model.evaluate_actions, observations, action)
@@ -90,7 +90,8 @@ def _check_deciding(
     with torch.no_grad():
         step = _call(f"{name}.stages", model.run_stages, observations)
         step = _call(f"{name}.decide", model.decide, step, False)
-        for key, shape in ((ACTION, (b, *action_shape)), (LOG_PROB, (b,)), (VALUE, (b, 1))):
+        _expect_action(f"{name}.decide ({ACTION})", step.get(ACTION, None), (b, *action_shape))
+        for key, shape in ((LOG_PROB, (b,)), (VALUE, (b, 1))):
             _expect(f"{name}.decide ({key})", step.get(key, None), shape)
         _expect_choices(f"{name}.decide", step.get(ACTION), choices)
         for key in model.decision_keys:
@@ -123,6 +124,17 @@ def _expect(what: str, value: Any, shape: tuple[int, ...]) -> None:
         raise UserError(f"{what}: expected {expected}, got {type(value).__name__}")
     if tuple(value.shape) != shape or not value.is_floating_point():
         raise UserError(f"{what}: expected {expected}, got {value.dtype} {list(value.shape)}")
+
+
+def _expect_action(what: str, action: Any, shape: tuple[int, ...]) -> None:
+    """As `_expect`; where actions are chunks, or the model's are and should not be, that is said as well."""
+    chunks = len(shape) == 3 or (isinstance(action, Tensor) and action.ndim == 3)
+    try:
+        _expect(what, action, shape)
+    except UserError as error:
+        executed = shape[1] if len(shape) == 3 else 1
+        hint = f": trainer.env_config.chunk is {executed}, and the model's actions [B, H, A] should have as many"
+        raise UserError(f"{error}{hint if chunks else ''}") from None
 
 
 def _expect_choices(what: str, action: Tensor, choices: Sequence[int] | None) -> None:

@@ -112,12 +112,12 @@ class Environment(Protocol):
     | success_now                 | bool `[N, 1]`    | where `chunk` > 1: the task is done at the decision's end   |
 
     A step is one decision of the policy. With `chunk` H > 1 it executes up to H actions, float32 `[N, H, A]`, one after
-    the other and without a look in between, and fewer in a row whose episode ends: `env_steps` says how many. Its reward
-    is the sum of theirs, undiscounted, so that a discount per decision, g, is one of g^(1/H) per control step; `success`
+    the other without a look in between, and fewer in a row whose episode ends: `env_steps` says how many. Its reward is
+    the sum of theirs, undiscounted, so that a discount per decision, g, is one of g^(1/H) per control step; `success`
     is success at any of them. The two ends are where they happened, and the observation is the one seen then.
 
-    Without chunks `action` is float32 `[N, A]`. Numbers are in [-1, 1] if `action_spec` is bounded, or, where `action_choices` is not None, whole
-    numbers from 0, component i one of `action_choices[i]`.
+    Without chunks `action` is float32 `[N, A]`. Its numbers are in [-1, 1] if `action_spec` is bounded, or, where
+    `action_choices` is not None, whole numbers from 0, component i one of `action_choices[i]`.
 
     `reset` takes a TensorDict that may hold `initial_state`, int64 `[N, 1]`: row n then starts from the state of that
     id, which is the same state in every row, run and machine; without it, states are drawn from a stream that depends

@@ -462,7 +462,7 @@ class TabletopEnv(EnvBase):
         return self._report(self._images, {"done": outcome["terminated"] | outcome["truncated"], **outcome})
 
     def _execute(self, actions: Tensor) -> dict[str, Tensor]:
-        """Take a decision `[N, H, 3]`: control steps one after the other; a row whose episode has ended stands still."""
+        """Take a decision `[N, H, 3]`: step after step; a row whose episode has ended stands still."""
         decision = BatchedDecision(self.batch_size[0], self.device)
         self._between = [[] for _ in range(self._filmed)]
         for taken, action in enumerate(actions.unbind(1), 1):

@@ -66,7 +66,7 @@ def make_model(
     scopes = [policy.freeze] if isinstance(policy.freeze, str) else policy.freeze
     told = {switch: True for switch, preset in FREEZE_SWITCHES.items() if switch in named and preset in scopes}
     # What follows from the environment need not be said; said otherwise, the model is tried and refused.
-    follows = what_follows(observations, action_shape, choices, named)
+    follows = what_follows(observations, action_shape, choices, named, policy.action_chunk.horizon)
     told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
     model = load_vla_model(
         vla.model_path,
@@ -95,12 +95,17 @@ def what_follows(
     action_shape: Sequence[int],
     choices: Sequence[int] | None,
     named: Mapping[str, inspect.Parameter],
+    horizon: int | None = None,
 ) -> dict[str, Any]:
     """What an environment says of a model's constructor arguments, for those that have these names.
 
-    `modalities` are those of its own default that are offered, and `cameras` the keys of all pictures.
+    `modalities` are those of its own default that are offered, and `cameras` the keys of all pictures. `executed` and
+    `horizon`, the control steps that a decision has and those that are planned, are said where there are several.
     """
     follows: dict[str, Any] = {"action_dim": action_shape[-1]}
+    executed = 1 if len(action_shape) == 1 else action_shape[0]
+    if max(executed, horizon or 1) > 1:
+        follows |= {"executed": executed, "horizon": max(executed, horizon or 1)}
     if choices is not None:
         follows["action_choices"] = list(choices)
     if PROPRIO in observations.keys():

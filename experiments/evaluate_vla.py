@@ -102,7 +102,7 @@ def run(argv: list[str]) -> int:
     for split, env in envs.items():
         with tqdm(total=len(states), unit="episode", desc=split, disable=not trainer.progress_bar) as bar:
             progress = lambda done: bar.update(done - bar.n)  # noqa: E731
-            result = evaluate(env, policy.act, states, config.film, trainer.max_eval_steps, progress)
+            result = evaluate(env, policy.act, states, config.film, trainer.max_eval_steps, progress, trainer.eval_mode)
         env.close()
         print(f"{split:<10}{result.summary()}" if split else result.summary())
         metrics[split] = result.metrics()

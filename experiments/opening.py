@@ -35,7 +35,8 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
         resumed, restarted = load_checkpoint(folder.path), False
     elif restarted:
         folder.episodes.unlink(missing_ok=True)
-    progress, writer, evaluated = Progress(trainer.iterations), CheckpointWriter(folder, trainer.keep_checkpoints), []
+    progress = Progress(trainer.iterations, max_env_steps=trainer.max_env_steps)
+    writer, evaluated = CheckpointWriter(folder, trainer.keep_checkpoints), []
     if resumed:
         restore(resumed, parts, progress)  # what is written from here on goes on from there
         writer.remove_after(progress.env_steps)

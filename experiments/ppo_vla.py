@@ -23,6 +23,7 @@ from training_run import FILMED, TrainingRun
 
 from research.config import ExperimentConfig
 from research.schema import UserError
+from research.training.algorithm import env_steps_in
 from research.training.utilisation import Stopwatch
 
 
@@ -58,7 +59,7 @@ def learn(parts: Assembly, run: TrainingRun) -> None:
         watch.collected()
         metrics |= algorithm.update(batch, progress)
         rollouts.publish()
-        progress.advance(rollout.numel())
+        progress.advance(env_steps_in(rollout))
         run.log(metrics | rollouts.metrics(), rollout.numel(), *watch.seconds())
         if trainer.enable_eval and not progress.finished and progress.crossed(trainer.eval_freq):
             run.evaluate()

@@ -22,7 +22,7 @@ from research.training.algorithm import Progress
 FIXED = (  # what a run keeps for life
     "trainer.env", "trainer.env_config", "trainer.num_envs", "trainer.buffer_size", "trainer.buffer_type",
     "trainer.seed", "policy.freeze", "policy.lora", "policy.vla_config.adapter_path", "policy.vla_config.model_class",
-    "policy.vla_config.model_config", "algorithm.name",
+    "policy.vla_config.model_config", "policy.action_chunk", "algorithm.name",
 )  # fmt: skip
 UNTOLD = (
     "trainer.resume",
@@ -95,10 +95,10 @@ def load_resumed(config: ExperimentConfig) -> dict | None:
         return None
     run_of_checkpoint(config.trainer.resume)
     state = load_checkpoint(config.trainer.resume)
-    progress = Progress(config.trainer.iterations)
+    progress = Progress(config.trainer.iterations, max_env_steps=config.trainer.max_env_steps)
     with _refusing_misfits(state):
         progress.load_state_dict(state.get("progress", state))
-        lines = changes_of_resuming(state["config"], config, progress.iteration)
+        lines = changes_of_resuming(state["config"], config, progress)
     for line in lines:
         print(line)
     return state
@@ -117,15 +117,15 @@ def load_run(checkpoint: str, config: ExperimentConfig, trusted: bool) -> dict:
     return state
 
 
-def changes_of_resuming(stored: Mapping[str, Any], config: ExperimentConfig, iteration: int) -> list[str]:
+def changes_of_resuming(stored: Mapping[str, Any], config: ExperimentConfig, progress: Progress) -> list[str]:
     """What a resumed run does otherwise than it was started with, a line each.
 
     Args:
         stored: the configuration in the checkpoint, nested.
         config: the one that the run goes on with.
-        iteration: how far it has come.
+        progress: how far it has come.
     Raises:
-        UserError: something that a run cannot change, or fewer iterations than it has done.
+        UserError: something that a run cannot change, or a shorter run than what it has done.
     """
     now, policy = to_dict(config), stored["policy"]
     # Earlier runs kept switches of the model beside the scope.
@@ -139,18 +139,25 @@ def changes_of_resuming(stored: Mapping[str, Any], config: ExperimentConfig, ite
                 f"{key}: the run to resume has {was!r}, not {is_now!r}; a run keeps it for life, so leave it out, or "
                 "start a new run"
             )
-    if config.trainer.iterations < iteration:
+    trainer, iteration, taken = config.trainer, progress.iteration, progress.env_steps
+    if trainer.max_env_steps is None and trainer.iterations < iteration:
         raise UserError(
-            f"trainer.iterations: is {config.trainer.iterations}, but the run to resume has done {iteration} already"
+            f"trainer.iterations: is {trainer.iterations}, but the run to resume has done {iteration} already"
+        )
+    shortened = trainer.max_env_steps not in (None, _entry(stored, "trainer.max_env_steps"))
+    if shortened and trainer.max_env_steps < taken:
+        raise UserError(
+            f"trainer.max_env_steps: is {trainer.max_env_steps}, but the run to resume has taken {taken} already"
         )
     before, after = flatten_dict(stored), flatten_dict(now)
     told = [k for k in before if k in after and before[k] != after[k] and not k.startswith(UNTOLD)]
     lines = [f"resumed with {key} = {after[key]!r} (was {before[key]!r})" for key in told]
-    if "trainer.iterations" in told and config.algorithm.cfg.anneal_lr:
-        lines.append(
-            f"learning rates now fall to 0 at iteration {config.trainer.iterations}, from what they would be at "
-            f"iteration {iteration} of so long a run"
+    if not {"trainer.iterations", "trainer.max_env_steps"}.isdisjoint(told) and config.algorithm.cfg.anneal_lr:
+        end = (
+            f"iteration {trainer.iterations}" if trainer.max_env_steps is None else f"env step {trainer.max_env_steps}"
         )
+        here = f"iteration {iteration}" if trainer.max_env_steps is None else f"env step {taken}"
+        lines.append(f"learning rates now fall to 0 at {end}, from what they would be at {here} of so long a run")
     return lines
 
 

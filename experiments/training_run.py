@@ -100,7 +100,7 @@ class TrainingRun:
             print(f"before: {self.result.summary()}", flush=True)
         self._bar = self._at_exit.enter_context(
             tqdm(
-                total=self.trainer.iterations * self.trainer.buffer_size, initial=self.progress.env_steps, unit="step",
+                total=self.trainer.env_steps_planned, initial=self.progress.env_steps, unit="step",
                 unit_scale=True, disable=not self.trainer.progress_bar, dynamic_ncols=True,
             )
         )  # fmt: skip
@@ -150,17 +150,20 @@ class TrainingRun:
             if warning:
                 log.warning(warning)
 
-    def log(self, metrics: dict[str, float], transitions: int, collect_s: float, update_s: float) -> None:
+    def log(self, metrics: dict[str, float], decisions: int, collect_s: float, update_s: float) -> None:
         """Record an iteration that has just ended: its metrics, its times, and the share of the device's speed."""
-        seconds = self._iteration_s = collect_s + update_s
+        seconds, env_steps = collect_s + update_s, self.progress.last_steps
+        self._iteration_s = seconds
         metrics = metrics | {"time/collect_s": collect_s, "time/update_s": update_s}
-        metrics["time/env_steps_per_second"] = transitions / seconds
+        metrics["time/env_steps_per_second"] = env_steps / seconds
+        if env_steps != decisions:
+            metrics["rollout/decisions"] = float(decisions)
         metrics["time/threads"] = float(self.trainer.threads)
         if self.progress.iteration > self.config.algorithm.cfg.value_warmup_iterations:
-            metrics["time/mfu"] = self._utilisation.of(transitions, metrics["train/epochs"], seconds)
+            metrics["time/mfu"] = self._utilisation.of(decisions, metrics["train/epochs"], seconds)
         self.tracker.log(metrics, self.progress.env_steps)
         self._bar.set_postfix(postfix(metrics, self.result))
-        self._bar.update(transitions)
+        self._bar.update(env_steps)
 
     def evaluate(self, film: int = 0) -> None:
         """Evaluate the policy as it is, unless that was done; the best one so far is kept as a checkpoint."""
@@ -168,8 +171,9 @@ class TrainingRun:
         if self.evaluated_at == step:
             return
         result = evaluate(
-            parts.eval_env, parts.policy.act, range(trainer.num_eval_episodes), film, trainer.max_eval_steps
-        )
+            parts.eval_env, parts.policy.act, range(trainer.num_eval_episodes), film, trainer.max_eval_steps,
+            mode=trainer.eval_mode,
+        )  # fmt: skip
         # In this order: where there are metrics, there are all episodes (`resuming.evaluation_at`).
         append_rows(self.folder.episodes, result.rows(global_step=step, seed=trainer.seed))
         self.tracker.log(result.metrics() | parts.audit.drift(), step)

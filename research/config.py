@@ -63,9 +63,12 @@ class TrainerConfig:
     num_envs: PositiveInt = 64
     """Environments that run side by side."""
     iterations: PositiveInt = 250
-    """Rollouts, each followed by one PPO update."""
+    """Rollouts, each followed by one PPO update; not read where max_env_steps is given."""
+    max_env_steps: PositiveInt | None = None
+    """Control steps over all environments: the run ends with the iteration that reaches them. Where actions are chunks,
+    runs of one budget have equal numbers of env steps so, and not of iterations. none = iterations decides."""
     buffer_size: PositiveInt = 2048
-    """Transitions per update over all environments."""
+    """Transitions per update over all environments; decisions, where actions are chunks."""
     buffer_type: Literal["standard", "vla"] = "standard"
     """standard: collect, then update; vla: collect in other processes while updating, corrected for stale weights."""
     num_collectors: PositiveInt = 1
@@ -85,8 +88,10 @@ class TrainerConfig:
     """Environments that run side by side in an evaluation."""
     num_eval_episodes: PositiveInt = 256
     """Episodes, each from its own initial state, per evaluation."""
+    eval_mode: Literal["mode", "sample"] = "mode"
+    """mode: an evaluation asks the policy for its likeliest action; sample: it draws, as in training."""
     max_eval_steps: PositiveInt = 1000
-    """Steps after which an evaluation episode that does not end by itself is cut off, without success."""
+    """Control steps after which an evaluation episode that does not end by itself is cut off, without success."""
     eval_freq: NonNegativeInt = 20000
     """Environment steps between evaluations; 0 = only before and after training."""
     save_freq: NonNegativeInt = 20000
@@ -121,8 +126,19 @@ class TrainerConfig:
             raise UserError(f"exp_name: {self.exp_name!r} cannot be part of a folder's name; leave out slashes")
         if self.buffer_size % self.num_envs:
             raise UserError(f"buffer_size: {self.buffer_size} is not a multiple of num_envs = {self.num_envs}")
+        _refuse_beyond(self, max_env_steps=10**15)
         if self.num_envs % self.num_collectors:
             raise UserError(f"num_collectors: {self.num_collectors} does not divide num_envs = {self.num_envs}")
+
+    @property
+    def chunk(self) -> int:
+        """Actions per decision."""
+        return self.env_config.get("chunk", 1)
+
+    @property
+    def env_steps_planned(self) -> int:
+        """Control steps of the whole run, if no decision ends early."""
+        return self.max_env_steps or self.iterations * self.buffer_size * self.chunk
 
 
 @dataclass
@@ -166,6 +182,22 @@ class LoRAConfig:
 
 
 @dataclass
+class ActionChunk:
+    """Several actions per decision."""
+
+    horizon: PositiveInt | None = None
+    """Control steps that the model plans; none = those that are executed."""
+    executed: PositiveInt | None = None
+    """Control steps that are executed before the next look, the same as trainer.env_config.chunk; none = that one, or
+    the horizon."""
+
+    def __post_init__(self) -> None:
+        _refuse_beyond(self, horizon=1000, executed=1000)
+        if self.horizon is not None and self.executed is not None and self.executed > self.horizon:
+            raise UserError(f"action_chunk.executed: {self.executed} is beyond action_chunk.horizon = {self.horizon}")
+
+
+@dataclass
 class PolicyConfig:
     """The policy: the model, what trains in it and how fast."""
 
@@ -173,6 +205,7 @@ class PolicyConfig:
     """Kind of policy."""
     action_dim: PositiveInt | None = None
     """Numbers per action; none = the environment's, which it must equal."""
+    action_chunk: ActionChunk = field(default_factory=ActionChunk)
     freeze: str | list[str] = "none"
     """none, vision, language, backbone (all but the heads), lora (backbone, with low-rank adapters in it), or a list of
     these, part names, module paths and globs."""
@@ -271,6 +304,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         policy, batch_size, buffer_size = self.policy, self.algorithm.cfg.batch_size, self.trainer.buffer_size
+        self._settle_chunk()
         if policy.learning_rate_by_scope and policy.scope not in policy.learning_rate_by_scope:
             known = ", ".join(policy.learning_rate_by_scope)
             raise UserError(f"policy.learning_rate_by_scope: has no rate for the scope {policy.freeze!r}, only {known}")
@@ -280,6 +314,23 @@ class ExperimentConfig:
             raise UserError(
                 f"algorithm.cfg.batch_size: {batch_size} is larger than trainer.buffer_size = {buffer_size}"
             )
+
+    def _settle_chunk(self) -> None:
+        """Say once how many actions a decision has: to the environment, which executes them, and to the model."""
+        chunk, trainer = self.policy.action_chunk, self.trainer
+        told = trainer.env_config.get("chunk")
+        if None not in (told, chunk.executed) and told != chunk.executed:
+            raise UserError(
+                f"policy.action_chunk.executed: is {chunk.executed}, but trainer.env_config.chunk is {told!r}; they "
+                "are the same thing, so give one of them"
+            )
+        if isinstance(told, int) and chunk.horizon is not None and told > chunk.horizon:
+            raise UserError(
+                f"trainer.env_config.chunk: {told!r} is beyond policy.action_chunk.horizon = {chunk.horizon}"
+            )
+        executed = chunk.executed or chunk.horizon or 1
+        if told is None and executed > 1:
+            trainer.env_config = {**trainer.env_config, "chunk": executed}
 
     def resolve(self, given: Mapping[str, str]) -> None:
         """Settle the learning rate that follows from the freeze scope, unless another one was given beside it.

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -148,6 +148,7 @@ def compare(runs: Sequence[Run], choose_on: ChooseOn = "training", choosing_seed
         raise UserError(f"none of the {len(runs)} runs is complete; the first, {runs[0].run}: {runs[0].status}")
     _refuse_different(complete, [_question(run) | {"what evaluations measure": run.measure} for run in complete])
     measure, bounded = complete[0].measure, complete[0].bounded
+    complete = at_one_budget(complete)
     cells: dict[Cell, list[Run]] = defaultdict(list)
     for run in sorted(complete, key=lambda run: (run.scope, run.learning_rate, run.seed)):
         cells[run.cell].append(run)
@@ -206,6 +207,22 @@ def compare(runs: Sequence[Run], choose_on: ChooseOn = "training", choosing_seed
         list(runs), steps, seconds, interrupted, dict(cells), chosen_by, scopes, pairs,
         [describe_choice(measure, choose_on, choosing_seeds), *notes],
     )  # fmt: skip
+
+
+def at_one_budget(runs: Sequence[Run]) -> list[Run]:
+    """Runs of decisions that take several control steps, as if they had ended at the same env step.
+
+    Such a run ends with the iteration that reaches its budget (`trainer.max_env_steps`), and iterations differ in how
+    many control steps they take. Where a run's last evaluation lies less than its longest iteration beyond that of the
+    shortest run, it counts as one at the same step; what lies between has earned it no more than an iteration.
+    """
+    shortest = min(run.eval_steps[-1] for run in runs)
+    return [
+        replace(run, eval_steps=[*run.eval_steps[:-1], shortest])
+        if 0 < run.eval_steps[-1] - shortest < run.iteration_steps and shortest > max(run.eval_steps[:-1], default=-1)
+        else run
+        for run in runs
+    ]
 
 
 def _shorter_note(complete: Sequence[Run], steps: float) -> list[str]:

@@ -11,6 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,10 @@ def _read_wandb_run(run: Any) -> Run:
         evaluations = list(run.scan_history(keys=["global_step", "time/elapsed_s", f"eval/{metric}"]))
         if evaluations:
             break
-    rollouts = run.scan_history(keys=["global_step", f"rollout/{metric}", "rollout/episodes"])
+    rollouts = [
+        *run.scan_history(keys=["global_step", f"rollout/{metric}", "rollout/episodes"]),
+        *run.scan_history(keys=["global_step", "rollout/decisions"]),
+    ]
     status = "complete" if run.state == "finished" else f"W&B state {run.state}"
     try:
         return _judged(_make_run(run.name, status, dict(run.config), [*evaluations, *rollouts]))
@@ -247,6 +251,7 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
         eval_seconds=[float(second) if is_number(second) else math.nan for second in seconds],
         eval_scores=[float(row[f"eval/{metric}"]) for row in evaluations],
         episodes=[""] * len(evaluations),
+        iteration_steps=_iteration_steps(rows),
         anneal_lr=anneal if isinstance(anneal := config.get("algorithm.cfg.anneal_lr"), bool) else None,
         settings={
             # The checkpoint's name: the folder it lies in differs between machines.
@@ -286,6 +291,12 @@ def _training_score(rows: Iterable[Mapping[str, Any]], metric: str) -> float:
     if not all(is_number(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
         return math.nan
     return float(np.average([row[f"rollout/{metric}"] for row in late], weights=weights))
+
+
+def _iteration_steps(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Env steps of the longest iteration, where they are not the decisions that it took; else NaN."""
+    steps = sorted({row["global_step"] for row in rows if "rollout/decisions" in row})
+    return float(max(b - a for a, b in pairwise([0, *steps]))) if steps else math.nan
 
 
 def _only_differing_settings(runs: list[Run]) -> list[Run]:

@@ -26,10 +26,11 @@ committed `runs.csv` recomputes every number of it. Its columns:
 | `anneal_lr`        | `algorithm.cfg.anneal_lr`: `true` or `false`; empty where not known                         |
 | `choosing_states`  | ids of the states of `choosing/`, see below                                                 |
 | `choosing_episodes`| their scores, as in `final_episodes`                                                        |
+| `iteration_steps`  | env steps of its longest iteration, where decisions are chunks; empty where not known       |
 
 Splits are what `evaluate_vla.py --split=all` wrote into the folder `splits/` of a run folder, from the run's last
 checkpoint and the same initial states as its own evaluations; `choosing/` is what it wrote there on other states, with
-`--first_state`. Tables of earlier versions do not have the last four columns: they are read, too.
+`--first_state`. Tables of earlier versions do not have the last five columns: they are read, too.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Run:
     anneal_lr: bool | None = None
     choosing_states: str = ""
     choosing_episodes: str = ""
+    iteration_steps: float = math.nan
     splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     folder: RunFolder | None = None
@@ -220,7 +222,9 @@ _COLUMNS = (
     "run", "status", "scope", "learning_rate", "seed", "environment", "env_config", "states", "measure",
     "training_score", "eval_steps", "eval_seconds", "eval_scores", "final_episodes", "splits", "settings",
 )  # fmt: skip
-_LATER = ("earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes")  # not in tables of earlier versions
+_LATER = (  # not in tables of earlier versions
+    "earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes", "iteration_steps",
+)  # fmt: skip
 _LISTS = ("eval_steps", "eval_seconds", "eval_scores")
 _OBJECTS = ("env_config", "splits", "settings")
 _SWITCH = {True: "true", False: "false", None: ""}
@@ -245,6 +249,7 @@ def write_table(path: Path, runs: Sequence[Run]) -> None:
         for run in runs:
             values = vars(run) | {"final_episodes": "".join(run.episodes[-1:]), "anneal_lr": _SWITCH[run.anneal_lr]}
             values |= {"earlier_episodes": ";".join(run.episodes[:-1])}
+            values |= {"iteration_steps": "" if math.isnan(run.iteration_steps) else f"{run.iteration_steps:.0f}"}
             values |= {name: _numbers(values[name]) for name in _LISTS}
             values |= {name: json.dumps(values[name], sort_keys=name != "splits") for name in _OBJECTS}
             writer.writerow([values[name] for name in (*_COLUMNS, *_LATER)])
@@ -302,6 +307,7 @@ def _read_row(row: Mapping[str | None, Any]) -> Run:
     if (switch := values.get("anneal_lr", "")) not in _SWITCH.values():
         raise UserError(f"anneal_lr is {switch!r}, neither true nor false nor empty")
     values["anneal_lr"] = {text: value for value, text in _SWITCH.items()}[switch]
+    values["iteration_steps"] = float(values.get("iteration_steps") or math.nan)
     run = Run(**values)
     if run.complete:
         check(run)

@@ -16,17 +16,21 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from research.schema import ENV_STEPS
+
 
 @dataclass
 class Progress:
     """How far a run has come; saved and restored as one thing.
 
     Attributes:
-        iterations: of the whole run.
+        iterations: of the whole run, unless `max_env_steps` is given.
         iteration: rollouts taken and learned from.
         env_steps: control steps taken, over all environments: `global_step`.
         before: metrics of the evaluation before training, if there was one.
         best: the best evaluation's score so far.
+        last_steps: env steps of the last iteration.
+        max_env_steps: the run ends with the iteration that reaches them.
     """
 
     iterations: int
@@ -34,19 +38,27 @@ class Progress:
     env_steps: int = 0
     before: dict[str, float] | None = None
     best: float = -math.inf
-    _last_steps: int = 0  # of the last iteration
+    last_steps: int = 0
+    max_env_steps: int | None = None
+
+    @property
+    def fraction(self) -> float:
+        """How much of the run is done, from 0; 1 and more when it is over."""
+        if self.max_env_steps is not None:
+            return self.env_steps / self.max_env_steps
+        return self.iteration / self.iterations
 
     @property
     def finished(self) -> bool:
-        return self.iteration >= self.iterations
+        return self.fraction >= 1
 
     def advance(self, env_steps: int) -> None:
         """Note an iteration that took so many env steps."""
-        self.iteration, self.env_steps, self._last_steps = self.iteration + 1, self.env_steps + env_steps, env_steps
+        self.iteration, self.env_steps, self.last_steps = self.iteration + 1, self.env_steps + env_steps, env_steps
 
     def crossed(self, every: int) -> bool:
         """Whether the last iteration stepped over a multiple of `every` env steps; 0 is never."""
-        return every > 0 and (self.env_steps - self._last_steps) // every != self.env_steps // every
+        return every > 0 and (self.env_steps - self.last_steps) // every != self.env_steps // every
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -56,6 +68,12 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.iteration, self.env_steps = state["iteration"], state["global_step"]
         self.before, self.best = state["before"], state["best"]
+
+
+def env_steps_in(rollout: TensorDictBase) -> int:
+    """Control steps that the decisions of a rollout took: as many, where actions are not chunks."""
+    taken = rollout["next"].get(ENV_STEPS, None)
+    return rollout.numel() if taken is None else int(taken.sum())
 
 
 class Acting(Protocol):

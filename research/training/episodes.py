@@ -6,7 +6,7 @@ last of them has ended. Whether it counts, and when, then depends on when it beg
 a rollout is late by the length of its longest episode, at most by `PATIENCE` rollouts: one that never ends is not
 waited for.
 
-An episode succeeds if the environment reports success at any of its steps.
+An episode succeeds if the environment reports success at any of its steps. Lengths are control steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from research.schema import SUCCESS
+from research.schema import ENV_STEPS, INITIAL_STATE, SUCCESS, SUCCESS_NOW
 
 PATIENCE = 100
 
@@ -29,17 +29,20 @@ class EpisodeStatistics:
     Args:
         num_envs: N.
         device: where rollouts are.
+        task_names: where there are several tasks: the task of an initial state is `task_names[id % len(task_names)]`,
+            and success is also reported of each.
     """
 
-    def __init__(self, num_envs: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_envs: int, device: torch.device | str = "cpu", task_names: Sequence[str] = ()):
+        self.task_names = task_names if len(task_names) > 1 else ()
         # Of the episode under way in each environment:
         self.running_return = torch.zeros(num_envs, device=device)
         self.running_length = torch.zeros(num_envs, device=device)
         self.running_success = torch.zeros(num_envs, dtype=torch.bool, device=device)
         self.began = torch.zeros(num_envs, dtype=torch.int64, device=device)  # in which rollout
         self._rollout = 0  # the one being collected
-        # Of episodes that have ended, float64 [E, 6]: the rollout that they began in, 1, return, length, success at any
-        # step, success at the last one. Then the sums of the last five, by rollout.
+        # Of episodes that have ended, float64 [E, 7]: the rollout that they began in, their task, 1, return, length,
+        # success at any step, success at the last one. Then the sums of the last five, by rollout and task.
         self._ended: list[Tensor] = []
         self._sums: dict[int, Tensor] = {}
         self._has_success = self._goes_on = False  # whether success is reported, and whether episodes go on after it
@@ -50,11 +53,14 @@ class EpisodeStatistics:
         reward, done = after["reward"].squeeze(-1), after["done"].squeeze(-1)
         self._has_success = self._has_success or SUCCESS in after.keys()
         success = after[SUCCESS].squeeze(-1) if SUCCESS in after.keys() else torch.zeros_like(done)
+        at_end = after[SUCCESS_NOW].squeeze(-1) if SUCCESS_NOW in after.keys() else success
+        taken = after[ENV_STEPS].squeeze(-1) if ENV_STEPS in after.keys() else torch.ones_like(reward)
+        task = after[INITIAL_STATE].squeeze(-1) % len(self.task_names) if self.task_names else torch.zeros_like(reward)
         total, length, succeeded = self.running_return[rows], self.running_length[rows], self.running_success[rows]
         returns, lengths, successes = [], [], []  # of the episodes under way, [M] at every step
         for t in range(rollout.batch_size[1]):
             returns.append(total + reward[:, t])
-            lengths.append(length + 1)
+            lengths.append(length + taken[:, t])
             successes.append(succeeded | success[:, t])
             total = torch.where(done[:, t], 0.0, returns[-1])
             length = torch.where(done[:, t], 0.0, lengths[-1])
@@ -65,14 +71,14 @@ class EpisodeStatistics:
         if ends.any():
             began = torch.where(done.cumsum(dim=1) > 1, self._rollout, first[:, None])  # at a row's later ends
             sums = (torch.stack(column, dim=1) for column in (returns, lengths, successes))
-            columns = (began, torch.ones_like(began), *sums, success)
+            columns = (began, task, torch.ones_like(began), *sums, at_end)
             self._ended.append(torch.stack([column[done].double() for column in columns], dim=-1))
 
     def metrics(self) -> dict[str, float]:
         """Means over the episodes of the rollouts of which, since this was last asked, the last episode has ended.
 
-        Empty if there is none; without success if the environment has no such notion. Ends the rollout that is being
-        collected.
+        Empty if there is none; without success if the environment has no such notion. A task of which no episode ended
+        is left out. Ends the rollout that is being collected.
         """
         self._add_up()
         self._rollout += 1
@@ -80,11 +86,14 @@ class EpisodeStatistics:
         complete = [rollout for rollout in self._sums if rollout < waited_for]
         if not complete:
             return {}
-        episodes, *sums = torch.stack([self._sums.pop(rollout) for rollout in complete]).sum(dim=0).tolist()
+        by_task = torch.stack([self._sums.pop(rollout) for rollout in complete]).sum(dim=0)  # [tasks, 5]
+        episodes, *sums = by_task.sum(dim=0).tolist()
         total, length, success, success_at_end = (one / episodes for one in sums)
         metrics = {"rollout/return": total, "rollout/episode_length": length, "rollout/episodes": episodes}
         if self._has_success:
             metrics["rollout/success_rate"] = success
+            for name, (count, *_, succeeded, _) in zip(self.task_names, by_task.tolist(), strict=False):
+                metrics |= {f"rollout/success_rate/{name}": succeeded / count} if count else {}
         if self._goes_on:
             metrics["rollout/success_at_end"] = success_at_end
         return metrics
@@ -95,8 +104,9 @@ class EpisodeStatistics:
             return
         rows, self._ended = torch.cat(self._ended).cpu(), []
         for began in rows[:, 0].unique().tolist():
-            sums = rows[rows[:, 0] == began, 1:].sum(dim=0)
-            self._sums[int(began)] = self._sums.get(int(began), torch.zeros_like(sums)) + sums
+            these = rows[rows[:, 0] == began]
+            sums = self._sums.setdefault(int(began), torch.zeros(max(1, len(self.task_names)), 5, dtype=torch.float64))
+            sums.index_add_(0, these[:, 1].long(), these[:, 2:])
         self._goes_on = self._goes_on or bool((rows[:, -2] != rows[:, -1]).any())
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,5 +132,5 @@ class EpisodeStatistics:
         self.running_success.copy_(state["success"])
         self.began.copy_(state["began"])
         self._rollout, self._ended = state["rollout"], []
-        self._sums = {int(rollout): sums.cpu().clone() for rollout, sums in state["sums"].items()}
+        self._sums = {int(rollout): sums.cpu().clone().view(-1, 5) for rollout, sums in state["sums"].items()}
         self._has_success, self._goes_on = state["has_success"], state["goes_on"]

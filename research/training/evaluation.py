@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,14 +17,18 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from research.schema import (
     ACTION,
+    ENV_STEPS,
     INITIAL_STATE,
     LANGUAGE,
     OBSERVATION,
     SUCCESS,
+    SUCCESS_NOW,
     check_finite,
     check_finite_observation,
     decode_text,
 )
+
+EvalMode = Literal["mode", "sample"]
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Episode:
             that was cut off has none.
         success_at_end: whether it did at the last step: another thing where an environment goes on after success.
         cut_off: it did not end by itself within `max_eval_steps`.
+        length: control steps.
+        task: its task's name, where the environment has names for them.
     """
 
     initial_state: int
@@ -45,6 +51,7 @@ class Episode:
     length: int
     success_at_end: bool | None = None
     cut_off: bool = False
+    task: str | None = None
 
 
 @dataclass
@@ -84,7 +91,17 @@ class Evaluation:
             metrics |= {"eval/success_rate": rate, "eval/success_low": low, "eval/success_high": high}
             if any(e.success_at_end is not None and e.success_at_end != e.success for e in self.episodes):
                 metrics["eval/success_at_end"] = sum(bool(e.success_at_end) for e in self.episodes) / len(self.episodes)
+            metrics |= {f"eval/success_rate/{task}": rate for task, rate in self.by_task().items()}
         return metrics
+
+    def by_task(self) -> dict[str, float]:
+        """Success rate of every task, where there are several."""
+        tasks = {e.task for e in self.episodes} - {None}
+        if not self.has_success or len(tasks) < 2:
+            return {}
+        return {
+            task: float(np.mean([bool(e.success) for e in self.episodes if e.task == task])) for task in sorted(tasks)
+        }
 
     @property
     def filmed_success(self) -> list[bool] | None:
@@ -120,79 +137,140 @@ def evaluate(
     states: Sequence[int],
     film: int = 0,
     max_steps: int = 1000,
-    on_wave: Callable[[int], None] | None = None,
+    on_end: Callable[[int], None] | None = None,
+    mode: EvalMode = "mode",
 ) -> Evaluation:
-    """One deterministic episode from each initial state.
+    """One episode from each initial state.
+
+    A row whose episode has ended takes the next state, so that none waits for the slowest of the others.
 
     Args:
         env: a batched environment that accepts `initial_state` ids at reset.
-        policy: the module that acts; asked for its mode.
+        policy: the module that acts.
         states: ids of the initial states.
-        max_steps: where an episode that does not end by itself is cut off: it counts as a failure, whatever it did.
         film: how many of the first episodes to record, through the env's `render_frames`.
-        on_wave: called with the number of episodes done, after every batch of them.
+        max_steps: control steps after which an episode that does not end by itself is cut off: it counts as a failure,
+            whatever it did.
+        on_end: called with the number of episodes done, whenever some have ended.
+        mode: "mode" asks the policy for its mode; "sample" lets it draw as in training, from a generator of its own.
     Returns:
         episodes in the order of `states`. The same weights and states give the same episodes, bit for bit on CPU.
     """
-    n, episodes, frames = env.batch_size[0], [], []
-    with set_exploration_type(ExplorationType.DETERMINISTIC), torch.random.fork_rng():
-        torch.manual_seed(0)  # for a policy that can only sample
-        for first in range(0, len(states), n):
-            wave = list(states[first : first + n])
-            filmed = max(0, min(film - first, len(wave)))
-            rows, recorded = _run_wave(env, policy, wave, filmed, max_steps)
-            episodes += rows
-            frames += recorded
-            if on_wave is not None:
-                on_wave(len(episodes))
+    kind = ExplorationType.DETERMINISTIC if mode == "mode" else ExplorationType.RANDOM
+    with set_exploration_type(kind), torch.random.fork_rng():
+        torch.manual_seed(0)
+        rows = _Rows(env, list(states), film, max_steps)
+        while rows.running.any():
+            rows.step(policy)
+            if rows.finished_now and on_end is not None:
+                on_end(len(rows.episodes))
+    episodes = [rows.episodes[place] for place in range(len(states))]
+    frames = [np.stack([frame.cpu().numpy() for frame in shot]) for shot in rows.shots if shot]
     return Evaluation(episodes, frames, getattr(env, "distinct_states", True))
 
 
-def _run_wave(env: EnvBase, policy: TensorDictModuleBase, wave: list[int], film: int, max_steps: int):
-    n, device = env.batch_size[0], env.device
-    ids = torch.tensor(wave + [wave[-1]] * (n - len(wave)), device=device)[:, None]  # a short wave is filled up
-    step = env.reset(TensorDict({INITIAL_STATE: ids}, batch_size=[n], device=device))
-    observation = step.get(OBSERVATION)
-    texts = decode_text(observation.get(LANGUAGE)) if LANGUAGE in observation.keys() else [None] * n
-    running = torch.ones(n, dtype=torch.bool, device=device)
-    total, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-    success, success_at_end = torch.zeros(2, n, dtype=torch.bool, device=device)
-    has_success = SUCCESS in env.observation_spec.keys()
-    shots: list[list[Tensor]] = [[] for _ in range(film)]
-    for _ in range(max_steps):
-        if not running[: len(wave)].any():
-            break
-        _film(env, shots, running)
-        check_finite_observation(step.get(OBSERVATION), "in evaluation")
-        step = policy(step)
-        check_finite([("action", step.get(ACTION))], "in evaluation")
-        # Finished environments are reset and go on; what they do no longer counts.
-        step, following = env.step_and_maybe_reset(step)
-        after = step.get("next")
+class _Rows:
+    """The rows of an environment in an evaluation: which episode each is in, and how it has gone so far."""
+
+    def __init__(self, env: EnvBase, states: list[int], film: int, max_steps: int):
+        n, device = env.batch_size[0], env.device
+        self.env, self.states, self.max_steps = env, states, max_steps
+        self.task_names: Sequence[str] = getattr(env, "task_names", ())
+        self.episodes: dict[int, Episode] = {}  # by their places in `states`
+        self.places = list(range(min(n, len(states)))) + [len(states) - 1] * (n - len(states))  # of each row's episode
+        self.running = torch.arange(n, device=device) < len(states)  # the others go on without being counted
+        self.upcoming = min(n, len(states))
+        self.total, self.length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        self.success, self.success_at_end = torch.zeros(2, n, dtype=torch.bool, device=device)
+        self.has_success = SUCCESS in env.observation_spec.keys()
+        self.shots: list[list[Tensor]] = [[] for _ in range(min(film, len(states)))]
+        self.filming = len(self.shots) > 0
+        self.between = self.filming and getattr(env, "chunk", 1) > 1 and hasattr(env, "film_between")
+        if self.between:
+            env.film_between(min(n, len(self.shots)))
+        self.texts: list[str | None] = [None] * n
+        self.finished_now = False
+        self.now = env.reset(TensorDict({INITIAL_STATE: self._ids()}, batch_size=[n], device=device))
+        self._read_texts(range(n))
+
+    def _ids(self) -> Tensor:
+        return torch.tensor([self.states[place] for place in self.places], device=self.env.device)[:, None]
+
+    def _read_texts(self, rows: Sequence[int]) -> None:
+        if LANGUAGE in (observation := self.now.get(OBSERVATION)).keys():
+            texts = decode_text(observation.get(LANGUAGE)[list(rows)])
+            for row, text in zip(rows, texts, strict=True):
+                self.texts[row] = text
+
+    def step(self, policy: TensorDictModuleBase) -> None:
+        """One decision in every row; rows whose episode is over begin the next."""
+        self._film()
+        check_finite_observation(self.now.get(OBSERVATION), "in evaluation")
+        acted = policy(self.now)
+        check_finite([("action", acted.get(ACTION))], "in evaluation")
+        after = self.env.step(acted).get("next")
         check_finite([("reward", after.get("reward"))], "in evaluation")
-        total += torch.where(running, after.get("reward").squeeze(-1), 0.0)
-        length += running
-        done = after.get("done").squeeze(-1)
-        if has_success:
-            reported = running & after.get(SUCCESS).squeeze(-1)
-            success |= reported
-            success_at_end |= reported & done
-        running &= ~done
-        step = following
-    rows = []
-    for i, (state, text) in enumerate(zip(wave, texts, strict=False)):
-        cut_off = bool(running[i])
-        successes = [bool(flags[i]) and not cut_off if has_success else None for flags in (success, success_at_end)]
-        rows.append(Episode(state, text, successes[0], float(total[i]), int(length[i]), successes[1], cut_off))
-    return rows, [np.stack([s.cpu().numpy() for s in shot]) for shot in shots if shot]
+        self._film_between()
+        running, done = self.running, after.get("done").squeeze(-1)
+        self.total += torch.where(running, after.get("reward").squeeze(-1), 0.0)
+        taken = after.get(ENV_STEPS, None)
+        self.length += running if taken is None else torch.where(running, taken.squeeze(-1), 0)
+        if self.has_success:
+            reported = after.get(SUCCESS).squeeze(-1)
+            self.success |= running & reported
+            self.success_at_end |= running & done & after.get(SUCCESS_NOW, reported[:, None]).squeeze(-1)
+        over = running & (done | (self.length >= self.max_steps))
+        self.finished_now = bool(over.any())
+        self.now = after
+        if self.finished_now:
+            self._end_episodes(over.nonzero()[:, 0].tolist(), done)
+        starts = done | (over & self.running)
+        if starts.any():
+            self._start(starts)
 
+    def _end_episodes(self, rows: list[int], done: Tensor) -> None:
+        """Note how the episodes of these rows went, and give the rows the next states while there are any."""
+        for row in rows:
+            place, cut_off = self.places[row], not bool(done[row])
+            successes = [
+                bool(flags[row]) and not cut_off if self.has_success else None
+                for flags in (self.success, self.success_at_end)
+            ]
+            state = self.states[place]
+            task = self.task_names[state % len(self.task_names)] if self.task_names else None
+            self.episodes[place] = Episode(
+                state, self.texts[row], successes[0], float(self.total[row]), int(self.length[row]), successes[1],
+                cut_off, task,
+            )  # fmt: skip
+            self.running[row] = self.upcoming < len(self.states)
+            if self.running[row]:
+                self.places[row], self.upcoming = self.upcoming, self.upcoming + 1
+        for counted in (self.total, self.length, self.success, self.success_at_end):
+            counted[rows] = 0
 
-def _film(env: EnvBase, shots: list[list[Tensor]], running: Tensor) -> None:
-    if not shots or not running[: len(shots)].any():
-        return
-    frames = env.render_frames()
-    if frames is None:  # nothing to see in this environment
-        return
-    for i, shot in enumerate(shots):
-        if running[i]:
-            shot.append(frames[i])
+    def _start(self, rows: Tensor) -> None:
+        """Reset rows, bool `[N]`: to the states of their episodes; any state does where nothing is left to do."""
+        asked = {"_reset": rows[:, None], INITIAL_STATE: self._ids()}
+        self.now = self.env.reset(self.now.exclude("reward").update(asked))
+        self._read_texts(rows.nonzero()[:, 0].tolist())
+
+    def _film(self) -> None:
+        """Record the rows whose episodes are among the first, while there are any."""
+        shots = self._filmed()
+        frames = self.env.render_frames() if shots else None
+        self.filming = frames is not None  # there may be nothing to see in this environment
+        for row, shot in shots.items() if self.filming else ():
+            shot.append(frames[row])
+
+    def _film_between(self) -> None:
+        if self.between and self.filming:
+            between = self.env.frames_between()
+            for row, shot in self._filmed().items():
+                shot += list(between[row])
+
+    def _filmed(self) -> dict[int, list[Tensor]]:
+        """The rows that are filmed now, each with the frames of its episode."""
+        if not self.filming:
+            return {}
+        running = self.running.tolist()
+        return {r: self.shots[p] for r, p in enumerate(self.places) if running[r] and p < len(self.shots)}

@@ -61,7 +61,7 @@ class PPO:
         moving = progress.iteration - self.cfg.value_warmup_iterations
         factor = 1.0 if moving < 0 else min(1.0, (moving + 1) / max(1, self.cfg.lr_warmup_iterations))
         if self.cfg.anneal_lr:
-            factor *= 1.0 - progress.iteration / progress.iterations
+            factor *= 1.0 - progress.fraction
         for group in self.policy_update.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 

@@ -20,19 +20,22 @@ from torchrl.envs.utils import set_exploration_type
 
 from research.schema import (
     ACTION,
+    ENV_STEPS,
+    INITIAL_STATE,
     LOG_PROB,
     OBSERVATION,
     SUCCESS,
+    SUCCESS_NOW,
     VALUE,
     check_finite,
     check_finite_observation,
     with_text_as,
 )
-from research.training.algorithm import Acting, Policy
+from research.training.algorithm import Acting, Policy, env_steps_in
 from research.training.episodes import EpisodeStatistics
 
 FINAL_VALUE = "final_value"  # under "next": the next state's value where no later step of the rollout holds it, else 0
-KEPT_AFTER = ("reward", "done", "terminated", "truncated", SUCCESS)  # of what is under "next"
+KEPT_AFTER = ("reward", "done", "terminated", "truncated", SUCCESS, SUCCESS_NOW, ENV_STEPS, INITIAL_STATE)
 POLICY_VERSION = "policy_version"  # which weights acted: the number of updates that they had seen
 WORKER = "worker"  # which process collected, where several do
 
@@ -66,9 +69,7 @@ class CollectingPolicy(TensorDictModuleBase):
         check_finite_observation(tensordict.get(OBSERVATION), when)
         tensordict = self.act(tensordict) if ahead is None else self.act.go_on(tensordict.update(ahead))
         check_finite([(key, tensordict.get(key)) for key in (ACTION, LOG_PROB, VALUE)], when)
-        count = tensordict.batch_size[0]
-        self.env_steps += count
-        version = torch.full((count,), self.version.item(), device=tensordict.get(ACTION).device)
+        version = torch.full(tensordict.batch_size, self.version.item(), device=tensordict.get(ACTION).device)
         return tensordict.set(POLICY_VERSION, version)
 
 
@@ -104,6 +105,7 @@ class RolloutCollector(Collector):
                     truncated.append((t, rows, after.get(OBSERVATION)[rows]))
                 kept = with_text_as(torch.uint8, step.select(*policy.kept_keys))
                 steps.append(kept.set("next", after.select(*KEPT_AFTER, strict=False)))
+                policy.env_steps += env_steps_in(steps[-1])
         rollout = torch.stack(steps, dim=1).refine_names(..., "time")
         rollout["next"].set(FINAL_VALUE, self._final_values(policy, truncated, rollout["next", "done"]))
         if policy.worker is not None:
@@ -139,7 +141,7 @@ class Rollouts:
 
     def __init__(self, env: EnvBase, policy: Policy, buffer_size: int):
         self.env, self.policy = env, CollectingPolicy(policy)
-        self.episodes = EpisodeStatistics(env.batch_size[0], env.device)
+        self.episodes = EpisodeStatistics(env.batch_size[0], env.device, getattr(env, "task_names", ()))
         self.collector = RolloutCollector(
             env,
             self.policy,

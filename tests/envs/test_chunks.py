@@ -57,7 +57,9 @@ def start(env, states: list[int], rows: list[bool] | None = None, step: TensorDi
 def by_hand(env, actions: torch.Tensor) -> dict[str, torch.Tensor]:
     """One decision `[H, A]` of an environment of one row and single steps: what it comes to."""
     reward, flags = torch.zeros(1, 1), {flag: torch.zeros(1, 1, dtype=torch.bool) for flag in FLAGS}
-    for taken, action in enumerate(actions, 1):
+    taken = 0
+    for action in actions:
+        taken += 1
         after = env.step(TensorDict({"action": action[None]}, [1]))["next"]
         reward = reward + after["reward"]
         flags = {flag: flags[flag] | after.get(flag, flags[flag]) for flag in FLAGS}

@@ -1,6 +1,7 @@
 """What is compared, at which rate, by which measure; which runs are refused or left out; and what seeds can tell."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -35,6 +36,32 @@ def test_choosing_on_states_reports_on_the_other_states(tmp_path):
     assert result.learning_rate == 1e-4
     assert result.mean.value == 0
     assert result.scores.shape == (2, STATES // 2)
+
+
+def test_runs_that_end_within_an_iteration_of_their_budget_are_paired(tmp_path):
+    """Chunks end where episodes do, so that no two runs take the same number of control steps.
+
+    Of earlier evaluations nothing is known here, so that nothing could be interpolated: the pairing would be lost.
+    """
+    ends = {("none", 1): 2000, ("none", 2): 2030, ("vision", 1): 2090, ("vision", 2): 2049}
+    for (scope, seed), end in ends.items():
+        folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=0.7, steps=(0, 1000, end))
+        rows = [{"global_step": end - 95, "rollout/decisions": 25.0}, {"global_step": end, "rollout/decisions": 25.0}]
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps({**row, "time/elapsed_s": 200.0}) + "\n" for row in rows)
+    runs = read_folders([str(tmp_path)])
+    assert {run.iteration_steps for run in runs} == {end - 95 for end in ends.values()}
+    for run in runs:
+        run.iteration_steps, run.episodes[:-1] = 95.0, ["", ""]
+    comparison = compare(runs)
+    assert comparison.paired and comparison.env_steps == 2000
+    for result in comparison.scopes:
+        assert result.scores.shape == (2, STATES) and np.isin(result.scores, (0, 1)).all()
+    write_table(tmp_path / "runs.csv", runs)
+    assert compare(read_table(tmp_path / "runs.csv")).paired
+    for run in runs:
+        run.iteration_steps = 40.0  # two of them went on for longer than an iteration
+    assert not compare(runs).paired
 
 
 def test_choosing_seeds_are_left_out_of_the_report(tmp_path):

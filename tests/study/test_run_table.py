@@ -1,6 +1,7 @@
 """Runs as rows of a table, which keeps all that they are, and what is refused in one."""
 
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -51,11 +52,13 @@ def test_a_table_of_an_earlier_version_is_read(tmp_path):
     (run,) = read_folders([str(tmp_path)])
     write_table(tmp_path / "runs.csv", [run])
     rows = list(csv.reader((tmp_path / "runs.csv").open()))
-    assert rows[0][16:] == ["earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes"]
+    later = "earlier_episodes,anneal_lr,choosing_states,choosing_episodes,iteration_steps"
+    assert ",".join(rows[0][16:]) == later
     with (tmp_path / "old.csv").open("w") as file:
         csv.writer(file).writerows(row[:16] for row in rows)
     (old,) = read_table(tmp_path / "old.csv")
     assert old.episodes == ["", "", run.episodes[-1]] and old.anneal_lr is None and old.choosing_states == ""
+    assert math.isnan(old.iteration_steps)
 
 
 def test_a_run_with_many_evaluations_is_read_back(tmp_path):

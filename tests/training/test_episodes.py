@@ -53,6 +53,21 @@ def test_rows_of_another_worker_are_followed_apart():
     }  # fmt: skip
 
 
+def test_tasks_are_told_apart_and_chunks_count_their_control_steps():
+    """The task of an id is its remainder; a task of which no episode has ended is left out."""
+    statistics = EpisodeStatistics(3, task_names=("reach", "push", "open"))
+    part = rollout([[1, 1], [0, 0], [0, 2]], [[1, 1], [0, 1], [0, 1]], [[1, 0], [0, 0], [1, 0]])
+    part["next", "initial_state"] = torch.tensor([[9, 6], [4, 4], [3, 3]])[..., None]
+    part["next", "env_steps"] = torch.tensor([[4, 2], [4, 4], [4, 1]])[..., None]
+    part["next", "success_now"] = torch.tensor([[0, 0], [0, 0], [0, 0]], dtype=torch.bool)[..., None]
+    statistics.observe(part)
+    assert statistics.metrics() == {
+        "rollout/return": 1.0, "rollout/episode_length": (4 + 2 + 8 + 5) / 4, "rollout/episodes": 4.0,
+        "rollout/success_rate": 0.5, "rollout/success_rate/reach": 2 / 3, "rollout/success_rate/push": 0.0,
+        "rollout/success_at_end": 0.0,
+    }  # fmt: skip
+
+
 def play(statistics: EpisodeStatistics, rollouts: int, seed: int = 0, rows: int = 8) -> list[dict]:
     """Half of all episodes succeed, after 2 steps; the others fail, after 9. Rollouts of 4 steps."""
     generator, reports = torch.Generator().manual_seed(seed), []
@@ -83,7 +98,7 @@ def test_every_episode_is_counted_once():
     statistics = EpisodeStatistics(8)
     reports = [report for report in play(statistics, rollouts=60) if report]
     lengths = sum(report["rollout/episode_length"] * report["rollout/episodes"] for report in reports)
-    waiting = sum(float(sums[2]) for sums in statistics.state_dict()["sums"].values())
+    waiting = sum(float(sums[0, 2]) for sums in statistics.state_dict()["sums"].values())
     assert lengths + waiting + float(statistics.running_length.sum()) == 8 * 60 * 4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, exploration_type
 
 from envs.tabletop import TabletopEnv
 from research.schema import NonFiniteError
@@ -60,13 +61,13 @@ class Going:
         self.t = 0
         return TensorDict({"observation": {"proprio": torch.zeros(2, 1)}}, [2])
 
-    def step_and_maybe_reset(self, step):
+    def step(self, step):
         steps = self.success.shape[1]
         reported = self.success[:, min(self.t, steps - 1), None]
         self.t += 1
         done = torch.full((2, 1), self.ends and self.t == steps)
         after = {"reward": torch.zeros(2, 1), "done": done, "success": reported}
-        return step.set("next", TensorDict(after, [2])), step.exclude("next")
+        return step.set("next", TensorDict({**after, "observation": step["observation"]}, [2]))
 
 
 def idle(step):
@@ -98,10 +99,72 @@ def test_films_are_of_the_first_episodes_and_as_long_as_they():
     assert result.filmed_success == [True] * 4
 
 
-def test_progress_is_told_after_every_wave():
+def test_progress_is_told_whenever_episodes_end():
     seen = []
-    run(2, range(5), on_wave=seen.append)
-    assert seen == [2, 4, 5]
+    run(2, range(5), on_end=seen.append)
+    assert seen == sorted(set(seen)) and seen[-1] == 5 and len(seen) > 2
+
+
+def test_a_row_takes_the_next_state_as_soon_as_its_episode_has_ended():
+    """Five episodes in two rows take as many decisions as the longer row's, not as three waves of the slowest."""
+    env = TabletopEnv(2, "reach", modalities=MODALITIES, max_steps=20)
+    expert, decisions = Expert(env), []
+    result = evaluate(env, lambda step: decisions.append(1) or expert(step), range(20))
+    lengths, rows = [e.length for e in result.episodes], [0, 0]
+    for length in lengths:  # each goes to the row that is free first
+        rows[rows.index(min(rows))] += length
+    waves = sum(max(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True))
+    assert len(decisions) == max(rows) < waves
+
+
+def test_a_policy_may_be_asked_for_samples():
+    class Drawing(Expert):
+        def __call__(self, step):
+            acted = super().__call__(step)
+            noise = exploration_type() == ExplorationType.RANDOM
+            return acted.set("action", acted["action"] + noise * torch.randn(acted["action"].shape))
+
+    env = TabletopEnv(3, "reach", modalities=MODALITIES, max_steps=20)
+    modes = evaluate(env, Drawing(env), range(9)).episodes
+    samples = [evaluate(env, Drawing(env), range(9), mode="sample").episodes for _ in range(2)]
+    assert modes == run(3, range(9)).episodes and samples[0] == samples[1] != modes
+
+
+def chunked(num_envs: int, chunk: int, **options) -> Evaluation:
+    env = TabletopEnv(num_envs, "reach", modalities=MODALITIES, max_steps=20, chunk=chunk)
+    single = TabletopEnv(num_envs, "reach", modalities=MODALITIES, max_steps=20)
+
+    def towards(step):
+        """The expert's actions for a whole chunk, from a world of single steps that is where this one is."""
+        single._state = {key: value.clone() for key, value in env._state.items()}
+        single._images, actions = env._images, []
+        for _ in range(chunk):
+            actions.append(single.expert_action())
+            single.step(TensorDict({"action": actions[-1]}, [num_envs]))
+        return step.set("action", torch.stack(actions, dim=1))
+
+    return evaluate(env, towards, range(7), **options)
+
+
+def test_chunks_count_control_steps_and_are_filmed_in_full():
+    expected = run(3, range(7), film=4)
+    for chunk in (3, 5):
+        result = chunked(3, chunk, film=4)
+        assert result.episodes == expected.episodes
+        for ours, theirs in zip(result.frames, expected.frames, strict=True):
+            assert (ours == theirs).all()
+    assert next(e.length for e in chunked(3, 4, max_steps=5).episodes if e.cut_off) == 8  # no chunk is cut in two
+
+
+def test_success_is_told_for_every_task():
+    episodes = [Episode(i, None, i % 3 == 0, 0.0, 1, task=("a", "b")[i % 2]) for i in range(6)]
+    metrics = Evaluation(episodes, []).metrics()
+    assert metrics["eval/success_rate/a"] == metrics["eval/success_rate/b"] == pytest.approx(1 / 3)
+    assert "eval/success_rate/a" not in Evaluation(episodes[::2], []).metrics()  # one task alone
+    env = TabletopEnv(2, "reach", modalities=MODALITIES, max_steps=20)
+    env.task_names = ("far", "near", "other")
+    result = evaluate(env, Expert(env), [5, 0, 1])
+    assert [e.task for e in result.episodes] == ["other", "far", "near"]
 
 
 def test_an_action_that_is_no_number_is_named():
@@ -138,5 +201,5 @@ def test_metrics_have_wilsons_interval():
     assert without.metrics() == {"eval/return": 2.0, "eval/episode_length": 4.0} and without.score == 2.0
     assert without.rows(seed=3)[0] == {
         "seed": 3, "initial_state": 0, "instruction": None, "success": None, "episode_return": 2.0, "length": 4,
-        "success_at_end": None, "cut_off": False,
+        "success_at_end": None, "cut_off": False, "task": None,
     }  # fmt: skip

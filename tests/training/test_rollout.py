@@ -9,8 +9,10 @@ from torchrl.collectors import Collector
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from envs.tabletop import TabletopEnv
 from research.schema import NonFiniteError
 from research.training.advantages import GAEAdvantages
+from research.training.algorithm import env_steps_in
 from research.training.rollout import CollectingPolicy, Rollouts
 
 GAMMA, LAMBDA = 0.9, 0.8
@@ -204,7 +206,6 @@ class Broken:
     """A policy whose action, or value, is NaN from its third call on."""
 
     in_keys, out_keys, kept_keys = ["observation"], ["action"], []
-    values = look_ahead = None
 
     def __init__(self, key: str):
         self.key, self.calls, self.act = key, 0, self
@@ -216,24 +217,45 @@ class Broken:
             step[self.key][2] = float("nan")
         return step
 
+    def values(self, steps: TensorDict) -> torch.Tensor:
+        return torch.zeros(len(steps), 1)
+
+    def look_ahead(self, steps: TensorDict) -> tuple:
+        return self.values(steps), None
+
 
 @pytest.mark.parametrize("key", ["action", "action_log_prob", "state_value"])
 def test_nan_from_the_policy_names_tensor_and_step(key):
-    guard = CollectingPolicy(Broken(key))
-    step = TensorDict({"observation": {"proprio": torch.zeros(4, 2)}}, batch_size=[4])
-    guard(step.clone())
-    guard(step.clone())
+    rollouts = Rollouts(Scripted(script(4)), Broken(key), 48)
     with pytest.raises(NonFiniteError, match=rf"{key} is nan at index \[2.*\] at env step 8"):
-        guard(step.clone())
+        rollouts.next()
 
 
 def test_after_a_resume_the_step_is_counted_from_there():
-    guard = CollectingPolicy(Broken("action"), env_steps=1000)
-    step = TensorDict({"observation": {"proprio": torch.zeros(4, 2)}}, batch_size=[4])
-    guard(step.clone())
-    guard(step.clone())
+    rollouts = Rollouts(Scripted(script(4)), Broken("action"), 48)
+    rollouts.policy.env_steps = 1000
     with pytest.raises(NonFiniteError, match="at env step 1008"):
-        guard(step.clone())
+        rollouts.next()
+
+
+class Chunks(Broken):
+    """Goes right, three control steps at a time; its third call is NaN."""
+
+    def __call__(self, step: TensorDict) -> TensorDict:
+        return super().__call__(step).set("action", torch.full((4, 3, 3), 0.0 if self.calls < 3 else float("nan")))
+
+
+def test_a_step_of_chunks_is_as_many_control_steps_as_it_took():
+    """The second chunk of three is cut short by the limit of four steps."""
+    env = TabletopEnv(4, "push", modalities=["proprio"], max_steps=4, chunk=3)
+    rollouts = Rollouts(env, Chunks("action"), 16)
+    with pytest.raises(NonFiniteError, match=r"action is nan .* at env step 16$"):
+        rollouts.next()
+    rollouts = Rollouts(TabletopEnv(4, "push", modalities=["proprio"], max_steps=4, chunk=3), Chunks("action"), 8)
+    rollout = rollouts.next()
+    assert rollout["next", "env_steps"].squeeze(-1).tolist() == [[3, 1]] * 4 and env_steps_in(rollout) == 16
+    assert env_steps_in(Rollouts(Scripted(script()), Valuing(), 72).next()) == 72
+    assert rollouts.metrics()["rollout/episode_length"] == 4.0
 
 
 def test_nan_in_an_observation_is_named():
