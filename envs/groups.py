@@ -84,6 +84,19 @@ class Group:
         self._between = [[] for _ in range(self._filmed)]
         return _stack([execute(one, actions[row], self._camera(row)) for row, one in enumerate(self.simulators)])
 
+    def turn(
+        self, rows: Sequence[int], actions: np.ndarray, upcoming: Sequence[int]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Take a decision in these rows, and start those whose episode it ends from the ids that come next.
+
+        Returns:
+            as `step`, of these rows; and the observations of the rows that have started, which may be none.
+        """
+        after = _stack([execute(self.simulators[row], action) for row, action in zip(rows, actions, strict=True)])
+        ended = (after["terminated"] | after["truncated"])[:, 0].nonzero()[0]
+        started = [(rows[at], upcoming[at]) for at in ended]
+        return after, self.reset(*zip(*started, strict=True)) if started else {}
+
     def _camera(self, row: int) -> Callable[[], None] | None:
         if row >= self._filmed:
             return None
@@ -146,7 +159,7 @@ class RemoteGroup:
         self._process = context.Process(target=_serve, args=args, daemon=True)
         self._process.start()
         theirs.close()
-        self._who = f"{name}: the worker of rows {rows[0]} to {rows[-1]} (process {self._process.pid})"
+        self._who = f"{name}: the worker of rows {_ranges(rows)} (process {self._process.pid})"
         self._limit(CONSTRUCTION_S)
         _LIVING.add(self)
         _end_at_exit()
@@ -203,6 +216,12 @@ class RemoteGroup:
             f"{self._who} ended during {self._doing} (exit code {self._process.exitcode}); what it printed is above. "
             "Negative codes are signals: -9 is often a lack of memory, -11 a crash inside the simulator"
         )
+
+
+def _ranges(rows: Sequence[int]) -> str:
+    """Rising numbers in short: "0-15, 32-47"."""
+    spans = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
 def close_all(groups: Iterable[Group | RemoteGroup]) -> None:

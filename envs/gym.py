@@ -75,7 +75,7 @@ def make_gym_env(
     success_return: float | None = None,
     max_episode_steps: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
-    workers: int = 1,
+    workers: int = 0,
     worker_timeout: float = STEP_S,
     ids_reproducible: bool = True,
     depth_unit: float | None = None,
@@ -106,8 +106,8 @@ def make_gym_env(
         success_return: instead, success is a return of at least this, so far in the episode.
         max_episode_steps: truncation limit, instead of the one the environment is registered with.
         env_kwargs: passed to `gymnasium.make`.
-        workers: processes among which the environments are divided (at most N); 1 steps them in this process. Two on
-            two cores were 1.5 to 1.9 times as fast as one where a step takes 5 ms, and slower where it takes 0.1 ms.
+        workers: processes among which the environments are divided (at most N); 0 steps them in this process. With
+            processes, half of the environments step while the policy acts on the others.
         worker_timeout: seconds within which a worker has to answer; one that does not is killed, and the run stops.
         ids_reproducible: false says that one knows: the same id does not start from the same state here. Otherwise that
             is tried, and such an environment refused. Comparisons of runs are then not paired by initial state.

@@ -19,7 +19,7 @@ _TYPES = {
     "ids_reproducible": (bool, "true or false"),
 }
 _ABOVE_ZERO = ("depth_unit", "worker_timeout")
-_LEAST = {"num_envs": 1, "seed": 0, "instruction_length": 1, "workers": 1, "max_episode_steps": 1}
+_LEAST = {"num_envs": 1, "seed": 0, "instruction_length": 1, "workers": 0, "max_episode_steps": 1}
 _ONE_OF = (("instruction", "instruction_key"), ("success_key", "success_return"))
 
 

@@ -44,9 +44,9 @@ from envs.gym_spaces import (
 )
 from envs.gym_vector_entry import check_autoreset, make_vector
 from envs.gym_vector_trial import VectorTrial
+from envs.initial_states import InitialStateEnv
 from envs.pictures import letterbox
 from envs.simulator import Layout
-from envs.vector import InitialStateEnv
 from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, SimulatorFailed, UserError, base_modality
 
 

@@ -9,211 +9,19 @@ not reach the main process.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
 
-from envs.chunks import check_chunk
 from envs.groups import STEP_S, Facts, Group, RemoteGroup, close_all
-from envs.pictures import letterbox
-from envs.simulator import HELD_OUT_STATES, Layout, Simulator
-from research.schema import (
-    ACTION,
-    ENV_STEPS,
-    INITIAL_STATE,
-    LANGUAGE,
-    OBSERVATION,
-    RGB,
-    SUCCESS,
-    SUCCESS_NOW,
-    SimulatorFailed,
-    UserError,
-    base_modality,
-)
-
-# ------------------------------------------------------------------- episodes that start from ids, whatever runs them
-
-
-class InitialStateEnv(EnvBase):
-    """N rows whose episodes start from ids of initial states: what environments over simulators have in common.
-
-    The id that a row of training is given is a hash of the seed, of the row and of how many episodes that row has
-    seen, so that neither the number of rows nor that of processes changes a row's ids. A subclass says how rows start
-    and how all of them step, in tensors on any device.
-
-    Args:
-        num_envs: N.
-        seed: which stream of initial states training episodes are drawn from.
-        device: where observations are put.
-        held_out: ids below it are never drawn.
-        chunk: H, actions per decision.
-    """
-
-    batch_locked = True
-    resumes_exactly = False
-    distinct_states = True
-    action_choices: tuple[int, ...] | None = None
-    task_names: tuple[str, ...] = ()
-    has_expert = False
-
-    def __init__(
-        self,
-        num_envs: int,
-        seed: int,
-        device: torch.device | str,
-        held_out: int = HELD_OUT_STATES,
-        chunk: int = 1,
-    ):
-        check_chunk(chunk)
-        super().__init__(device=device, batch_size=[num_envs])
-        self.held_out, self.chunk = held_out, chunk
-        self._current: dict[str, Tensor] | None = None  # the last observation, and "initial_state"
-        self._set_seed(seed)
-
-    @abstractmethod
-    def _start_episodes(self, rows: np.ndarray, states: np.ndarray) -> dict[str, Tensor]:
-        """Start rows int64 `[M]` from ids int64 `[M]`; returns their observations, each entry with batch `[M]`."""
-
-    @abstractmethod
-    def _advance(self, action: Tensor) -> dict[str, Tensor]:
-        """One decision `[N, A]` or `[N, H, A]`; returns what `envs.simulator.Environment` says of a step."""
-
-    @abstractmethod
-    def _frames(self, size: int) -> np.ndarray:
-        """Every row as a video shows it, uint8 `[N, size, size, 3]`; asked if `films`."""
-
-    def _make_specs(self, layout: Layout) -> None:
-        self._layout, self.films, self.has_success = layout, layout.films, layout.has_success
-        self.action_choices, self.task_names = layout.action_choices, layout.task_names
-        self.has_expert = layout.has_expert
-        n, device = self.batch_size[0], self.device
-        flag = lambda: Categorical(2, (n, 1), dtype=torch.bool, device=device)  # noqa: E731
-        observation = Composite(shape=(n,), device=device)
-        for key, (shape, dtype) in layout.observation.items():
-            shape, dtype = (n, *shape), torch.from_numpy(np.empty(0, dtype)).dtype
-            if base_modality(key) in (RGB, LANGUAGE):
-                observation[key] = Bounded(0, 255, shape, dtype=dtype, device=device)
-            else:
-                observation[key] = Unbounded(shape, dtype=dtype, device=device)
-        root = {
-            OBSERVATION: observation,
-            INITIAL_STATE: Bounded(0, 2**32 - 1, (n, 1), dtype=torch.int64, device=device),
-        }
-        if layout.has_success:
-            root[SUCCESS] = flag()
-        if self.chunk > 1:
-            root[ENV_STEPS] = Bounded(0, self.chunk, (n, 1), dtype=torch.int64, device=device)
-            root |= {SUCCESS_NOW: flag()} if layout.has_success else {}
-        self.observation_spec = Composite(root, shape=(n,), device=device)
-        self.action_spec = _action_spec(layout, n, self.chunk, device)
-        self.reward_spec = Unbounded((n, 1), dtype=torch.float32, device=device)
-        self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(n,), device=device)
-
-    def _set_seed(self, seed: int | None) -> None:
-        self._seed = int(seed or 0)
-        self._episodes = np.zeros(self.batch_size[0], dtype=np.int64)
-
-    def _draw_training_states(self, rows: np.ndarray) -> np.ndarray:
-        """The next initial-state id of each row: a hash of seed, row and episode, past the held-out ids.
-
-        Of several tasks, each row takes the next that neither it nor the other rows have had as often.
-        """
-        episodes = self._episodes[rows]
-        pairs = zip(rows.tolist(), episodes.tolist(), strict=True)
-        ids = [np.random.SeedSequence((self._seed, *pair)).generate_state(1)[0] for pair in pairs]
-        self._episodes[rows] += 1
-        ids = self.held_out + np.array(ids, dtype=np.int64) % (2**31 - self.held_out)
-        if (tasks := len(self.task_names)) > 1:
-            ids = ids - ids % tasks + (rows + self.batch_size[0] * episodes) % tasks
-            ids += tasks * (ids < self.held_out)
-        return ids
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **_) -> TensorDictBase:
-        n = self.batch_size[0]
-        mask = None if tensordict is None else tensordict.get("_reset", None)
-        rows = np.arange(n)
-        if mask is not None and self._current is not None:
-            rows = mask.view(n).nonzero()[:, 0].cpu().numpy()
-        ids = None if tensordict is None else tensordict.get(INITIAL_STATE, None)
-        states = self._draw_training_states(rows) if ids is None else ids.view(n).cpu().numpy()[rows]
-        if (states < 0).any():
-            raise UserError(f"initial_state: ids are seeds of at least 0, got {states.min()}")
-        made = {}
-        if len(rows):
-            made = {INITIAL_STATE: torch.from_numpy(states)[:, None], **self._start_episodes(rows, states)}
-        if len(rows) == n:
-            self._current = made
-        else:
-            self._current = {key: value.clone() for key, value in self._current.items()}
-            for key, value in made.items():
-                self._current[key][torch.from_numpy(rows)] = value
-        none = {key: torch.zeros((n, 1), dtype=torch.bool) for key in self._flags}
-        if self.chunk > 1:
-            none[ENV_STEPS] = torch.zeros((n, 1), dtype=torch.int64)
-        return self._pack(self._current | none)
-
-    @property
-    def _flags(self) -> list[str]:
-        """The booleans that every reset reports, all false."""
-        success = [SUCCESS, SUCCESS_NOW][: 1 if self.chunk == 1 else 2] if self.has_success else []
-        return [*success, "done", "terminated", "truncated"]
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        made = self._advance(tensordict.get(ACTION).detach())
-        made[INITIAL_STATE] = self._current[INITIAL_STATE].clone()
-        self._current = {key: made[key] for key in self._current}
-        made["done"] = made["terminated"] | made["truncated"]
-        return self._pack(made)
-
-    def _pack(self, tensors: Mapping[str, Tensor]) -> TensorDictBase:
-        seen = self._layout.observation
-        root = {key: value for key, value in tensors.items() if key not in seen}
-        root[OBSERVATION] = TensorDict({key: value for key, value in tensors.items() if key in seen}, self.batch_size)
-        return TensorDict(root, self.batch_size).to(self.device)
-
-    def render_frames(self, size: int = 256) -> Tensor | None:
-        """What every row looks like now, for videos.
-
-        Returns:
-            uint8 `[N, size, size, 3]` on the CPU: the simulators' own pictures where they film, else the `rgb`
-            observation (of the first camera, where no key is just `rgb`), in a black square if it is not one; None if
-            there is neither.
-        """
-        if self.films:
-            return torch.from_numpy(self._frames(size))
-        cameras = sorted((key for key in self._current or () if base_modality(key) == RGB), key=lambda key: key != RGB)
-        if not cameras:
-            return None
-        pictures = self._current[cameras[0]].cpu().numpy()
-        return torch.from_numpy(np.stack([letterbox(picture, size) for picture in pictures]))
-
-    def state_dict(self, *args, **kwargs) -> dict:
-        """The seed and how many episodes each row has started."""
-        return {"seed": self._seed, "episodes": torch.from_numpy(self._episodes.copy())}
-
-    def load_state_dict(self, state_dict: dict, *args, **kwargs) -> None:
-        """Continue the stream of training states where it was; reset afterwards."""
-        self._seed, self._episodes = state_dict["seed"], state_dict["episodes"].cpu().numpy().copy()
-
-
-def _action_spec(layout: Layout, n: int, chunk: int, device: torch.device) -> Bounded | Unbounded:
-    shape = (n, layout.action_dim) if chunk == 1 else (n, chunk, layout.action_dim)
-    if layout.action_choices is not None:
-        last = torch.tensor(layout.action_choices, dtype=torch.float32, device=device) - 1
-        return Bounded(torch.zeros(shape, device=device), last.expand(shape), shape, dtype=torch.float32, device=device)
-    if layout.bounded:
-        return Bounded(-1.0, 1.0, shape, dtype=torch.float32, device=device)
-    return Unbounded(shape, dtype=torch.float32, device=device)
-
-
-# ------------------------------------------------------------------- the TorchRL environment
+from envs.initial_states import InitialStateEnv
+from envs.simulator import HELD_OUT_STATES, Simulator
+from research.schema import ACTION, INITIAL_STATE, SimulatorFailed, UserError
 
 
 class VectorEnv(InitialStateEnv):
@@ -229,7 +37,8 @@ class VectorEnv(InitialStateEnv):
     Args:
         make: makes one simulator; pickled, and called in the process that steps it.
         num_envs: N.
-        workers: processes among which the simulators are divided (at most N); 1 steps them in this process.
+        workers: processes among which the simulators are divided (at most N); 0 steps them in this process. With
+            processes of their own, simulators are stepped in two halves by turns, see `send`.
         seed: which stream of initial states training episodes are drawn from.
         device: where observations are put; simulators run on the CPU.
         name: how messages call this environment.
@@ -245,7 +54,7 @@ class VectorEnv(InitialStateEnv):
         self,
         make: Callable[[], Simulator],
         num_envs: int,
-        workers: int = 1,
+        workers: int = 0,
         seed: int = 0,
         device: torch.device | str = "cpu",
         name: str = "the environment",
@@ -254,15 +63,23 @@ class VectorEnv(InitialStateEnv):
         worker_timeout: float = STEP_S,
     ):
         super().__init__(num_envs, seed, device, held_out, chunk)
-        self.name, self._filmed = name, 0
+        self.name, self._filmed, self._in_flight = name, 0, [False]
         workers = min(workers, num_envs)
-        self._shares = np.array_split(np.arange(num_envs), workers)  # the rows of each group
+        halves = 2 if workers and num_envs >= 2 * workers else 1
+        parts = np.array_split(np.arange(num_envs), halves)
+        self.parts = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+        self._in_flight, self._arrived = [False] * halves, [None] * halves
+        # The rows of each group, some of either half; and where each row is.
+        chunks = [np.array_split(part, max(1, workers)) for part in parts]
+        self._shares = [np.concatenate([chunk[group] for chunk in chunks]) for group in range(max(1, workers))]
+        self._group, self._place = np.empty((2, num_envs), dtype=np.int64)
+        for group, share in enumerate(self._shares):
+            self._group[share], self._place[share] = group, np.arange(len(share))
         self._groups: list[Group | RemoteGroup] = []
         try:
             for share in self._shares:
-                self._groups.append(
-                    Group(make, num_envs, name) if workers == 1 else RemoteGroup(make, share, name, worker_timeout)
-                )
+                remote = (make, share, name, worker_timeout)
+                self._groups.append(RemoteGroup(*remote) if workers else Group(make, num_envs, name))
             facts: list[Facts] = [group.collect() for group in self._groups]
             self.is_closed = False
         except BaseException:  # also Ctrl-C, while scenes load
@@ -271,20 +88,87 @@ class VectorEnv(InitialStateEnv):
         self._make_specs(facts[0].layout)
         self.resumes_exactly = all(fact.saves for fact in facts)
 
+    # ---------------------------------------------------------------- all rows at once
+
     def _start_episodes(self, rows: np.ndarray, states: np.ndarray) -> dict[str, Tensor]:
-        calls = {}
-        for group, share in enumerate(self._shares):
-            mine = (rows >= share[0]) & (rows <= share[-1])
-            if mine.any():
-                calls[group] = (rows[mine] - share[0]).tolist(), states[mine].tolist()
-        return _join(self._ask("reset", calls))
+        mine = self._divided(rows)
+        calls = {group: (self._place[rows[at]].tolist(), states[at].tolist()) for group, at in mine.items()}
+        return _joined(self._ask("reset", calls), list(mine.values()))
 
     def _advance(self, action: Tensor) -> dict[str, Tensor]:
         actions = action.to("cpu", torch.float32).numpy()
-        return _join(self._ask("step", {group: (actions[share],) for group, share in enumerate(self._shares)}))
+        calls = {group: (actions[share],) for group, share in enumerate(self._shares)}
+        return _joined(self._ask("step", calls), self._shares)
 
     def _frames(self, size: int) -> np.ndarray:
-        return np.concatenate(self._ask("frames", self._all(size)))
+        frames = [{"frames": frames} for frames in self._ask("frames", self._all(size))]
+        return _joined(frames, self._shares)["frames"].numpy()
+
+    def _divided(self, rows: np.ndarray) -> dict[int, np.ndarray]:
+        """Which of these rows each group has: group -> their positions in `rows`."""
+        groups = self._group[rows]
+        return {int(group): (groups == group).nonzero()[0] for group in np.unique(groups)}
+
+    # ---------------------------------------------------------------- part by part
+
+    def send(self, part: int, action: Tensor) -> None:
+        """Let the rows of a part take a decision, and start those whose episode it ends; `receive` tells the outcome.
+
+        Args:
+            part: index into `parts`, which lists the rows of each. Other parts may be on their way.
+            action: of these rows, `[n, A]` or `[n, H, A]`.
+        """
+        rows = np.arange(self.batch_size[0])[self.parts[part]]
+        actions, upcoming = action.detach().to("cpu", torch.float32).numpy(), self._upcoming_states(rows)
+        calls = {g: (self._place[rows[at]], actions[at], upcoming[at]) for g, at in self._divided(rows).items()}
+        with self._closed_by_failure():
+            for group, args in calls.items():
+                self._groups[group].submit("turn", *args)
+        self._in_flight[part] = True
+
+    def receive(self, part: int) -> tuple[TensorDictBase, TensorDictBase]:
+        """Wait for what `send` began.
+
+        Returns:
+            what the step led to, as under "next" after `step`; and where the rows go on from, as after a `reset` of
+            those whose episode has ended. Batch `[n]` both.
+        """
+        rows = np.arange(self.batch_size[0])[self.parts[part]]
+        mine = self._divided(rows)
+        with self._closed_by_failure():
+            turns = [self._groups[group].collect() for group in mine]
+        self._in_flight[part] = False
+        places = list(mine.values())
+        after = _joined([step for step, _ in turns], places)
+        before = self._arrived[part] or {key: value[self.parts[part]] for key, value in self._current.items()}
+        after[INITIAL_STATE] = before[INITIAL_STATE].clone()
+        after["done"] = after["terminated"] | after["truncated"]
+        now = {key: after[key] for key in before}
+        ended = after["done"][:, 0].numpy().nonzero()[0]
+        if len(ended):
+            began = [(at[after["done"][at, 0].numpy()], new) for at, (_, new) in zip(places, turns, strict=True)]
+            now = {key: value.clone() for key, value in now.items()}
+            now[INITIAL_STATE][ended, 0] = torch.from_numpy(self._draw_training_states(rows[ended]))
+            for at, new in began:
+                for key, value in new.items():
+                    now[key][torch.from_numpy(at)] = torch.from_numpy(value)
+        self._arrived[part] = now
+        return self._pack(after), self._pack(now | self._nothing_yet(len(rows)))
+
+    def _settle(self) -> None:
+        """Bring together what the parts have shown, before all rows are asked for something."""
+        for part, away in enumerate(self._in_flight):
+            if away:
+                self.receive(part)
+        if self._arrived[0] is not None:
+            whole = [one or {k: v[rows] for k, v in self._current.items()} for one, rows in self._by_part()]
+            self._current = {key: torch.cat([one[key] for one in whole]) for key in whole[0]}
+            self._arrived = [None] * len(self.parts)
+
+    def _by_part(self) -> Any:
+        return zip(self._arrived, self.parts, strict=True)
+
+    # ---------------------------------------------------------------- video, experts
 
     def film_between(self, rows: int, size: int = 256) -> None:
         """Keep what the first rows look like between the control steps of a decision; see `frames_between`."""
@@ -301,7 +185,8 @@ class VectorEnv(InitialStateEnv):
         """
         if not self._filmed:
             return []
-        return [torch.from_numpy(shot) for group in self._ask("frames_between", self._all()) for shot in group]
+        shots = self._ask("frames_between", self._all())
+        return [torch.from_numpy(shots[self._group[row]][self._place[row]]) for row in range(self._filmed)]
 
     def expert_action(self) -> Tensor:
         """What an expert who sees the whole state would do now, float32 `[N, A]`.
@@ -311,7 +196,8 @@ class VectorEnv(InitialStateEnv):
         """
         if not self.has_expert:
             raise UserError(f"{self.name} has no expert")
-        return torch.from_numpy(np.concatenate(self._ask("expert_actions", self._all()))).to(self.device)
+        actions = [{ACTION: actions} for actions in self._ask("expert_actions", self._all())]
+        return _joined(actions, self._shares)[ACTION].to(self.device)
 
     def _all(self, *args: Any) -> dict[int, tuple]:
         """The same arguments for every group."""
@@ -322,12 +208,18 @@ class VectorEnv(InitialStateEnv):
 
         After a failure the environment is closed: the replies of other groups lie unread.
         """
-        if not self._groups:
-            raise SimulatorFailed(f"{self.name}: the environment is closed")
-        try:
+        self._settle()
+        with self._closed_by_failure():
             for group, args in calls.items():
                 self._groups[group].submit(method, *args)
             return [self._groups[group].collect() for group in calls]
+
+    @contextmanager
+    def _closed_by_failure(self) -> Iterator[None]:
+        if not self._groups:
+            raise SimulatorFailed(f"{self.name}: the environment is closed")
+        try:
+            yield
         except SimulatorFailed:
             self.close()
             raise
@@ -336,7 +228,8 @@ class VectorEnv(InitialStateEnv):
         """The stream's seed and place, and, if `resumes_exactly` and an episode has begun, the simulators' states."""
         state = super().state_dict()
         if self.resumes_exactly and self._current is not None:
-            saved = [one for group in self._ask("save", self._all()) for one in group]
+            groups = self._ask("save", self._all())
+            saved = [groups[group][place] for group, place in zip(self._group, self._place, strict=True)]
             # As tensors: checkpoints hold tensors and plain values, so that reading one never runs code.
             state["simulators"] = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in saved]
             state["current"] = {key: value.clone() for key, value in self._current.items()}
@@ -344,6 +237,7 @@ class VectorEnv(InitialStateEnv):
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs) -> None:
         """Continue where `state_dict` was taken; reset afterwards if it holds no simulators."""
+        self._settle()
         super().load_state_dict(state_dict)
         if "simulators" in state_dict:
             saved = [one.cpu().numpy().tobytes() for one in state_dict["simulators"]]
@@ -353,12 +247,18 @@ class VectorEnv(InitialStateEnv):
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close the simulators and end their worker processes; closing twice does nothing."""
         groups, self._groups = self._groups, []
+        self._in_flight = [False] * len(self._in_flight)
         close_all(groups)
         super().close(raise_if_closed=raise_if_closed)
 
 
-def _join(results: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """The groups' arrays one after the other along the batch, as tensors."""
+def _joined(results: Sequence[Mapping[str, np.ndarray]], places: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """The groups' arrays as tensors, each row in its place."""
     if len(results) == 1:
         return {key: torch.from_numpy(array) for key, array in results[0].items()}
-    return {key: torch.from_numpy(np.concatenate([result[key] for result in results])) for key in results[0]}
+    count = sum(map(len, places))
+    joined = {key: np.empty((count, *array.shape[1:]), array.dtype) for key, array in results[0].items()}
+    for result, place in zip(results, places, strict=True):
+        for key, array in result.items():
+            joined[key][place] = array
+    return {key: torch.from_numpy(array) for key, array in joined.items()}

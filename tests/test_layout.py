@@ -86,6 +86,7 @@ def test_every_module_has_a_test_file_of_its_own():
         "envs/gym_trial.py": "tests/envs/test_odd_environments.py",
         "envs/gym_vector_entry.py": "tests/envs/test_gym_vector.py",
         "envs/gym_vector_trial.py": "tests/envs/test_gym_vector.py",
+        "envs/initial_states.py": "tests/envs/test_vector.py",
         "envs/pictures.py": "tests/envs/test_gym.py",
         "envs/tabletop_painter.py": "tests/envs/test_tabletop.py",
         "envs/tabletop_scene.py": "tests/envs/test_tabletop.py",

@@ -33,6 +33,7 @@ from research.schema import (
 )
 from research.training.algorithm import Acting, Policy, env_steps_in
 from research.training.episodes import EpisodeStatistics
+from research.training.turns import Turns
 
 FINAL_VALUE = "final_value"  # under "next": the next state's value where no later step of the rollout holds it, else 0
 KEPT_AFTER = ("reward", "done", "terminated", "truncated", SUCCESS, SUCCESS_NOW, ENV_STEPS, INITIAL_STATE)
@@ -77,8 +78,7 @@ class RolloutCollector(Collector):
     """TorchRL's collector, whose rollouts keep what the update reads, and the values of final states.
 
     Those values are computed by the very policy that acts, when the last step has been taken. `rollout` replaces
-    TorchRL's: policy and environment are on one device, so that no step is copied on its way between them. Options
-    that act upon single steps (random first frames, replay buffers, interruption) have no effect.
+    TorchRL's, whose options for single steps have no effect: policy and environment share a device.
     """
 
     def __init__(
@@ -92,21 +92,21 @@ class RolloutCollector(Collector):
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:
         """Take T steps in every environment: `[N, T]`."""
-        policy: CollectingPolicy = self.policy
-        steps, truncated = [], []
+        policy, turns, truncated = self.policy, Turns(self.env), []
+        steps, ahead = {part.start: [] for part in turns.parts}, self._ahead
+        seen = {} if ahead is None else {part.start: ahead[part] for part in turns.parts}
+        act = lambda part, now: policy(now, seen.pop(part.start, None))  # noqa: E731
         with set_exploration_type(self.exploration_type):
-            for t in range(self.frames_per_batch):  # T: TorchRL has divided by N
-                acted = policy(self._carrier, self._ahead)
-                self._ahead = None
-                step, self._carrier = self.env.step_and_maybe_reset(acted)
+            for t, part, step in turns.play(self._carrier, act, self.frames_per_batch):  # T: TorchRL has divided by N
                 after = step.get("next")
                 rows = (after.get("done") & ~after.get("terminated")).squeeze(-1).nonzero().squeeze(-1)
                 if len(rows):
-                    truncated.append((t, rows, after.get(OBSERVATION)[rows]))
+                    truncated.append((t, rows + part.start, after.get(OBSERVATION)[rows]))
                 kept = with_text_as(torch.uint8, step.select(*policy.kept_keys))
-                steps.append(kept.set("next", after.select(*KEPT_AFTER, strict=False)))
-                policy.env_steps += env_steps_in(steps[-1])
-        rollout = torch.stack(steps, dim=1).refine_names(..., "time")
+                steps[part.start].append(kept.set("next", after.select(*KEPT_AFTER, strict=False)))
+                policy.env_steps += env_steps_in(kept)
+        self._carrier, self._ahead = turns.now, None
+        rollout = torch.cat([torch.stack(part, dim=1) for part in steps.values()]).refine_names(..., "time")
         rollout["next"].set(FINAL_VALUE, self._final_values(policy, truncated, rollout["next", "done"]))
         if policy.worker is not None:
             rollout.set(WORKER, torch.full(rollout.shape, policy.worker, dtype=torch.int16, device=rollout.device))

@@ -18,7 +18,7 @@ N, CHUNK, DECISIONS = 6, 4, 30
 FLAGS = ("terminated", "truncated", "success")
 
 
-def drifters(num_envs: int, chunk: int, workers: int = 1, **options) -> VectorEnv:
+def drifters(num_envs: int, chunk: int, workers: int = 0, **options) -> VectorEnv:
     return VectorEnv(partial(Drifter, **options), num_envs, workers, seed=5, name="drift", chunk=chunk)
 
 
@@ -142,7 +142,7 @@ def test_a_picture_is_drawn_once_per_decision(monkeypatch):
     env.close()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_a_film_shows_what_is_between_looks(workers):
     """The drifters' frames are their clocks: 100 and one more after every control step."""
     env = drifters(N, CHUNK, workers, ends=False, limit=6)
