@@ -89,9 +89,9 @@ class ActionHead(nn.Module):
         """Dimensions of what is executed: 1 for an action, 2 for a chunk."""
         return 1 if self.executed == 1 else 2
 
-    def within(self, plan: Tensor) -> Tensor:
-        """The part of a plan `[B, H, A, ...]` that is executed, `[B, A, ...]` or `[B, executed, A, ...]`."""
-        return plan[:, 0] if self.executed == 1 else plan[:, : self.executed]
+    def within(self, plan: Tensor, dim: int = -2) -> Tensor:
+        """The part of a plan that is executed; `dim` is that of the H control steps, and is gone where one is."""
+        return plan.select(dim, 0) if self.executed == 1 else plan.narrow(dim, 0, self.executed)
 
     @abstractmethod
     def plan(self, hidden: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class TokenHead(ActionHead):
         return _token_loss(ActionTokens(self.planned_logits(hidden), event_dim=2), actions)
 
     def forward(self, hidden: Tensor) -> ActionTokens:
-        return ActionTokens(self.within(self.planned_logits(hidden)) / self.temperature, event_dim=self.event_dim)
+        return ActionTokens(self.within(self.planned_logits(hidden), -3) / self.temperature, event_dim=self.event_dim)
 
 
 class CategoricalHead(ActionHead):
@@ -244,7 +244,7 @@ class CategoricalHead(ActionHead):
         return _token_loss(self._choices(self.planned_logits(hidden), event_dim=2), actions)
 
     def forward(self, hidden: Tensor) -> ActionTokens:
-        return self._choices(self.within(self.planned_logits(hidden)), self.event_dim)
+        return self._choices(self.within(self.planned_logits(hidden), -3), self.event_dim)
 
     def _choices(self, logits: Tensor, event_dim: int) -> ActionTokens:
         return ActionTokens(logits, low=0.0, high=self.most - 1.0, event_dim=event_dim)

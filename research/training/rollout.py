@@ -1,9 +1,8 @@
 """Collection: environment + policy -> rollout `[N, T]`, on TorchRL's collector.
 
-What a rollout keeps of a step is decided here: what the update reads and nothing else. Observations that only frozen
-stages read are gone as soon as those stages have run, and next observations once they have been valued, which happens
-for the few states that no later step of the rollout values: those at truncations, and those at the rollout's end, with
-which the next rollout begins and whose frozen features it takes over. Advantages then need no network.
+What a rollout keeps of a step is what the update reads, and nothing else. Observations that only frozen stages read
+are gone as soon as those have run, and next observations once they have been valued: those of the few states that no
+later step values, at truncations and at its end, where the next rollout begins and takes over their frozen features.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from research.training.episodes import EpisodeStatistics
 from research.training.turns import Turns
 
 FINAL_VALUE = "final_value"  # under "next": the next state's value where no later step of the rollout holds it, else 0
-KEPT_AFTER = ("reward", "done", "terminated", "truncated", SUCCESS, SUCCESS_NOW, ENV_STEPS, INITIAL_STATE)
+KEPT_AFTER = ("reward", "done", "terminated", "truncated", SUCCESS, SUCCESS_NOW, ENV_STEPS)  # of what is under "next"
 POLICY_VERSION = "policy_version"  # which weights acted: the number of updates that they had seen
 WORKER = "worker"  # which process collected, where several do
 
@@ -88,6 +87,7 @@ class RolloutCollector(Collector):
         # and that copy gets no versions and takes no weights. Trajectory ids it would seek in what a step dropped.
         super().__init__(create_env_fn, policy, **{**options, "track_traj_ids": False})
         self._ahead: TensorDictBase | None = None  # frozen features of the states that the next rollout begins with
+        self._task_id = [INITIAL_STATE] if len(getattr(self.env, "task_names", ())) > 1 else []  # it tells the task
 
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:
@@ -103,7 +103,7 @@ class RolloutCollector(Collector):
                 if len(rows):
                     truncated.append((t, rows + part.start, after.get(OBSERVATION)[rows]))
                 kept = with_text_as(torch.uint8, step.select(*policy.kept_keys))
-                steps[part.start].append(kept.set("next", after.select(*KEPT_AFTER, strict=False)))
+                steps[part.start].append(kept.set("next", after.select(*KEPT_AFTER, *self._task_id, strict=False)))
                 policy.env_steps += env_steps_in(kept)
         self._carrier, self._ahead = turns.now, None
         rollout = torch.cat([torch.stack(part, dim=1) for part in steps.values()]).refine_names(..., "time")

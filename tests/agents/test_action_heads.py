@@ -9,7 +9,15 @@ import torch
 from torch.distributions import Categorical, Independent, Normal
 
 from agents import action_heads
-from agents.action_heads import ActionTokens, CategoricalHead, GaussianHead, TokenHead, entropy_of, make_action_head
+from agents.action_heads import (
+    ActionTokens,
+    CategoricalHead,
+    GaussianHead,
+    TokenHead,
+    entropy_of,
+    make_action_head,
+    mode_of,
+)
 from research.schema import UserError
 
 
@@ -129,3 +137,40 @@ def test_an_entropy_without_a_formula_is_estimated_with_its_gradient_and_said(ki
     assert log_std.grad.item() == pytest.approx(1.0, abs=0.03) and mean.grad.item() == pytest.approx(0.0, abs=0.03)
     (said,) = caplog.messages
     assert said == f"the entropy of {kind.__name__} has no formula: it is estimated from one sample of each row"
+
+
+HEADS = {
+    "gaussian": lambda **chunk: GaussianHead(8, 3, **chunk),
+    "tokens": lambda **chunk: TokenHead(8, 3, bins=5, **chunk),
+    "categorical": lambda **chunk: CategoricalHead(8, 3, [2, 4, 3], **chunk),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("batch", [(5,), (5, 2)])
+def test_a_distribution_is_over_what_is_executed_of_a_plan(kind, batch):
+    hidden = torch.randn(*batch, 8)
+    for executed in (1, 2, 4):
+        torch.manual_seed(0)
+        head = HEADS[kind](horizon=4, executed=executed)
+        plan, d = head.plan(hidden), head(hidden)
+        assert plan.shape == (*batch, 4, 3) and d.batch_shape == batch
+        assert d.event_shape == ((3,) if executed == 1 else (executed, 3))
+        begins = plan[..., 0, :] if executed == 1 else plan[..., :executed, :]
+        assert torch.equal(mode_of(d), begins)
+        assert d.log_prob(d.sample()).shape == batch and d.entropy().shape == batch
+    whole = HEADS[kind](horizon=4)
+    torch.manual_seed(0)
+    assert whole.executed == 4 and HEADS[kind]().executed == 1
+    loss = whole.imitation_loss(hidden, whole.plan(hidden).detach())
+    assert loss.shape == (*batch, 4, 3)
+    other = whole.imitation_loss(hidden, whole.plan(hidden).detach() + 1)
+    assert (loss <= other).all() and loss.sum() < other.sum()
+    if kind != "gaussian":  # a cross-entropy: minus the log-probability of the whole plan
+        torch.testing.assert_close(loss.sum((-1, -2)), -whole(hidden).log_prob(whole.plan(hidden)))
+
+
+@pytest.mark.parametrize("executed", [0, 5])
+def test_no_more_is_executed_than_planned(executed):
+    with pytest.raises(UserError, match=f"1 to horizon = 4 steps of its plan, got {executed}"):
+        GaussianHead(8, 3, horizon=4, executed=executed)
