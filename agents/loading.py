@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from agents.fitting import fill, renamed
+from agents.provided_weights import add_left_out
 from agents.weights import read_weights, some
 from research.schema import UserError, describe_error, hidden_module
 
@@ -41,7 +42,8 @@ def load_vla_model(
     """Construct `model_class(**model_config)` and copy a checkpoint into it.
 
     Files (the formats: `agents.weights.read_weights`) are memory-mapped and copied one after the other; which name goes
-    where, and what is refused: `agents.fitting.fill`.
+    where, and what is refused: `agents.fitting.fill`. A file may leave out parts that the constructor fills from
+    elsewhere, where it holds their hashes: `agents/provided_weights.py`.
 
     Args:
         model_path: the file or directory; None keeps the fresh weights of the constructor.
@@ -70,6 +72,7 @@ def load_vla_model(
     # The files before the model: a wrong path should not cost the construction of a large one.
     shards = renamed(read_weights(path, trust_checkpoint), path, strip_prefix, add_prefix)
     model = _construct(cls, model_config)
+    add_left_out(model, shards, path, strict)
     fill(model, shards, path, strict, suggest_prefix=not (strip_prefix or add_prefix))
     return model.to(device)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -130,6 +131,15 @@ def read_file(path: Path, names: list[str] | None = None, trust_checkpoint: bool
     if absent:
         raise UserError(f"{path} lacks {len(absent)} of the weights that its index puts there: {some(absent)}")
     return weights if names is None else {name: weights[name] for name in names}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text that a `.safetensors` file, or the one in a directory, holds besides its tensors; else nothing."""
+    file = _file_in(path) if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, "pt") as content:
+        return content.metadata() or {}
 
 
 def _read_torch(path: Path, trust_checkpoint: bool) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 
 import torch
 from torchrl.envs import EnvBase
 
 from envs.tabletop import SPLITS, TabletopEnv
-from research.schema import UserError
+from research.schema import UserError, did_you_mean
 
-ENVIRONMENTS = ("tabletop", "gym:<id or entry point>", "gym_vec:<id>")
+# Name -> module and function that make it, imported when it is asked for: simulators are optional, and slow to import.
+_SIMULATORS = {"metaworld": ("envs.metaworld", "make_metaworld_env")}
+ENVIRONMENTS = ("tabletop", *_SIMULATORS, "gym:<id or entry point>", "gym_vec:<id>")
 _SPLITS = {"tabletop": SPLITS}
 
 
@@ -18,8 +21,8 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
     """Build a batched TorchRL environment by name.
 
     Args:
-        name: "tabletop"; "gym:" and a Gymnasium id or entry point ("gym:InvertedPendulum-v5"); or "gym_vec:" and the id
-            of an environment that steps its rows together by itself.
+        name: "tabletop"; "metaworld"; "gym:" and a Gymnasium id or entry point ("gym:InvertedPendulum-v5"); or
+            "gym_vec:" and the id of an environment that steps its rows together by itself.
         num_envs: N.
         env_config: the environment's own options.
         device: where observations are made (or moved to).
@@ -28,17 +31,16 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
         UserError: an unknown name, or an option that the environment does not have.
     """
     if name == "tabletop":
-        known = [
-            p
-            for p in inspect.signature(TabletopEnv.__init__).parameters
-            if p not in ("self", "num_envs", "seed", "device")
-        ]
+        known = [p for p in inspect.signature(TabletopEnv).parameters if p not in ("num_envs", "seed", "device")]
         unknown = sorted(set(env_config) - set(known))
         if unknown:
             raise UserError(
                 f"trainer.env_config: tabletop has no option {', '.join(unknown)}; it has {', '.join(known)}"
             )
         return TabletopEnv(num_envs, device=device, seed=seed, **env_config)
+    if name in _SIMULATORS:
+        module, function = _SIMULATORS[name]
+        return getattr(import_module(module), function)(num_envs, device, seed, **env_config)
     if name.startswith("gym:"):
         from envs.gym import make_gym_env
 
@@ -47,7 +49,10 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
         from envs.gym_vector import make_gym_vector_env
 
         return make_gym_vector_env(name.removeprefix("gym_vec:"), num_envs, device, seed, **env_config)
-    raise UserError(f"trainer.env: unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}")
+    known = ("tabletop", *_SIMULATORS)
+    raise UserError(
+        f"trainer.env: unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}{did_you_mean(name, known)}"
+    )
 
 
 def splits_of(name: str) -> tuple[str, ...]:
