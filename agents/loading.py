@@ -65,9 +65,12 @@ def load_vla_model(
     """
     cls = import_model_class(model_class)
     if model_path is None:
+        model = _construct(cls, model_config)
         if not expect_fresh:
-            log.warning("%s starts from fresh weights: no policy.vla_config.model_path is given", model_class)
-        return _construct(cls, model_config).to(device)
+            provided = ", ".join(getattr(model, "provided_weights", ()))
+            but = f", but for its {provided}" if provided else ""
+            log.warning("%s starts from fresh weights%s: no policy.vla_config.model_path is given", model_class, but)
+        return model.to(device)
     path = Path(model_path).expanduser()
     # The files before the model: a wrong path should not cost the construction of a large one.
     shards = renamed(read_weights(path, trust_checkpoint), path, strip_prefix, add_prefix)

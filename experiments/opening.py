@@ -16,6 +16,7 @@ from research.runs.tracking import Tracker, resolve_wandb_mode
 from research.schema import UserError
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation
+from research.training.freezing import part_of
 
 
 def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) -> TrainingRun:
@@ -56,7 +57,9 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
     )
     try:
         sign(folder)
-        if keeps_frozen_weights(config) and (frozen := parts.audit.frozen_state()):
+        provided = getattr(parts.policy.model, "provided_weights", {})  # the constructor has them, from a file
+        frozen = {n: value for n, value in parts.audit.frozen_state().items() if part_of(n) not in provided}
+        if keeps_frozen_weights(config) and frozen:
             write_checkpoint(folder.checkpoints / FROZEN, snapshot(to_dict(config), model_state_dict=frozen))
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
