@@ -18,10 +18,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from envs.demonstrating import UNDISTURBED, Disturbance
 from envs.groups import STEP_S, Facts, Group, RemoteGroup, close_all
 from envs.initial_states import InitialStateEnv
 from envs.simulator import HELD_OUT_STATES, Simulator
-from research.schema import ACTION, INITIAL_STATE, SimulatorFailed, UserError
+from research.schema import ACTION, INITIAL_STATE, Demonstration, SimulatorFailed, UserError
 
 
 class VectorEnv(InitialStateEnv):
@@ -63,7 +64,7 @@ class VectorEnv(InitialStateEnv):
         worker_timeout: float = STEP_S,
     ):
         super().__init__(num_envs, seed, device, held_out, chunk)
-        self.name, self._filmed, self._in_flight = name, 0, [False]
+        self.make_simulator, self.name, self._filmed, self._in_flight = make, name, 0, [False]
         workers = min(workers, num_envs)
         halves = 2 if workers and num_envs >= 2 * workers else 1
         parts = np.array_split(np.arange(num_envs), halves)
@@ -194,10 +195,49 @@ class VectorEnv(InitialStateEnv):
         Raises:
             UserError: there is none.
         """
-        if not self.has_expert:
-            raise UserError(f"{self.name} has no expert")
+        self._need_expert()
         actions = [{ACTION: actions} for actions in self._ask("expert_actions", self._all())]
         return _joined(actions, self._shares)[ACTION].to(self.device)
+
+    def demonstrate(
+        self,
+        states: Sequence[int],
+        every: int = 1,
+        disturbance: Disturbance = UNDISTURBED,
+        seed: int = 0,
+        on_end: Callable[[int], None] = lambda count: None,
+    ) -> list[Demonstration]:
+        """Let the experts play an episode from each initial state; reset afterwards.
+
+        An episode is one call of a worker process, so `worker_timeout` holds for each.
+
+        Args:
+            states: ids.
+            every, disturbance, seed: see `envs.demonstrating.demonstrate`.
+            on_end: called with the number of episodes played, after each.
+        Returns:
+            in the order of `states`, the same for any number of processes.
+        Raises:
+            UserError: there is no expert.
+        """
+        self._need_expert()
+        self._settle()
+        self._current = None
+        played: list[Demonstration] = []
+        count = len(self._groups)
+        with self._closed_by_failure():
+            for upcoming in range(len(states) + count):  # a group's next episode begins where its last has ended
+                if upcoming >= count and len(played) < len(states):
+                    played.append(self._groups[upcoming % count].collect())
+                    on_end(len(played))
+                if upcoming < len(states):
+                    args = int(states[upcoming]), every, disturbance, seed
+                    self._groups[upcoming % count].submit("demonstrate", *args)
+        return played
+
+    def _need_expert(self) -> None:
+        if not self.has_expert:
+            raise UserError(f"{self.name} has no expert")
 
     def _all(self, *args: Any) -> dict[int, tuple]:
         """The same arguments for every group."""

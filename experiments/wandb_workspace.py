@@ -52,6 +52,7 @@ def workspace(entity: str, project: str, name: str, measure: str = "success"):
                 by_group(f"Evaluation {measure}, mean and standard error", f"eval/{metric}", **bounds),
                 by_group(f"Training {measure}", f"rollout/{metric}", smoothing_factor=0.6,
                          smoothing_type="exponential", **bounds),
+                wr.LinePlot(title="Success by task", x="global_step", metric_regex="eval/success_rate/.*"),
                 wr.ScatterPlot(title=f"{measure.capitalize()} by learning rate", x=rate, y=final, log_x=True, **bounds),
                 wr.ParallelCoordinatesPlot(
                     title=f"Scope, rate, {measure}",

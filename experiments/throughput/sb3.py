@@ -26,19 +26,20 @@ class StableBaselines:
     """Stable-Baselines3's PPO.
 
     Args:
-        env: batch `[N]`.
+        env: batch `[N]`, or a vector environment of its own kind.
         model: the VLA, frozen as wanted.
         steps: T, steps per rollout.
         cfg: PPO's settings.
     """
 
-    def __init__(self, env: EnvBase, model: nn.Module, steps: int, cfg: PPOConfig):
+    def __init__(self, env: EnvBase | VecEnv, model: nn.Module, steps: int, cfg: PPOConfig):
+        vector = env if isinstance(env, VecEnv) else VectorEnv(env)
         self.ppo = PPO(
             SameNetworkPolicy,
-            VectorEnv(env),
+            vector,
             learning_rate=cfg.learning_rate,
             n_steps=steps,
-            batch_size=min(cfg.batch_size, steps * env.batch_size[0]),
+            batch_size=min(cfg.batch_size, steps * vector.num_envs),
             n_epochs=cfg.n_epochs,
             gamma=cfg.gamma,
             gae_lambda=cfg.gae_lambda,
@@ -47,7 +48,7 @@ class StableBaselines:
             vf_coef=cfg.vf_coef,
             max_grad_norm=cfg.max_grad_norm,
             policy_kwargs={"features_extractor_class": Trunk, "features_extractor_kwargs": {"model": model}},
-            device=env.device,
+            device=next(model.parameters()).device,
         )
         # What `PPO.learn` does before its loop, which is `collect_rollouts` and `train` by turns.
         _, self._callback = self.ppo._setup_learn(total_timesteps=1, callback=None)
@@ -112,7 +113,8 @@ class SameNetworkPolicy(ActorCriticPolicy):
 
     def _get_action_dist_from_latent(self, latent_pi: Tensor):
         distribution = self.model.action_distribution(latent_pi)
-        return self.action_dist.proba_distribution(distribution.mean, distribution.stddev.log())
+        mean, std = distribution.mean.flatten(1), distribution.stddev.flatten(1)  # of a chunk, one long action
+        return self.action_dist.proba_distribution(mean, std.log())
 
     def set_training_mode(self, mode: bool) -> None:
         self.train(False)  # batch-norm keeps its statistics, as in the other loops

@@ -8,9 +8,11 @@ Metrics, the same names in every script, all against `global_step`:
 | `time/elapsed_s`                        | s         | wall clock since the run began, pauses left out               |
 | `rollout/success_rate`                  | 0..1      | success at any step, over the episodes that began in one     |
 |                                         |           | rollout, once all of them have ended (research.training)     |
+| `rollout/success_rate/<task>`           | 0..1      | the same of one task, where there are several                |
 | `rollout/success_at_end`                | 0..1      | success at the last step, where episodes go on after success |
 | `rollout/return`                        | reward    | mean undiscounted return of those episodes                   |
 | `rollout/episode_length`                | env steps | their mean length                                            |
+| `rollout/decisions`                     | –         | of the rollout, where each is several control steps          |
 | `train/loss_objective`                  | –         | clipped PPO objective, mean over the update's minibatches    |
 | `train/loss_critic`                     | –         | value loss, same mean                                        |
 | `train/entropy`                         | nats      | entropy of the policy                                        |
@@ -22,6 +24,7 @@ Metrics, the same names in every script, all against `global_step`:
 | `train/learning_rate/<part>`            | –         | its learning rate                                            |
 | `audit/drift/<part>`                    | –         | how far its weights are from those at the start; 0 if frozen |
 | `eval/success_rate`                     | 0..1      | success at any step, over the fixed evaluation states        |
+| `eval/success_rate/<task>`              | 0..1      | the same of one task, where there are several                |
 | `eval/success_at_end`                   | 0..1      | success at the last step, where that is another number       |
 | `eval/success_low`, `eval/success_high` | 0..1      | its 95 % interval                                            |
 | `eval/return`                           | reward    | mean undiscounted return of the evaluation                   |

@@ -73,6 +73,8 @@ class ScopeResult:
     runners_up: list[RunnerUp] = field(default_factory=list)
     splits: dict[str, Estimate] = field(default_factory=dict)
     """Mean score in every split in which all of these runs were evaluated."""
+    tasks: dict[str, Estimate] = field(default_factory=dict)
+    """Mean score in every task, where there are several and episodes are paired."""
     rank: tuple[int, int] = (1, 1)
     separable_from: list[str] = field(default_factory=list)
 
@@ -187,6 +189,11 @@ def compare(runs: Sequence[Run], choose_on: ChooseOn = "training", choosing_seed
         scores = scores_at(members, "steps", steps, paired)[:, reported]
         in_time = scores_at(members, "seconds", seconds, paired_in_time)
         result = _scope_result(scope, choice.learning_rate, members, scores, in_time)
+        if paired:
+            tasks = np.array(members[0].task_of_state)[reported]
+            result.tasks = {
+                task: mean_interval(scores[:, tasks == task], bounded=bounded) for task in dict.fromkeys(tasks)
+            }
         for rate, (behind, error) in choice.runners_up.items():
             fresh = [run for run in cells[scope, rate] if run.seed not in choosing_seeds]
             seeds = fresh or cells[scope, rate]

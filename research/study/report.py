@@ -63,6 +63,7 @@ def write_report(comparison: Comparison, output: Path, command: str) -> None:
         ("Each scope at its own best learning rate", measure, scope_table(comparison)),
         ("Pairs of scopes", None, pair_table(comparison)),
         ("Learning curves", "curves", None),
+        ("Success by task", None, task_table(comparison)),
         ("Generalisation", None, split_table(comparison)),
         ("Freeze scope x learning rate", "heatmap", cell_table(comparison)),
     ]
@@ -195,15 +196,25 @@ def count_of_seeds(number: int) -> str:
     return str(number) if number >= VERDICT_SEEDS else f"{number}, too few"
 
 
+def task_table(comparison: Comparison) -> Table | None:
+    """Each scope's mean score in each task, where there are several."""
+    return _table_by("tasks", comparison)
+
+
 def split_table(comparison: Comparison) -> Table | None:
     """Each scope's mean score in the splits that all of its runs were evaluated in (evaluate_vla.py --split=all)."""
-    splits = list(dict.fromkeys(split for result in comparison.scopes for split in result.splits))
+    return _table_by("splits", comparison)
+
+
+def _table_by(what: str, comparison: Comparison) -> Table | None:
+    """A row for each scope, a column for each name under an attribute of its result that maps names to estimates."""
+    found = {result.scope: getattr(result, what) for result in comparison.scopes if getattr(result, what)}
+    names = list(dict.fromkeys(name for of_scope in found.values() for name in of_scope))
     rows = [
-        [result.scope, *(interval(result.splits[s], comparison.decimals) if s in result.splits else "" for s in splits)]
-        for result in comparison.scopes
-        if result.splits
+        [scope, *(interval(of_scope[n], comparison.decimals) if n in of_scope else "" for n in names)]
+        for scope, of_scope in found.items()
     ]
-    return (["scope", *splits], rows) if rows else None
+    return (["scope", *names], rows) if rows else None
 
 
 def cell_table(comparison: Comparison) -> Table:

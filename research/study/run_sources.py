@@ -114,8 +114,11 @@ def _read_rows(path: Path, torn_anywhere: bool = False) -> list[dict[str, Any]]:
 def _add_episodes(run: Run, folder: RunFolder) -> None:
     """The single episodes of a run's evaluations; of an evaluation that a resumed run repeated, the last."""
     by_step: dict[float, dict[int, float | None]] = defaultdict(dict)
+    tasks: dict[int, str] = {}
     for row in _read_rows(folder.episodes, torn_anywhere=True):
         step, state = row.get("global_step"), _state_of(row, folder.episodes)
+        if isinstance(task := row.get("task"), str):
+            tasks[state] = task
         if not is_number(step):
             raise UserError(f"{folder.episodes.name}: global_step is {str(step)[:80]!r}")
         by_step[float(step)][state] = _score_of(row, run.measure, folder.episodes)
@@ -123,13 +126,22 @@ def _add_episodes(run: Run, folder: RunFolder) -> None:
     if not final or not _complete(final, run.states):
         return
     states = sorted(final)
-    run.states = as_ranges(states)
+    run.states, run.tasks = as_ranges(states), _tasks(tasks)
     run.episodes = [
         as_text(found, run.measure) if sorted(found := by_step.get(step, {})) == states and _known(found) else ""
         for step in run.eval_steps
     ]
     run.splits = _read_splits(folder.splits, states, run.measure)
     run.choosing_states, run.choosing_episodes = _read_choosing(folder.choosing, run)
+
+
+def _tasks(of_state: Mapping[int, str]) -> str:
+    """The tasks in the order in which ids take them; empty where there is one, or they are in no such order."""
+    count = len(set(of_state.values()))
+    names = [of_state.get(place) for place in range(count)]
+    in_order = all(of_state[state] == names[state % count] for state in of_state)
+    plain_names = all(name and not name.split()[1:] for name in names)
+    return " ".join(map(str, names)) if count > 1 and in_order and plain_names else ""
 
 
 def _complete(episodes: Mapping[int, float | None], states: str) -> bool:

@@ -27,10 +27,13 @@ committed `runs.csv` recomputes every number of it. Its columns:
 | `choosing_states`  | ids of the states of `choosing/`, see below                                                 |
 | `choosing_episodes`| their scores, as in `final_episodes`                                                        |
 | `iteration_steps`  | env steps of its longest iteration, where decisions are chunks; empty where not known       |
+| `tasks`            | names of the tasks, separated by spaces: the task of a state is that at its remainder by    |
+|                    | their number; empty where there is one                                                      |
 
 Splits are what `evaluate_vla.py --split=all` wrote into the folder `splits/` of a run folder, from the run's last
 checkpoint and the same initial states as its own evaluations; `choosing/` is what it wrote there on other states, with
-`--first_state`. Tables of earlier versions do not have the last five columns: they are read, too.
+`--first_state`. Tables of earlier versions do not have the last six columns, of which two are written where a
+run has them: they are read, too.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ class Run:
     choosing_states: str = ""
     choosing_episodes: str = ""
     iteration_steps: float = math.nan
+    tasks: str = ""
     splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     folder: RunFolder | None = None
@@ -131,6 +135,13 @@ class Run:
             return None
         low, high = (np.array(self.scores(text)) for text in around)
         return list(low + share * (high - low))
+
+    @property
+    def task_of_state(self) -> list[str]:
+        """The task of every evaluation state, in their order; empty where there is one."""
+        tasks = self.tasks.split()
+        states = [state for first, last in spans_of(self.states) for state in range(first, last + 1)] if tasks else []
+        return [tasks[state % len(tasks)] for state in states]
 
     def scores(self, episodes: str) -> list[float]:
         """Scores of single episodes, from the text of one evaluation; ValueError where they are no numbers."""
@@ -222,9 +233,8 @@ _COLUMNS = (
     "run", "status", "scope", "learning_rate", "seed", "environment", "env_config", "states", "measure",
     "training_score", "eval_steps", "eval_seconds", "eval_scores", "final_episodes", "splits", "settings",
 )  # fmt: skip
-_LATER = (  # not in tables of earlier versions
-    "earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes", "iteration_steps",
-)  # fmt: skip
+_LATER = ("earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes")  # not in tables of earlier versions
+_WHERE_KNOWN = ("iteration_steps", "tasks")  # in a table of which some run has them
 _LISTS = ("eval_steps", "eval_seconds", "eval_scores")
 _OBJECTS = ("env_config", "splits", "settings")
 _SWITCH = {True: "true", False: "false", None: ""}
@@ -245,14 +255,20 @@ def write_table(path: Path, runs: Sequence[Run]) -> None:
     """Write `runs.csv`: one row per run, all that `compare` needs."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow((*_COLUMNS, *_LATER))
+        known = [name for name in _WHERE_KNOWN if any(_known(run, name) for run in runs)]
+        writer.writerow((*_COLUMNS, *_LATER, *known))
         for run in runs:
             values = vars(run) | {"final_episodes": "".join(run.episodes[-1:]), "anneal_lr": _SWITCH[run.anneal_lr]}
             values |= {"earlier_episodes": ";".join(run.episodes[:-1])}
             values |= {"iteration_steps": "" if math.isnan(run.iteration_steps) else f"{run.iteration_steps:.0f}"}
             values |= {name: _numbers(values[name]) for name in _LISTS}
             values |= {name: json.dumps(values[name], sort_keys=name != "splits") for name in _OBJECTS}
-            writer.writerow([values[name] for name in (*_COLUMNS, *_LATER)])
+            writer.writerow([values[name] for name in (*_COLUMNS, *_LATER, *known)])
+
+
+def _known(run: Run, name: str) -> bool:
+    value = getattr(run, name)
+    return value != "" and value == value  # neither empty nor NaN
 
 
 def read_table(path: str | Path) -> list[Run]:
@@ -287,7 +303,7 @@ def _read_row(row: Mapping[str | None, Any]) -> Run:
     """One row; UserError or ValueError where a value does not parse."""
     if None in row or None in row.values():
         raise UserError("it has more or fewer values than there are columns")
-    values: dict[str, Any] = {name: row[name] for name in (*_COLUMNS, *_LATER) if name in row}
+    values: dict[str, Any] = {name: row[name] for name in (*_COLUMNS, *_LATER, *_WHERE_KNOWN) if name in row}
     values |= {name: [float(word) for word in row[name].split()] for name in _LISTS}
     for name in _OBJECTS:
         values[name] = json.loads(row[name])

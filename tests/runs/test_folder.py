@@ -220,7 +220,7 @@ def test_episodes_become_rows_in_their_order_with_tags_in_front(tmp_path):
     first, second = (tmp_path / "episodes.jsonl").read_text().splitlines()
     assert first == (
         '{"global_step": 64, "seed": 1, "initial_state": 7, "instruction": "put it", "success": true, '
-        '"episode_return": 0.5, "length": 12, "success_at_end": null, "cut_off": false}'
+        '"episode_return": 0.5, "length": 12, "success_at_end": null, "cut_off": false, "task": null}'
     )
     assert json.loads(second)["success"] is None
 

@@ -10,7 +10,7 @@ from study_worlds import STATES, make_run, write_return_study, write_splits
 
 from research.schema import UserError
 from research.study.comparison import compare, curve
-from research.study.report import interval, pair_table, ranking, scope_table, split_table
+from research.study.report import interval, pair_table, ranking, scope_table, split_table, task_table
 from research.study.run_sources import read_folders
 from research.study.run_table import read_table, write_table
 from research.study.sample_size import seeds_needed, states_needed
@@ -62,6 +62,33 @@ def test_runs_that_end_within_an_iteration_of_their_budget_are_paired(tmp_path):
     for run in runs:
         run.iteration_steps = 40.0  # two of them went on for longer than an iteration
     assert not compare(runs).paired
+
+
+def test_success_is_reported_by_task(tmp_path):
+    """The task of a state is its remainder: every third one is of the task that `vision` fails."""
+    states = np.arange(STATES)
+    for seed in (1, 2, 3):
+        for scope, final in (("none", np.ones(STATES)), ("vision", states % 3 != 1)):
+            folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=final)
+            rows = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+            for row in rows:
+                row["task"] = ("reach", "push", "open")[row["initial_state"] % 3]
+            (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = read_folders([str(tmp_path)])
+    assert {run.tasks for run in runs} == {"reach push open"}
+    write_table(tmp_path / "runs.csv", runs)
+    for found in (runs, read_table(tmp_path / "runs.csv")):
+        comparison = compare(found)
+        means = {result.scope: {task: e.value for task, e in result.tasks.items()} for result in comparison.scopes}
+        assert means == {
+            "none": dict.fromkeys(("reach", "push", "open"), 1.0),
+            "vision": {"reach": 1, "push": 0, "open": 1},
+        }
+        header, rows = task_table(comparison)
+        assert header == ["scope", "reach", "push", "open"] and [row[0] for row in rows] == ["none", "vision"]
+    (tmp_path / "alone").mkdir()
+    make_run(tmp_path / "alone" / "a", seed=1)
+    assert task_table(compare(read_folders([str(tmp_path / "alone")]))) is None
 
 
 def test_choosing_seeds_are_left_out_of_the_report(tmp_path):

@@ -52,7 +52,7 @@ def test_a_table_of_an_earlier_version_is_read(tmp_path):
     (run,) = read_folders([str(tmp_path)])
     write_table(tmp_path / "runs.csv", [run])
     rows = list(csv.reader((tmp_path / "runs.csv").open()))
-    later = "earlier_episodes,anneal_lr,choosing_states,choosing_episodes,iteration_steps"
+    later = "earlier_episodes,anneal_lr,choosing_states,choosing_episodes"
     assert ",".join(rows[0][16:]) == later
     with (tmp_path / "old.csv").open("w") as file:
         csv.writer(file).writerows(row[:16] for row in rows)
