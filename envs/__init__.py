@@ -12,7 +12,11 @@ from envs.tabletop import SPLITS, TabletopEnv
 from research.schema import UserError, did_you_mean
 
 # Name -> module and function that make it, imported when it is asked for: simulators are optional, and slow to import.
-_SIMULATORS = {"metaworld": ("envs.metaworld", "make_metaworld_env")}
+_SIMULATORS = {
+    "metaworld": ("envs.metaworld", "make_metaworld_env"),
+    "maniskill": ("envs.maniskill", "make_maniskill_env"),
+    "libero": ("envs.libero", "make_libero_env"),
+}
 ENVIRONMENTS = ("tabletop", *_SIMULATORS, "gym:<id or entry point>", "gym_vec:<id>")
 _SPLITS = {"tabletop": SPLITS}
 
@@ -31,7 +35,9 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
         UserError: an unknown name, or an option that the environment does not have.
     """
     if name == "tabletop":
-        known = [p for p in inspect.signature(TabletopEnv).parameters if p not in ("num_envs", "seed", "device")]
+        # Of the class itself, Python 3.11 tells what its metaclass takes: anything.
+        parameters = inspect.signature(TabletopEnv.__init__).parameters
+        known = [p for p in parameters if p not in ("self", "num_envs", "seed", "device")]
         unknown = sorted(set(env_config) - set(known))
         if unknown:
             raise UserError(

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from envs.chunks import execute
+from envs.demonstrating import Disturbance, demonstrate
 from envs.failures import blame, mid_run
 from envs.pictures import letterbox
 from envs.simulator import Layout, Simulator
 from research.processes import RUN_SIGNALS, serve_the_main_process
-from research.schema import SimulatorFailed, UserError
+from research.schema import Demonstration, SimulatorFailed, UserError
 
 CONSTRUCTION_S = 600.0  # how long making a group's simulators may take: some load scenes and compile
 STEP_S = 60.0  # how long a reset or a step of a group may take, unless the environment's options say otherwise
@@ -117,6 +118,10 @@ class Group:
     def expert_actions(self) -> np.ndarray:
         """What the experts would do now, float32 `[n, A]`."""
         return np.stack([one.expert_action() for one in self.simulators])
+
+    def demonstrate(self, state: int, every: int, disturbance: Disturbance, seed: int) -> Demonstration:
+        """An episode of the first simulator's expert."""
+        return demonstrate(self.simulators[0], state, every, disturbance, seed)
 
     def save(self) -> list[bytes | None]:
         return [one.save() for one in self.simulators]

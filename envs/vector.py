@@ -121,7 +121,8 @@ class VectorEnv(InitialStateEnv):
         """
         rows = np.arange(self.batch_size[0])[self.parts[part]]
         actions, upcoming = action.detach().to("cpu", torch.float32).numpy(), self._upcoming_states(rows)
-        calls = {g: (self._place[rows[at]], actions[at], upcoming[at]) for g, at in self._divided(rows).items()}
+        divided = self._divided(rows).items()
+        calls = {g: (self._place[rows[at]].tolist(), actions[at], upcoming[at].tolist()) for g, at in divided}
         with self._closed_by_failure():
             for group, args in calls.items():
                 self._groups[group].submit("turn", *args)

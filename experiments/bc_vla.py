@@ -1,21 +1,32 @@
-"""Imitation: pretrain a VLA on the scripted expert, and regress its value head on the returns that were seen.
-
-First the model learns to point at what an instruction names, on many scenes without actions, as the vision-language
-models inside of large VLAs have; then it imitates the expert, and stops half-way: reinforcement learning is to do the
-rest. (Success jumps from a tenth to nine tenths within a few hundred steps, so it is watched, on states of its own.)
+"""Imitation: train a VLA on an expert's demonstrations, and regress its value head on the returns that were seen.
 
     python experiments/bc_vla.py                                  # as the checkpoint of the repository was made
     python experiments/bc_vla.py --stop_at=1 --output=my.pt       # imitates to the end: a better one
+    python experiments/bc_vla.py --config experiments/configs/metaworld_bc.json
+    python experiments/bc_vla.py --config my.json --demonstrations=path/to/a/lerobot/dataset
 
-The expert acts with noise, so that the data shows how to recover; what is imitated is what it would have done without.
-Writes the weights, and beside them, as JSON, the configuration, the seed and the success that was measured.
+Demonstrations are the environment's own, where it has an expert, or those of a LeRobot data set. The environment's
+expert acts with noise, so that the data shows how to recover; what is imitated is what it would have done without.
+
+By default, first the model learns to point at what an instruction names, on many scenes without actions, as the
+vision-language models inside of large VLAs have; then it imitates the expert, and stops half-way: reinforcement
+learning is to do the rest. (Success jumps from a tenth to nine tenths within a few hundred steps, so it is watched, on
+states of its own.)
+
+Ids of initial states below 10000 are never drawn in training. Of these, evaluation takes those from 0 on, what watches
+imitation those from 5000 on, and an expert that plays whole episodes those from `first_state` on.
+
+Writes the weights, and beside them, as JSON, the configuration, the seed and the success that was measured. A model
+whose encoders come from elsewhere is written as .safetensors, without those that did not change.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,30 +34,40 @@ from typing import Any
 import packages  # noqa: F401
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from building import what_follows
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import nn
+from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from agents.checking import check_policy
-from agents.loading import load_vla_model
+from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
+from agents.provided_weights import save_trained
 from envs import make_env
+from envs.demonstrating import Disturbance
+from envs.vector import VectorEnv
+from research.imitation.cloning import CloningConfig, clone, planned_steps, with_frozen_features
+from research.imitation.demonstrations import count_by_task, only_successful, samples_of
+from research.imitation.experts import check_states, collect_rollout
+from research.imitation.lerobot import LeRobotConfig, read_dataset
+from research.imitation.pointing import learn_to_point
 from research.options import parse_config, to_dict
 from research.runs.folder import replacing
-from research.schema import ACTION, HIDDEN, OBSERVATION, NonFiniteError, SimulatorFailed, UserError
+from research.schema import OBSERVATION, Demonstration, NonFiniteError, SimulatorFailed, UserError
 from research.training.evaluation import evaluate
+from research.training.freezing import freeze
 
-WATCHED_STATES = range(5000, 5128)  # neither drawn in training (from 10000 on) nor evaluated by default (0 to 255)
-WATCH_EVERY = 25  # gradient steps
+WATCHED_STATES = 5000  # and those after it
 
 
 @dataclass
-class BCConfig:
-    """Imitation of the scripted expert."""
+class BCConfig(CloningConfig):
+    """Imitation of an expert."""
 
     env: str = "tabletop"
-    """Environment; it needs an expert_action method."""
+    """Environment: its expert is imitated, and there the model is evaluated."""
     env_config: dict[str, Any] = field(
         default_factory=lambda: {"task": "pick_place", "modalities": ["rgb", "proprio", "language"]}
     )
@@ -55,161 +76,219 @@ class BCConfig:
     """Dotted path of the model's class."""
     model_config: dict[str, Any] = field(default_factory=lambda: {"action_dim": 3})
     """Keyword arguments of the model's class, free-form."""
+    freeze: str | list[str] = "none"
+    """Parts whose weights stay, as of policy.freeze; what they make of the data is computed once."""
+    horizon: PositiveInt | None = None
+    """Control steps that the model plans; none = those that it executes."""
+    executed: PositiveInt = 1
+    """Control steps that it executes before the next look: the environment's chunk."""
     seed: NonNegativeInt = 0
     """Seed of the data, the weights and the order of the minibatches."""
+    demonstrations: str | None = None
+    """Folder of a LeRobot data set to imitate; none = the environment's expert."""
+    lerobot: LeRobotConfig = field(default_factory=LeRobotConfig)
+    episodes: PositiveInt = 40
+    """Episodes of each task that the expert plays, where the environment's simulators are stepped one by one."""
+    first_state: NonNegativeInt = 6000
+    """Id of the first of their initial states."""
+    only_successful: bool = True
+    """Imitate no episode that failed."""
     samples: PositiveInt = 24000
-    """Transitions to imitate."""
+    """Transitions to imitate, where the environment steps its rows together (tabletop)."""
     noise: NonNegativeFloat = 0.3
-    """Standard deviation of the noise on the expert's motion while it collects."""
+    """Standard deviation of the noise on the expert's motion: of each control step, or of each decision in episodes."""
+    noise_probability: ClosedUnitInterval = 0.5
+    """In episodes: probability that a decision is noisy at all."""
+    wander: NonNegativeInt = 4
+    """In half of the episodes: largest number of decisions at the start of which all motion is random."""
     gripper_noise: ClosedUnitInterval = 0.02
-    """Probability that the expert's gripper does the opposite of what it should."""
-    gamma: ClosedUnitInterval = 0.97
-    """Discount of the returns that the value head learns."""
-    epochs: PositiveInt = 8
-    """Passes over the data, at most."""
+    """In tabletop: probability that the expert's gripper does the opposite of what it should."""
     stop_at: ClosedUnitInterval = 0.55
-    """Success at which imitation stops, over 128 states that neither training nor evaluation uses; 1 = never."""
-    batch_size: PositiveInt = 128
-    """Transitions per gradient step."""
-    learning_rate: PositiveFloat = 1e-3
-    """Learning rate of pointing and imitation."""
-    value_weight: NonNegativeFloat = 0.5
-    """Weight of the value regression beside the imitation loss."""
+    """Success at which imitation stops, over states that neither training nor evaluation uses; 1 = never."""
+    watch_every: PositiveInt = 25
+    """Gradient steps from one look at that success to the next."""
+    watch_episodes: PositiveInt = 128
+    """How many such states."""
     pointing_steps: NonNegativeInt = 5000
     """Gradient steps on pointing at what the instruction names, on fresh scenes; 0 for a model that cannot point."""
     num_envs: PositiveInt = 128
     """Environments that run side by side."""
-    eval_episodes: PositiveInt = 256
-    """Held-out initial states for the final evaluation."""
+    eval_episodes: NonNegativeInt = 256
+    """Held-out initial states for the final evaluation, 0 to this; 0 = no environment is made, which needs
+    demonstrations of a data set."""
     device: str = "cpu"
     """Where to train."""
     output: str = "runs/imitation/tabletop_pick_place.pt"
     """Checkpoint to write; a .json of the same name goes beside it. The shipped one is in experiments/checkpoints/."""
 
+    def __post_init__(self):
+        if "chunk" in self.env_config:
+            raise UserError("env_config.chunk: give it as executed, which the model and the environment are both told")
+        if self.horizon is not None and self.horizon < self.executed:
+            raise UserError(f"horizon: {self.horizon} steps are planned and executed = {self.executed} are executed")
+        if "lora" in ([self.freeze] if isinstance(self.freeze, str) else self.freeze):
+            raise UserError("freeze: adapters are made for reinforcement learning; name the parts whose weights stay")
+        if self.demonstrations is None and not self.eval_episodes:
+            raise UserError("eval_episodes: 0 makes no environment, whose expert is imitated; give demonstrations")
 
-def collect_demonstrations(config: BCConfig) -> TensorDict:
-    """Noisy rollouts of the expert: `[samples]` with `observation`, `action` (its noiseless one) and `return`."""
-    env = make_env(config.env, config.num_envs, config.env_config, config.device, seed=config.seed)
-    if not hasattr(env, "expert_action"):
+
+def open_env(config: BCConfig, num_envs: int, executed: int = 1, seed: int = 0) -> EnvBase:
+    chunk = {"chunk": executed} if executed > 1 else {}
+    return make_env(config.env, num_envs, config.env_config | chunk, config.device, seed=seed)
+
+
+def collect(env: EnvBase, config: BCConfig, horizon: int) -> tuple[TensorDict, dict[str, Any]]:
+    """What the environment's expert does, as samples, and facts about it."""
+    if not getattr(env, "has_expert", False):
         raise UserError(f"env: {config.env} has no scripted expert to imitate")
-    tail = getattr(env, "max_steps", 0)  # so that the last samples' episodes end and their returns are complete
-    steps = -(-config.samples // config.num_envs)
-    observations, actions, rewards, dones = [], [], [], []
-    step = env.reset()
-    for _ in tqdm(range(steps + tail), desc="demonstrations", disable=None):
-        expert = env.expert_action()
-        noisy = expert + config.noise * torch.randn_like(expert)
-        slip = torch.rand_like(expert[:, -1]) < config.gripper_noise
-        noisy[:, -1] = torch.where(slip, -expert[:, -1], expert[:, -1])
-        observations.append(step[OBSERVATION])
-        actions.append(expert)
-        done_step, step = env.step_and_maybe_reset(step.set(ACTION, noisy))
-        rewards.append(done_step["next", "reward"])
-        dones.append(done_step["next", "done"])
-    returns = discounted_returns(torch.stack(rewards), torch.stack(dones), config.gamma)
-    data = TensorDict(
-        {
-            OBSERVATION: torch.cat(observations[:steps]),
-            ACTION: torch.cat(actions[:steps]),
-            "return": returns[:steps].flatten(0, 1),
-        },
-        batch_size=[steps * config.num_envs],
-    )
-    return data[: config.samples]
+    if isinstance(env, VectorEnv):
+        return prepare(record_demonstrations(env, config), config, horizon)
+    source = open_env(config, config.num_envs, seed=config.seed)
+    options = config.noise, config.gripper_noise, horizon, config.executed, config.gamma
+    return collect_rollout(source, config.samples, *options), {}
 
 
-def discounted_returns(rewards: Tensor, dones: Tensor, gamma: float) -> Tensor:
-    """Discounted sums of rewards to the end of the episode; rewards and dones `[T, N, 1]` -> `[T, N, 1]`."""
-    returns, running = torch.empty_like(rewards), torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        running = rewards[t] + gamma * running * ~dones[t]
-        returns[t] = running
-    return returns
+def record_demonstrations(env: VectorEnv, config: BCConfig) -> list[Demonstration]:
+    """Whole episodes of the expert, as many of each task."""
+    count = config.episodes * max(1, len(env.task_names))
+    states = range(config.first_state, config.first_state + count)
+    watched = {"watch_episodes": watched_states(config)} if config.stop_at < 1 else {}
+    check_states(states, {"eval_episodes": range(config.eval_episodes), **watched}, env.held_out)
+    disturbance = Disturbance(config.noise, config.noise_probability, config.wander)
+    with tqdm(total=count, desc="demonstrations", unit="episode", disable=None) as bar:
+        progress = lambda done: bar.update(done - bar.n)  # noqa: E731
+        return env.demonstrate(states, config.executed, disturbance, config.seed, progress)
 
 
-def learn_to_point(model: nn.Module, config: BCConfig) -> None:
-    """Regress the places that the model points at on those of the block and the plate that the instruction names."""
-    env = make_env(config.env, config.batch_size, config.env_config, config.device, seed=config.seed + 1)
-    if not hasattr(model, "point") or not hasattr(env, "named_places"):
-        raise UserError("pointing_steps: the model has no point(), or the environment no named_places(); set it to 0")
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    bar = tqdm(range(config.pointing_steps), desc="pointing", disable=None)
-    for step in bar:
-        features = env.reset()
-        for stage in model.stages():
-            features = stage(features)
-        places = env.named_places()
-        loss = (model.point(features, places.shape[1]) - places).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+def prepare(demonstrations: list[Demonstration], config: BCConfig, horizon: int) -> tuple[TensorDict, dict[str, Any]]:
+    """Whole episodes as samples, and how many there are of each task."""
+    kept = only_successful(demonstrations) if config.only_successful else demonstrations
+    data = samples_of(kept, horizon, config.executed, config.gamma).to(config.device)
+    return data, {"demonstrations": count_by_task(demonstrations)}
 
 
-def imitate(model: nn.Module, policy: VLAPolicy, data: TensorDict, config: BCConfig) -> None:
-    """Regress the policy's deterministic action on the expert's, and the value on the return, until it succeeds."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=1e-4)
-    env = make_env(config.env, len(WATCHED_STATES), config.env_config, config.device)
-    steps = config.epochs * max(1, len(data) // config.batch_size)
-    bar = tqdm(range(1, steps + 1), desc="imitation", disable=None)
-    rows = iter(())
-    for step in bar:
-        chosen = next(rows, None)
-        if chosen is None or len(chosen) < config.batch_size:
-            rows = iter(torch.randperm(len(data)).split(config.batch_size))
-            chosen = next(rows)
-        batch = data[chosen]
-        hidden = policy.rest(batch)[HIDDEN]
-        action_loss = (model.action_distribution(hidden).mean - batch[ACTION]).square().mean()
-        value_loss = (model.value(hidden) - batch["return"]).square().mean()
-        optimizer.zero_grad()
-        (action_loss + config.value_weight * value_loss).backward()
-        optimizer.step()
-        if config.stop_at < 1 and step % WATCH_EVERY == 0:
-            success = evaluate(env, policy.act, WATCHED_STATES).metrics().get("eval/success_rate", 0.0)
-            bar.set_postfix(action_loss=f"{action_loss.item():.4f}", success=f"{success:.2f}")
-            if success >= config.stop_at:
-                break
-    env.close()
+def action_shape_of(config: BCConfig, action_dim: int) -> tuple[int, ...]:
+    return (action_dim,) if config.executed == 1 else (config.executed, action_dim)
+
+
+def build_model(config: BCConfig, observations: TensorDict, action_dim: int, choices: Any = None) -> nn.Module:
+    """The model, fresh but for what comes from packages; what follows from the observations need not be said."""
+    named = inspect.signature(import_model_class(config.model_class).__init__).parameters
+    follows = what_follows(observations, action_shape_of(config, action_dim), choices, named, config.horizon)
+    told = {name: value for name, value in follows.items() if name in named}
+    torch.manual_seed(config.seed)
+    model = load_vla_model(None, config.model_class, told | config.model_config, config.device, expect_fresh=True)
+    if config.freeze != "none":
+        try:
+            freeze(model, config.freeze)
+        except UserError as error:  # which knows the option by its name in a training run
+            raise UserError(str(error).removeprefix("policy.")) from error
+    if getattr(model, "provided_weights", {}) and Path(config.output).suffix != ".safetensors":
+        raise UserError(
+            f"output: {config.output} should end in .safetensors, the format in which the encoders that "
+            f"{type(model).__name__} is given are left out"
+        )
+    return model
+
+
+@torch.no_grad()
+def normalise(model: nn.Module, data: TensorDict) -> None:
+    """Give a model that normalises its features, or its proprioception alone, the data's mean and deviation."""
+    fusion = getattr(model, "fusion", None)
+    if hasattr(model, "fit_normalisation"):
+        model.fit_normalisation(data[OBSERVATION])
+    elif hasattr(fusion, "proprio_mean"):
+        fusion.proprio_mean.copy_(data[OBSERVATION, "proprio"].mean(dim=0))
+        fusion.proprio_std.copy_(data[OBSERVATION, "proprio"].std(dim=0).clamp(min=1e-3))
+
+
+def check_fits(observations: TensorDict, action_dim: int, env: EnvBase) -> None:
+    """Refuse demonstrations that show, or do, something else than the environment in which success is measured."""
+    for key, offered in env.observation_spec[OBSERVATION].zero().items():
+        found = list(observations[key].shape[1:]) if key in observations.keys() else None
+        if found != list(offered.shape[1:]):
+            raise UserError(
+                f"demonstrations: {key!r} is {found or 'not in the data set'}, and {list(offered.shape[1:])} in the "
+                "environment; see lerobot.keys, lerobot.image_size and lerobot.instruction_length, or env_config"
+            )
+    if action_dim != env.action_spec.shape[-1]:
+        raise UserError(
+            f"demonstrations: an action has {action_dim} numbers, and {env.action_spec.shape[-1]} in the environment"
+        )
+
+
+def watched_states(config: BCConfig) -> range:
+    return range(WATCHED_STATES, WATCHED_STATES + config.watch_episodes)
+
+
+def stop_when_good_enough(env: EnvBase | None, policy: VLAPolicy, config: BCConfig) -> Callable[[int, float], bool]:
+    """What `clone` asks after each step: whether the policy succeeds often enough, over states of its own."""
+    if env is None or config.stop_at == 1:
+        return lambda step, loss: False
+    if not isinstance(env, VectorEnv):
+        env = open_env(config, min(config.watch_episodes, config.num_envs), config.executed)
+
+    def stop(step: int, loss: float) -> bool:
+        if step % config.watch_every:
+            return False
+        success = evaluate(env, policy.act, watched_states(config)).metrics().get("eval/success_rate", 0.0)
+        tqdm.write(f"step {step}: imitation loss {loss:.4f}, success {success:.2f}", file=sys.stderr)
+        return success >= config.stop_at
+
+    return stop
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(BCConfig, argv, __doc__)
     start = time.monotonic()
-    torch.manual_seed(config.seed)
-    model = load_vla_model(None, config.model_class, config.model_config, config.device, expect_fresh=True)
-    data = collect_demonstrations(config)
+    recorded, facts, env = [], {}, None
+    if config.demonstrations:
+        recorded, facts = read_dataset(Path(config.demonstrations), config.lerobot)
+        observations, action_dim = samples_of(recorded[:1], 1, 1, 1.0)[OBSERVATION], recorded[0].actions.shape[1]
+    if config.eval_episodes:
+        env = open_env(config, min(64, config.num_envs, config.eval_episodes), config.executed)
+        if recorded:
+            check_fits(observations, action_dim, env)
+        observations, action_dim = env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[-1]
+    model = build_model(config, observations, action_dim, getattr(env, "action_choices", None))
     policy = VLAPolicy(model)
     if policy.interface != "staged":
         raise UserError(
             f"model_class: imitation needs stages and action_distribution, which {config.model_class} lacks"
         )
-    check_policy(policy, data[OBSERVATION][:2], data[ACTION].shape[1:])
-    normalise_proprio(model, data)
+    action_shape = action_shape_of(config, action_dim)
+    horizon = planned_steps(model, action_shape)
+    data, more = prepare(recorded, config, horizon) if recorded else collect(env, config, horizon)
+    check_policy(policy, data[OBSERVATION][:2], action_shape)
+    normalise(model, data)
     if config.pointing_steps:
-        learn_to_point(model, config)
-    imitate(model, policy, data, config)
-    env = make_env(config.env, min(64, config.eval_episodes), config.env_config, config.device)
-    result = evaluate(env, policy.act, range(config.eval_episodes))
-    output = Path(config.output)
-    settings = to_dict(config) | {"output": output.name}  # not where on this machine
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output, "wb") as file:
-        torch.save({"model_state_dict": model.state_dict(), "config": settings}, file)
-    facts = {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), **result.metrics()}
-    output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{result.summary()}; {time.monotonic() - start:.0f} s; weights in {output}")
+        scenes = open_env(config, config.batch_size, seed=config.seed + 1)
+        learn_to_point(model, scenes, config.pointing_steps, config.learning_rate)
+    data = with_frozen_features(policy, data)
+    clone(model, policy.rest, data, config, stop_when_good_enough(env, policy, config))
+    settings = to_dict(config) | {"output": Path(config.output).name}  # not where on this machine
+    facts |= {"config": settings, "samples": len(data), **more}
+    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")) if env is not None else ():
+        result = evaluate(env, policy.act, range(config.eval_episodes), mode=mode)
+        tasks = (f"; {task} {rate:.2f}" for task, rate in result.by_task().items())
+        print(f"{mode}: {result.summary()}{''.join(tasks)}")
+        facts |= {name.replace("eval", prefix, 1): value for name, value in result.metrics().items()}
+    write(model, Path(config.output), settings, facts)
+    print(f"{time.monotonic() - start:.0f} s; weights in {config.output}")
     return 0
 
 
-@torch.no_grad()
-def normalise_proprio(model: nn.Module, data: TensorDict) -> None:
-    """Give a model that normalises its proprioception the data's mean and standard deviation."""
-    fusion = getattr(model, "fusion", None)
-    if fusion is not None and hasattr(fusion, "proprio_mean"):
-        fusion.proprio_mean.copy_(data[OBSERVATION, "proprio"].mean(dim=0))
-        fusion.proprio_std.copy_(data[OBSERVATION, "proprio"].std(dim=0).clamp(min=1e-3))
+def write(model: nn.Module, output: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+    """The weights, and the facts about them beside them."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output, "wb") as file:
+        if output.suffix == ".safetensors":
+            facts["provided_weights"] = save_trained(model, Path(file.name))
+        else:
+            torch.save({"model_state_dict": model.state_dict(), "config": settings}, file)
+    output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -46,6 +48,25 @@ INITIAL_STATE = "initial_state"
 
 # name -> (dtype, number of dimensions including the batch)
 _LAYOUT = {RGB: (torch.uint8, 4), DEPTH: (torch.float32, 3), PROPRIO: (torch.float32, 2), LANGUAGE: (torch.int64, 2)}
+
+
+class Demonstration(NamedTuple):
+    """One episode that an expert played, of T control steps."""
+
+    number: int
+    """The id of its initial state, or its place in a data set."""
+    task: str
+    """The task's name; empty where there are no names."""
+    observations: dict[str, np.ndarray]
+    """What a policy sees before control step 0, `every`, 2 `every`, ...: each `[ceil(T / every), ...]`."""
+    actions: np.ndarray
+    """What the expert does, undisturbed, in the state before each control step: float32 `[T, A]`."""
+    rewards: np.ndarray
+    """Of each control step, float32 `[T]`."""
+    success: bool | None
+    """Whether there was success at any step; None: nobody says."""
+    every: int
+    """Control steps between two observations."""
 
 
 class UserError(Exception):

@@ -58,6 +58,7 @@ class Drifter:
 
     def reset(self, state: int) -> None:
         self._fail("reset")
+        assert type(state) is int
         self.rng, self.clock = np.random.default_rng(state), 0
         self.point = self.rng.uniform(-0.5, 0.5, 2)
 
@@ -103,6 +104,23 @@ class Drifter:
         if self.wrong == "hang in close":
             time.sleep(3600)
         self.closed = True
+
+
+class Guided(Drifter):
+    """A drifter with an expert, who wants out along the first axis; it keeps what it was told to do."""
+
+    layout = Drifter.layout._replace(task_names=("out", "away"), has_expert=True)
+
+    def reset(self, state: int) -> None:
+        super().reset(state)
+        self.told = []
+
+    def expert_action(self) -> np.ndarray:
+        return np.array([0.25, 1.0 if self.clock % 2 else -1.0], np.float32)
+
+    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        self.told.append(action.copy())
+        return super().step(action)
 
 
 def play(env: VectorEnv, steps: int = 30, seed: int = 1) -> TensorDict:

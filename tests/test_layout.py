@@ -27,6 +27,7 @@ CONFIG = (*SCHEMA, "research.config", "research.options")
 BELOW = {
     "agents": SCHEMA,
     "envs": SCHEMA,
+    "research/imitation": SCHEMA,
     "research/training": CONFIG,
     "research/runs": SCHEMA,
     "research/study": (*CONFIG, "research.runs"),
@@ -77,6 +78,9 @@ def test_from_the_environment_to_the_gradient_it_is_five_files():
 def test_every_module_has_a_test_file_of_its_own():
     tested_elsewhere = {
         "research/training/advantages.py": "tests/training/test_rollout.py",  # on scripted rollouts, by hand
+        "research/imitation/lerobot_index.py": "tests/imitation/test_lerobot.py",
+        "research/imitation/lerobot_tables.py": "tests/imitation/test_lerobot.py",
+        "research/imitation/lerobot_videos.py": "tests/imitation/test_lerobot.py",
         "research/options.py": "tests/test_config.py",
         "research/processes.py": "tests/training/test_workers.py",
         "envs/failures.py": "tests/envs/test_odd_environments.py",
@@ -88,10 +92,12 @@ def test_every_module_has_a_test_file_of_its_own():
         "envs/gym_vector_trial.py": "tests/envs/test_gym_vector.py",
         "envs/initial_states.py": "tests/envs/test_vector.py",
         "envs/pictures.py": "tests/envs/test_gym.py",
+        "envs/simulator_options.py": "tests/envs/test_metaworld.py",
         "envs/tabletop_painter.py": "tests/envs/test_tabletop.py",
         "envs/tabletop_scene.py": "tests/envs/test_tabletop.py",
     }
-    for folder in ("agents", "envs", "research", *(f"research/{part}" for part in ("training", "runs", "study"))):
+    parts = [f"research/{part}" for part in ("imitation", "training", "runs", "study")]
+    for folder in ("agents", "envs", "research", *parts):
         for path in (ROOT / folder).glob("*.py"):
             own = ROOT / "tests" / folder.removeprefix("research").lstrip("/") / f"test_{path.name}"
             name = str(path.relative_to(ROOT))

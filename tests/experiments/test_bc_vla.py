@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
 
 import bc_vla
+import numpy as np
 import pytest
 import torch
+from envs_worlds import Guided
+from lerobot_worlds import write_v21
+from safetensors.torch import load_file
+from torch import nn
+from worlds import ROOT
 
 from agents.loading import load_vla_model
+from agents.provided_weights import weights_sha256
+from agents.small_vla import SmallVLA
+from envs.vector import VectorEnv
+from research.imitation.experts import collect_rollout
 from research.schema import UserError
 
 pytestmark = pytest.mark.slow
@@ -24,12 +36,17 @@ def imitate(folder, *flags: str) -> dict:
     return json.loads((folder / "bc.json").read_text())
 
 
+def load(folder, **config) -> SmallVLA:
+    return load_vla_model(str(folder / "bc.pt"), "agents.small_vla.SmallVLA", {"action_dim": 3, **config}, "cpu")
+
+
 def test_the_checkpoint_loads_and_says_how_it_was_made(tmp_path):
     facts = imitate(tmp_path, "--epochs=1", "--seed=3")
     assert facts["config"]["seed"] == 3 and facts["config"]["output"] == "bc.pt"
     assert 0 <= facts["eval/success_low"] <= facts["eval/success_rate"] <= facts["eval/success_high"] <= 1
-    model = load_vla_model(str(tmp_path / "bc.pt"), "agents.small_vla.SmallVLA", {"action_dim": 3}, "cpu")
-    assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
+    assert 0 <= facts["eval_sample/success_rate"] <= 1 and facts["samples"] == 300
+    model = load(tmp_path)
+    assert sum(p.numel() for p in model.parameters()) == facts["parameters"] == facts["trained_parameters"]
     assert (model.fusion.proprio_std != 1).all()  # taken from the data
 
 
@@ -37,12 +54,13 @@ def test_imitation_brings_actions_and_values_closer_to_the_experts(tmp_path):
     errors = []
     for epochs in (1, 12):
         imitate(tmp_path, f"--epochs={epochs}", "--stop_at=1")
-        model = load_vla_model(str(tmp_path / "bc.pt"), "agents.small_vla.SmallVLA", {"action_dim": 3}, "cpu")
+        model = load(tmp_path)
         config = bc_vla.parse_config(bc_vla.BCConfig, TINY)
         torch.manual_seed(0)
-        data = bc_vla.collect_demonstrations(config)
+        env = bc_vla.open_env(config, config.num_envs)
+        data = collect_rollout(env, config.samples, config.noise, config.gripper_noise, gamma=config.gamma)
         with torch.no_grad():
-            action = (model(data["observation"], deterministic=True) - data["action"]).square().mean().item()
+            action = (model(data["observation"], deterministic=True) - data["action"][:, 0]).square().mean().item()
             value = (model.get_value(data["observation"]) - data["return"]).square().mean().item()
         errors.append((action, value))
     assert errors[1][0] < 0.8 * errors[0][0] and errors[1][1] < errors[0][1]
@@ -51,22 +69,161 @@ def test_imitation_brings_actions_and_values_closer_to_the_experts(tmp_path):
 def test_imitation_stops_at_the_success_asked_for(tmp_path, monkeypatch):
     watched = []
     evaluate = bc_vla.evaluate
-    monkeypatch.setattr(bc_vla, "WATCH_EVERY", 2)
-    monkeypatch.setattr(bc_vla, "WATCHED_STATES", range(5000, 5004))
     monkeypatch.setattr(bc_vla, "evaluate", lambda *a, **k: watched.append(a[2]) or evaluate(*a, **k))
-    imitate(tmp_path, "--epochs=3", "--stop_at=0")  # any success is enough
-    assert watched == [range(5000, 5004), range(4)]
+    watch = ["--watch_every=2", "--watch_episodes=4"]
+    imitate(tmp_path, "--epochs=3", "--stop_at=0", *watch)  # any success is enough
+    assert watched == [range(5000, 5004), range(4), range(4)]
     watched.clear()
-    imitate(tmp_path, "--epochs=1", "--stop_at=0.99")
-    assert len(watched) > 2
+    imitate(tmp_path, "--epochs=1", "--stop_at=0.99", *watch)
+    assert watched.count(range(5000, 5004)) == 4  # in 9 steps
 
 
-def test_returns_are_discounted_to_the_episodes_end():
-    rewards = torch.tensor([1.0, 0.0, 2.0, 4.0]).view(4, 1, 1)
-    dones = torch.tensor([False, False, True, False]).view(4, 1, 1)
-    assert bc_vla.discounted_returns(rewards, dones, 0.5).flatten().tolist() == [1.5, 1.0, 2.0, 4.0]
+def test_plans_of_several_steps_are_imitated_and_executed_in_part(tmp_path, monkeypatch):
+    chunks = []
+    evaluate = bc_vla.evaluate
+    monkeypatch.setattr(bc_vla, "evaluate", lambda env, *a, **k: chunks.append(env.chunk) or evaluate(env, *a, **k))
+    imitate(tmp_path, "--epochs=1", "--stop_at=1", "--horizon=4", "--executed=2")
+    model = load(tmp_path, horizon=4, executed=2)
+    assert chunks == [2, 2] and (model.action_head.horizon, model.action_head.executed) == (4, 2)
+
+
+def test_frozen_parts_keep_their_weights(tmp_path):
+    torch.manual_seed(5)
+    fresh = SmallVLA(3)
+    facts = imitate(tmp_path, "--epochs=1", "--stop_at=1", "--pointing_steps=0", "--seed=5", "--freeze=vision")
+    model = load(tmp_path)
+    same = {name for name, value in model.named_parameters() if torch.equal(value, fresh.get_parameter(name))}
+    vision = {name for name, _ in model.named_parameters() if name.startswith("vision_encoder.")}
+    assert same == vision | {"action_head.raw_std"}  # of the noise imitation knows nothing
+    assert facts["trained_parameters"] == facts["parameters"] - sum(
+        p.numel() for p in model.vision_encoder.parameters()
+    )
+
+
+# ------------------------------------------------------------------------------- an expert that plays whole episodes
+
+
+class Drifting(SmallVLA):
+    """Reads what the drifter shows that has the right size, and says that one part is from elsewhere."""
+
+    def __init__(self, action_dim: int = 2, proprio_dim: int = 3):
+        super().__init__(action_dim, modalities=["proprio", "language"], proprio_dim=proprio_dim, hidden_size=16)
+        with torch.no_grad():
+            for p in self.language_encoder.parameters():
+                nn.init.constant_(p, 0.01)
+        self.provided_weights = {"language_encoder": weights_sha256(self.language_encoder)}
+
+
+@pytest.fixture
+def drift(monkeypatch):
+    """An environment of drifters with an expert, in place of the one that is asked for."""
+    made = []
+
+    def make_env(name, num_envs, env_config, device, seed=0):
+        options = dict(env_config)
+        chunk = options.pop("chunk", 1)
+        made.append(VectorEnv(partial(Guided, **options), num_envs, 0, seed, device, chunk=chunk))
+        return made[-1]
+
+    monkeypatch.setattr(bc_vla, "make_env", make_env)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    yield made
+    for env in made:
+        env.close()
+
+
+EPISODES = [
+    "--env=drift", '--env_config={"limit": 20}', f"--model_class={__name__}.Drifting", "--model_config={}",
+    "--pointing_steps=0", "--stop_at=1", "--episodes=6", "--num_envs=2", "--eval_episodes=6", "--batch_size=8",
+    "--steps=40", "--freeze=language", "--executed=1",
+]  # fmt: skip
+
+
+def test_an_expert_of_simulators_is_imitated_in_every_task(tmp_path, drift):
+    output = tmp_path / "drift.safetensors"
+    assert bc_vla.main([*EPISODES, f"--output={output}"]) == 0
+    facts = json.loads(output.with_suffix(".json").read_text())
+    assert set(facts["demonstrations"]) == {"out", "away"}
+    assert all(count["episodes"] == 6 for count in facts["demonstrations"].values())
+    for mode in ("eval", "eval_sample"):
+        assert {f"{mode}/success_rate/out", f"{mode}/success_rate/away"} < set(facts)
+    assert len(drift) == 1  # one environment for all of it
+    # What was not trained is left out, and known by its hash.
+    names = set(load_file(output))
+    assert not any(name.startswith("language_encoder") for name in names) and "value_head.0.weight" in names
+    assert facts["provided_weights"] == Drifting().provided_weights
+    loaded = load_vla_model(str(output), f"{__name__}.Drifting", {}, "cpu")
+    assert torch.equal(loaded.fusion.proprio_mean, load_file(output)["fusion.proprio_mean"])
+
+
+def test_it_imitates_what_the_expert_would_have_done_without_its_noise(tmp_path, drift, monkeypatch):
+    seen = []
+    clone = bc_vla.clone
+    monkeypatch.setattr(bc_vla, "clone", lambda m, r, data, *a: seen.append(data) or clone(m, r, data, *a))
+    flags = ["--first_state=7000", "--noise=0.7", "--noise_probability=1", "--wander=0", "--only_successful=false"]
+    bc_vla.main([*EPISODES, *flags, f"--output={tmp_path / 'a.safetensors'}"])
+    (data,) = seen
+    assert (data["action"][:, 0, 0] == 0.25).all() and len(data["episode"].unique()) == 12
+    starts = data["observation", "proprio"][data["observation", "proprio"][:, 2] == 0]
+    expected = [np.random.default_rng(state).uniform(-0.5, 0.5, 2) for state in range(7000, 7012)]
+    assert np.allclose(starts[:, :2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--first_state=3"],
+            r"first_state: demonstrations start from the ids 3 to 14 and meet those of eval_episodes",
+        ),
+        (["--first_state=4995", "--stop_at=0.5"], r"and meet those of watch_episodes, 5000 to 5127"),
+        (["--first_state=9990"], r"ids 9990 to 10001, but training draws those from 10000 on"),
+        (["--output=a.pt"], r"output: a.pt should end in .safetensors"),
+        (["--loss=smooth_l1", '--env_config={"chunk": 2}'], r"env_config.chunk: give it as executed"),
+        (["--horizon=1", "--executed=2"], r"horizon: 1 steps are planned and executed = 2 are executed"),
+        (["--eval_episodes=0"], r"eval_episodes: 0 makes no environment"),
+        (["--freeze=lora"], r"freeze: adapters are made for reinforcement learning"),
+        (["--freeze=visoin"], r"^freeze: .*visoin"),
+    ],
+)
+def test_what_cannot_be_is_refused(drift, flags, message):
+    with pytest.raises(UserError, match=message):
+        bc_vla.main([*EPISODES, "--output=a.safetensors", *flags])
 
 
 def test_an_environment_without_an_expert_is_refused(tmp_path):
     with pytest.raises(UserError, match="no scripted expert"):
         bc_vla.main([*TINY[:-1], "--env=gym:Pendulum-v1", f"--output={tmp_path / 'bc.pt'}", "--env_config={}"])
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+
+def test_a_data_set_is_imitated_without_an_environment(tmp_path, monkeypatch):
+    data, seen = write_v21(tmp_path / "data"), []
+    clone = bc_vla.clone
+    monkeypatch.setattr(bc_vla, "clone", lambda m, r, data, *a: seen.append(data) or clone(m, r, data, *a))
+    flags = [
+        f"--demonstrations={data}",
+        "--eval_episodes=0",
+        "--lerobot.action_stats=minmax",
+        "--lerobot.image_size=16",
+    ]
+    facts = imitate(
+        tmp_path, *flags, "--pointing_steps=0", "--model_config={}", "--steps=3", "--executed=2", "--horizon=3"
+    )
+    assert facts["action_stats"] == "minmax" and facts["action_high"] == [25.0, -3.0] and facts["samples"] == 15
+    assert seen[0]["action"].shape == (15, 3, 2) and seen[0]["action"].abs().max() == 1
+    assert not any(name.startswith("eval") for name in facts)
+    load(tmp_path, action_dim=2, executed=2, horizon=3)
+
+
+def test_a_data_set_has_to_show_what_the_environment_shows(tmp_path):
+    data = write_v21(tmp_path / "data")
+    with pytest.raises(UserError, match=r"demonstrations: 'rgb' is .*\[32, 32, 3\].*\[16, 16, 3\]"):
+        imitate(tmp_path, f"--demonstrations={data}", "--pointing_steps=0")
+
+
+def test_the_recipe_for_meta_world_is_read():
+    config = bc_vla.parse_config(bc_vla.BCConfig, [f"--config={ROOT}/experiments/configs/metaworld_bc.json"])
+    assert config.env == "metaworld" and config.executed == 4 and len(config.env_config["task"]) == 3

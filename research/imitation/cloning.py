@@ -1,0 +1,150 @@
+"""Behaviour cloning: gradient steps that bring a model's plan to the expert's actions, and its value to the returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from tensordict import TensorDict
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from research.imitation.demonstrations import RETURN
+from research.schema import ACTION, HIDDEN, OBSERVATION, PROPRIO, UserError, check_finite
+
+SMOOTH_L1_BETA = 0.2  # below this error the loss is quadratic, above it linear
+RISING = 0.1  # share of the steps in which a one-cycle learning rate rises
+
+
+@dataclass
+class CloningConfig:
+    """The gradient steps of behaviour cloning."""
+
+    epochs: PositiveInt = 8
+    """Passes over the data, at most."""
+    steps: PositiveInt | None = None
+    """Gradient steps, at most, in place of epochs."""
+    batch_size: PositiveInt = 128
+    """Samples per gradient step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Learning rate of AdamW: of all steps, or the highest of a cycle."""
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    """constant, or one_cycle: up to the learning rate in the first tenth of the steps, then down to nothing."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay of AdamW."""
+    loss: Literal["head", "smooth_l1"] = "head"
+    """head: the action head's own (squared error, cross-entropy of tokens); or smooth_l1 between plan and actions."""
+    value_weight: NonNegativeFloat = 0.5
+    """Weight of the value regression beside the imitation loss."""
+    max_grad_norm: NonNegativeFloat = 0.0
+    """Largest norm of the gradient; a larger one is scaled down; 0 = any."""
+    proprio_noise: NonNegativeFloat = 0.0
+    """Standard deviation of noise on the proprioception, new at each step, in its own units."""
+    gamma: ClosedUnitInterval = 0.97
+    """Discount, per decision, of the returns that the value head learns."""
+
+
+def clone(
+    model: nn.Module,
+    rest: Callable[[TensorDict], TensorDict],
+    data: TensorDict,
+    config: CloningConfig,
+    stop: Callable[[int, float], bool] = lambda step, loss: False,
+) -> None:
+    """Train what is trainable in a model that has `action_distribution` and `value`.
+
+    Args:
+        model: trained in place.
+        rest: the model's stages that data has not been through; the last writes `hidden` `[B, D]`.
+        data: samples as of `research.imitation.demonstrations`, in them what `rest` reads.
+        config: see `CloningConfig`.
+        stop: asked after each step, with its number from 1 on and its imitation loss, whether it was the last.
+    Raises:
+        UserError: the loss has no gradient.
+        NonFiniteError: the loss is no finite number.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    steps = config.steps or config.epochs * max(1, len(data) // config.batch_size)
+    cycle = None
+    if config.schedule == "one_cycle":
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, pct_start=RISING)
+    rows = iter(())
+    for step in tqdm(range(1, steps + 1), desc="imitation", disable=None):
+        chosen = next(rows, None)
+        if chosen is None or len(chosen) < config.batch_size:
+            rows = iter(torch.randperm(len(data)).split(config.batch_size))
+            chosen = next(rows)
+        batch = data[chosen]
+        if config.proprio_noise and (proprio := batch.get((OBSERVATION, PROPRIO), None)) is not None:
+            batch.set((OBSERVATION, PROPRIO), proprio + config.proprio_noise * torch.randn_like(proprio))
+        hidden = rest(batch).get(HIDDEN)
+        action_loss = imitation_loss(model, hidden, batch[ACTION], config.loss)
+        value_loss = (model.value(hidden) - batch[RETURN]).square().mean()
+        loss = action_loss + config.value_weight * value_loss
+        check_finite([("the loss", loss)], f"at gradient step {step} of imitation")
+        optimizer.zero_grad()
+        loss.backward()
+        if config.max_grad_norm:
+            nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        optimizer.step()
+        if cycle is not None:
+            cycle.step()
+        if stop(step, action_loss.item()):
+            break
+
+
+def imitation_loss(model: nn.Module, hidden: Tensor, actions: Tensor, kind: str) -> Tensor:
+    """How far the model's plan is from the expert's actions `[B, H, A]`, in the mean: a scalar.
+
+    Raises:
+        UserError: "smooth_l1" where the plan is chosen among tokens, so that no gradient flows through it.
+    """
+    head = getattr(model, "action_head", None)
+    if kind == "head" and hasattr(head, "imitation_loss"):
+        return head.imitation_loss(hidden, actions).mean()
+    plan = head.plan(hidden) if hasattr(head, "plan") else _mean_actions(model, hidden)
+    if kind == "head":
+        return (plan - actions).square().mean()
+    if not plan.requires_grad:
+        raise UserError(f"loss: smooth_l1 has no gradient through a {type(head).__name__}; set it to head")
+    return F.smooth_l1_loss(plan, actions, beta=SMOOTH_L1_BETA)
+
+
+def _mean_actions(model: nn.Module, hidden: Tensor) -> Tensor:
+    """What a model without a head of this project plans, `[B, H, A]`."""
+    mean = model.action_distribution(hidden).mean
+    return mean if mean.dim() == 3 else mean[:, None]
+
+
+def planned_steps(model: nn.Module, action_shape: Sequence[int]) -> int:
+    """H, the control steps that a model plans.
+
+    Args:
+        model: the VLA.
+        action_shape: of what it executes, `[A]` or `[executed, A]`.
+    """
+    head = getattr(model, "action_head", None)
+    return getattr(head, "horizon", 1 if len(action_shape) == 1 else action_shape[0])
+
+
+@torch.no_grad()
+def with_frozen_features(policy: Any, data: TensorDict, batch: int = 64) -> TensorDict:
+    """Samples with what a policy's frozen stages make of them, in place of what those alone read.
+
+    Args:
+        policy: its `frozen` runs the frozen stages and `kept_keys` names what the others read.
+        data: `[S]`.
+        batch: samples that run through the frozen stages at once.
+    """
+    if not policy.frozen_stages:
+        return data
+    parts = []
+    for part in tqdm(data.split(batch), desc="frozen features", disable=None):
+        step = policy.frozen(TensorDict({OBSERVATION: part[OBSERVATION]}, part.batch_size))
+        parts.append(step.select(*policy.kept_keys).update(part.exclude(OBSERVATION)))
+    return torch.cat(parts)
