@@ -25,8 +25,9 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
     """Build a batched TorchRL environment by name.
 
     Args:
-        name: "tabletop"; "metaworld"; "gym:" and a Gymnasium id or entry point ("gym:InvertedPendulum-v5"); or
-            "gym_vec:" and the id of an environment that steps its rows together by itself.
+        name: "tabletop"; "metaworld"; "maniskill"; "libero"; "gym:" and a Gymnasium id or entry point
+            ("gym:InvertedPendulum-v5"); or "gym_vec:" and the id of an environment that steps its rows together by
+            itself.
         num_envs: N.
         env_config: the environment's own options.
         device: where observations are made (or moved to).

@@ -95,3 +95,39 @@ class BatchedDecision:
     def result(self) -> dict[str, Tensor]:
         """As `execute`, without the observation; `[N, 1]` each."""
         return {"reward": self.reward, ENV_STEPS: self.env_steps, **self.flags}
+
+
+def execute_together(
+    actions: Tensor,
+    step: Callable[[Tensor], Mapping[str, Tensor]],
+    observe: Callable[[], Mapping[str, Tensor]],
+    restart: Callable[[np.ndarray], None] = lambda rows: None,
+) -> dict[str, Tensor]:
+    """`execute` for N rows that can only be stepped together.
+
+    Args:
+        actions: float32 `[N, H, A]`.
+        step: takes `[N, A]`; returns what `BatchedDecision.add` counts.
+        observe: what all rows look like after the last step, each entry `[N, ...]`.
+        restart: called with the rows, int64 `[M]`, whose episode has ended, before they are stepped with the others:
+            where a step of an ended episode is an error, they begin one that is thrown away.
+    Returns:
+        as `execute`, each `[N, ...]`; a row is seen as its episode ended, or as the decision did.
+    """
+    decision: BatchedDecision | None = None
+    seen: dict[str, Tensor] = {}
+    for taken, action in enumerate(actions.unbind(1), 1):
+        counted = step(action)
+        if decision is None:
+            decision = BatchedDecision(len(actions), counted["reward"].device)
+        live = decision.live[:, 0]
+        ended = decision.add(counted)[:, 0]
+        if ended.any() or taken == actions.shape[1]:
+            for key, now in observe().items():
+                which = live.view(-1, *[1] * (now.dim() - 1))
+                seen[key] = torch.where(which, now, seen[key]) if key in seen else now
+        if not decision.live.any():
+            break
+        if ended.any() and taken < actions.shape[1]:
+            restart(ended.nonzero()[:, 0].cpu().numpy())
+    return {**decision.result(), **seen}

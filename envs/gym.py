@@ -19,13 +19,15 @@ takes randomness from anywhere but its own `np_random` is not reproducible, and 
 A success is what the environment says it is, see `success_key`: an episode succeeds if any of its steps reports it.
 
 Where an environment's state can be seen from outside (MuJoCo's, and plain attributes), a run resumes in the middle of
-its episodes; this is tried when it is made, see envs/gym_state.py.
+its episodes; this is tried when it is made, see envs/gym_state.py. Where pictures of a MuJoCo environment are asked for
+and MUJOCO_GL is not set, what can draw here is chosen (envs/mujoco_rendering.py).
 
 An environment that runs many worlds at once by itself is named `gym_vec:`; see envs/gym_vector.py.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -163,6 +165,8 @@ class Recipe:
     """Whether `success_key` was reported when the environment was tried out: then no report means no success yet."""
     saves: bool = True
     """Whether its state can be saved."""
+    gl: str = ""
+    """The value of MUJOCO_GL, where MuJoCo draws."""
 
 
 class GymnasiumSimulator:
@@ -177,6 +181,8 @@ class GymnasiumSimulator:
     """
 
     def __init__(self, recipe: Recipe, check: bool = False):
+        if recipe.gl:
+            os.environ.setdefault("MUJOCO_GL", recipe.gl)  # a worker's fork server may be older than the choice
         with blame(f"{recipe.name}: making it with {recipe.make_kwargs}", UserError):
             self.env = gymnasium.make(recipe.spec, disable_env_checker=not check, **recipe.make_kwargs)
         self.actions = read_actions(self.env.action_space, recipe.name)

@@ -233,6 +233,11 @@ def _write_mujoco(layer: gymnasium.Env, saved: dict[str, np.ndarray] | None) -> 
         first += array.size
 
 
+def is_mujoco(env: gymnasium.Env) -> bool:
+    """Whether an environment's physics is MuJoCo's, in its own `model` and `data`."""
+    return any(_mujoco_of(layer) for layer in _layers(env))
+
+
 def _mujoco_of(layer: gymnasium.Env) -> tuple[Any, Any, Any] | None:
     model, data = vars(layer).get("model"), vars(layer).get("data")
     if type(model).__name__ != "MjModel" or type(data).__name__ != "MjData":

@@ -17,6 +17,8 @@ from envs.chunks import execute
 from envs.failures import blame, refused, warn_once
 from envs.gym_info import as_success, look_up, never_reported, reported_key
 from envs.gym_spaces import check_one_text, map_observations
+from envs.gym_state import is_mujoco
+from envs.mujoco_rendering import choose_gl
 from research.schema import RGB, SimulatorFailed, UserError, base_modality
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ def try_out(
     with refused():
         simulator = make(recipe, check=True)
         try:
+            if simulator.layout.films and is_mujoco(simulator.env):
+                asked_by = "env_kwargs.render_mode" if recipe.render is None else "render"
+                recipe = replace(recipe, gl=choose_gl(f"trainer.env_config.{asked_by}"))
             sources = map_observations(simulator.env.observation_space, keys, recipe.name, recipe.depth_unit)
             if recipe.render is not None and RGB in sources:
                 raise UserError("trainer.env_config: rgb comes from render or from keys, not from both; set keys")

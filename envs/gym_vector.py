@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.chunks import BatchedDecision
+from envs.chunks import execute_together
 from envs.failures import blame, mid_run, refused
 from envs.gym import Recipe
 from envs.gym_info import as_successes, look_up, names_of, never_reported, warn_of_unused
@@ -209,23 +209,17 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
         if self.chunk == 1:
             step, observation = self._control_step(action)
             return {**step, **self._observe(observation)}
-        decision, seen = BatchedDecision(self.batch_size[0], self.device), {}
-        for taken, one in enumerate(action.unbind(1), 1):
-            live = decision.live[:, 0]
-            step, observation = self._control_step(one)
-            ended = decision.add(step)[:, 0]
-            if ended.any() or taken == self.chunk:  # a row is seen as its episode ended, or as the decision did
-                for key, now in self._observe(observation).items():
-                    which = live.view(-1, *[1] * (now.dim() - 1))
-                    seen[key] = torch.where(which, now, seen[key]) if key in seen else now
-            if not decision.live.any():
-                break
-            if ended.any() and taken < self.chunk:
-                # All rows are stepped together, and none may be whose episode has ended: those begin one that is
-                # thrown away.
-                rows = ended.nonzero()[:, 0].cpu().numpy()
-                self._reset_rows(rows, [0] * len(rows))
-        return {**decision.result(), **seen}
+        observation: Any = None
+
+        def step(one: Tensor) -> dict[str, Tensor]:
+            nonlocal observation
+            counted, observation = self._control_step(one)
+            return counted
+
+        def restart(rows: np.ndarray) -> None:
+            self._reset_rows(rows, [0] * len(rows))
+
+        return execute_together(action, step, lambda: self._observe(observation), restart)
 
     def _control_step(self, action: Tensor) -> tuple[dict[str, Tensor], Any]:
         """Step all rows once, `[N, A]`: what it earned and ended, `[N, 1]` each, and the observation as it comes."""

@@ -33,8 +33,9 @@ from envs.metaworld_scene import scene_of
 from envs.metaworld_tasks import CAMERAS, CLOSE, INSTRUCTIONS, choose_tasks, close_camera
 from envs.mujoco_rendering import choose_gl
 from envs.simulator import Layout
+from envs.simulator_options import check_flag, check_image_size, check_one_of, check_some_of
 from envs.vector import VectorEnv
-from research.schema import LANGUAGE, PROPRIO, RGB, SUCCESS, UserError, did_you_mean
+from research.schema import LANGUAGE, PROPRIO, RGB, SUCCESS, UserError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ PHRASINGS = ("first", "all")
 MODALITIES = (RGB, PROPRIO, LANGUAGE)
 INSTALL = 'pip install "vla-rl[metaworld]"'
 _FILM_SIZE = 256
-_SIZES = 16, 1024
 _STATE_SIZE, _GRIPPER_SIZE = 39, 4
 
 
@@ -262,28 +262,16 @@ class MetaWorldSimulator:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Refuse what `check_options` does not know: the options that only this environment has."""
-    place = "trainer.env_config"
     cameras = options["cameras"]
-    several = {"modalities": (options["modalities"], MODALITIES), "cameras": (cameras, CAMERAS)}
-    for option, (chosen, known) in several.items():
-        chosen = [chosen] if isinstance(chosen, str) and option == "cameras" else chosen
-        if not isinstance(chosen, list | tuple) or not chosen or len({*map(str, chosen)}) < len(chosen):
-            raise UserError(f"{place}.{option}: expected some of {', '.join(known)}, each once, got {chosen!r}")
-        for name in chosen:
-            if name not in known:
-                hint = did_you_mean(str(name), known)
-                raise UserError(f"{place}.{option}: there is no {name!r}{hint}; there are {', '.join(known)}")
-    for option, known in {"reward": REWARDS, "phrasings": PHRASINGS}.items():
-        if options[option] not in known:
-            raise UserError(f"{place}.{option}: expected one of {', '.join(known)}, got {options[option]!r}")
+    check_some_of("modalities", options["modalities"], MODALITIES)
+    check_some_of("cameras", [cameras] if isinstance(cameras, str) else cameras, CAMERAS)
+    check_one_of("reward", options["reward"], REWARDS)
+    check_one_of("phrasings", options["phrasings"], PHRASINGS)
     for option in ("fast_render", "full_state", "terminate_on_success"):
-        if not isinstance(options[option], bool):
-            raise UserError(f"{place}.{option}: expected true or false, got {options[option]!r}")
+        check_flag(option, options[option])
     if options["max_episode_steps"] is None:
-        raise UserError(f"{place}.max_episode_steps: expected an integer of at least 1, got None")
-    size, (smallest, largest) = options["image_size"], _SIZES
-    if not isinstance(size, int) or isinstance(size, bool) or not smallest <= size <= largest:
-        raise UserError(f"{place}.image_size: expected pixels, from {smallest} to {largest}, got {size!r}")
+        raise UserError("trainer.env_config.max_episode_steps: expected an integer of at least 1, got None")
+    check_image_size(options["image_size"])
 
 
 def _check_installation() -> None:

@@ -1,12 +1,14 @@
 """Sees to it that `agents`, `envs` and `research` are this project's: imported before anything of theirs.
 
 A folder of the same name further ahead on the path (the working directory under `python -m`, PYTHONPATH) would be taken
-instead, and what a script then says is of no use to anyone.
+instead, and what a script then says is of no use to anyone. Nor is what TorchRL says where MuJoCo, which it imports,
+does not know the MUJOCO_GL that is set.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -21,9 +23,28 @@ def others_called(name: str) -> list[Path]:
     return [place for place in places if not (place / KNOWN_BY[name]).is_file()]
 
 
+def check_mujoco_gl() -> None:
+    """End the script with one line where MuJoCo cannot be imported with the user's MUJOCO_GL."""
+    if not os.environ.get("MUJOCO_GL") or importlib.util.find_spec("mujoco") is None:
+        return
+    try:
+        importlib.import_module("mujoco")
+    except Exception as error:  # what OpenGL's bindings raise has no common class
+        from research.schema import describe_error
+
+        print(
+            f"error: MUJOCO_GL: MuJoCo cannot be imported with {os.environ['MUJOCO_GL']!r} ({describe_error(error)}); "
+            "unset it to let this be chosen, or install what it names",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
 for name in KNOWN_BY:
     if others := others_called(name):
         print(f"{others[0]} has the name of this project's {name}/ and is hidden by it; rename it to use it")
     if others or importlib.util.find_spec(name) is None:
         sys.path.insert(0, str(ROOT))
         importlib.invalidate_caches()
+
+check_mujoco_gl()

@@ -91,6 +91,8 @@ def test_every_module_has_a_test_file_of_its_own():
         "envs/gym_vector_entry.py": "tests/envs/test_gym_vector.py",
         "envs/gym_vector_trial.py": "tests/envs/test_gym_vector.py",
         "envs/initial_states.py": "tests/envs/test_vector.py",
+        "envs/maniskill_tasks.py": "tests/envs/test_maniskill.py",
+        "envs/maniskill_worlds.py": "tests/envs/test_maniskill_gpu.py",
         "envs/pictures.py": "tests/envs/test_gym.py",
         "envs/simulator_options.py": "tests/envs/test_metaworld.py",
         "envs/tabletop_painter.py": "tests/envs/test_tabletop.py",

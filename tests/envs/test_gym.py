@@ -354,7 +354,7 @@ def test_an_error_inside_the_env(make, workers):
 
 def test_a_worker_that_dies(make):
     env = make(workers=2, env_kwargs={"exit_in": "step"})
-    with pytest.raises(SimulatorFailed, match=r"the worker of rows 0 to 1 .* ended during step \(exit code 7\)"):
+    with pytest.raises(SimulatorFailed, match=r"the worker of rows 0-1 .* ended during step \(exit code 7\)"):
         env.rollout(9, forward_policy, break_when_any_done=False)
     env.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,24 +11,38 @@ from tensordict import TensorDict
 
 from envs import make_env
 from envs.simulator import HELD_OUT_STATES, Environment
-from research.schema import check_observation
+from research.schema import UserError, check_observation
 
 CAMERAS = {"proprio": "state", "rgb_front": "front", "rgb_wrist": "wrist.rgb", "depth_wrist": "wrist.depth"}
 N = 4
 
 
+FETCH = {"keys": {"proprio": ["observation", "desired_goal"]}, "render": [32, 32]}
+SMALL = {"max_episode_steps": 20, "image_size": 32}
+
+
 @pytest.fixture(
     params=[
-        ("tabletop", {"task": "reach"}),
-        ("gym:user_package:UserTwoCameras-v0", {"keys": CAMERAS, "workers": 2}),
-        ("gym_vec:user_package:UserTwoCameras-v0", {"keys": CAMERAS}),
+        ("tabletop", {"task": "reach"}, None),
+        ("gym:user_package:UserTwoCameras-v0", {"keys": CAMERAS, "workers": 2}, None),
+        ("gym_vec:user_package:UserTwoCameras-v0", {"keys": CAMERAS}, None),
+        ("gym:gymnasium_robotics:FetchReach-v4", FETCH, "gymnasium_robotics"),
+        ("metaworld", SMALL, "metaworld"),
+        pytest.param(("maniskill", SMALL, "mani_skill"), marks=pytest.mark.slow),
     ],
-    ids=lambda param: param[0].partition(":")[0],
+    ids=lambda param: param[0],
 )
 def env(request, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    name, options = request.param
-    made = make_env(name, N, options, seed=1)
+    name, options, package = request.param
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    try:
+        made = make_env(name, N, options, seed=1)
+    except UserError as error:
+        if "needs Vulkan" in str(error):
+            pytest.skip(str(error))
+        raise
     yield made
     made.close()
 

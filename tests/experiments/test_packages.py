@@ -1,8 +1,9 @@
-"""A user's folders may be called as the project's packages are."""
+"""A user's folders may be called as the project's packages are, and MUJOCO_GL may be wrong."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -25,3 +26,11 @@ def test_folders_of_the_same_name_hide_nothing_and_are_named(tmp_path, init):
         done.stdout
         == f"{tmp_path}/envs has the name of this project's envs/ and is hidden by it; rename it to use it\n"
     )
+
+
+def test_a_mujoco_gl_that_does_not_exist_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "ppo_vla.py"), "--help"]
+    environment = {**os.environ, "MUJOCO_GL": "vulkan"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: MUJOCO_GL: MuJoCo cannot be imported with 'vulkan' \(.*\); unset it .*\n", done.stderr)
