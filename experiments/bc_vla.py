@@ -272,8 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")) if env is not None else ():
         result = evaluate(env, policy.act, range(config.eval_episodes), mode=mode)
-        tasks = (f"; {task} {rate:.2f}" for task, rate in result.by_task().items())
-        print(f"{mode}: {result.summary()}{''.join(tasks)}")
+        print(f"{mode}: {result.summary()}")
         facts |= {name.replace("eval", prefix, 1): value for name, value in result.metrics().items()}
     write(model, Path(config.output), settings, facts)
     print(f"{time.monotonic() - start:.0f} s; weights in {config.output}")

@@ -120,7 +120,8 @@ class Evaluation:
         if self.has_success:
             interval = f"{m['eval/success_rate']:.3f} [{m['eval/success_low']:.3f}, {m['eval/success_high']:.3f}]"
             of = "" if self.distinct else ", all from one initial state"
-            return f"{interval} success over {len(self.episodes)} episodes{of}"
+            tasks = "".join(f"; {task} {rate:.2f}" for task, rate in self.by_task().items())
+            return f"{interval} success over {len(self.episodes)} episodes{of}{tasks}"
         return f"return {m['eval/return']:.3f} over {len(self.episodes)} episodes"
 
 

@@ -160,6 +160,7 @@ def test_success_is_told_for_every_task():
     episodes = [Episode(i, None, i % 3 == 0, 0.0, 1, task=("a", "b")[i % 2]) for i in range(6)]
     metrics = Evaluation(episodes, []).metrics()
     assert metrics["eval/success_rate/a"] == metrics["eval/success_rate/b"] == pytest.approx(1 / 3)
+    assert Evaluation(episodes, []).summary().endswith("success over 6 episodes; a 0.33; b 0.33")
     assert "eval/success_rate/a" not in Evaluation(episodes[::2], []).metrics()  # one task alone
     env = TabletopEnv(2, "reach", modalities=MODALITIES, max_steps=20)
     env.task_names = ("far", "near", "other")
