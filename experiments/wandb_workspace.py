@@ -45,6 +45,9 @@ def workspace(entity: str, project: str, name: str, measure: str = "success"):
     bounds = {} if extent is None else {"range_y": extent}
     final = wr.SummaryMetric(f"eval/{metric}")
     Column = wr.ParallelCoordinatesPlotColumn
+    by_task = []
+    if measure == "success":
+        by_task = [wr.LinePlot(title="Success by task", x="global_step", metric_regex=f"eval/{metric}/.*")]
     sections = [
         ws.Section(
             name=measure.capitalize(),
@@ -52,7 +55,7 @@ def workspace(entity: str, project: str, name: str, measure: str = "success"):
                 by_group(f"Evaluation {measure}, mean and standard error", f"eval/{metric}", **bounds),
                 by_group(f"Training {measure}", f"rollout/{metric}", smoothing_factor=0.6,
                          smoothing_type="exponential", **bounds),
-                wr.LinePlot(title="Success by task", x="global_step", metric_regex="eval/success_rate/.*"),
+                *by_task,
                 wr.ScatterPlot(title=f"{measure.capitalize()} by learning rate", x=rate, y=final, log_x=True, **bounds),
                 wr.ParallelCoordinatesPlot(
                     title=f"Scope, rate, {measure}",

@@ -16,6 +16,7 @@ import yaml
 from research.schema import UserError, one_line
 
 DEEPEST, MOST = 20, 100_000  # levels, values
+_DEEPEST_READ = 100  # levels, whatever Python's own limit is in this process: some packages raise it
 _LARGEST = 2**63 - 1
 
 
@@ -31,8 +32,6 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         content = yaml.load(text, _Loader)
-    except RecursionError:
-        raise UserError("nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {one_line(error)[:200]}") from None
     # PyYAML's own: a date or a number that there is none of, a tag such as !!bool on something else.
@@ -49,6 +48,16 @@ def shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth >= _DEEPEST_READ:
+            raise UserError("nested too deeply")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:

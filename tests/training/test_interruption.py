@@ -13,8 +13,16 @@ from research.training import interruption
 from research.training.interruption import SIGNALS, Interruption
 
 
+@pytest.fixture
+def not_ignored(number):
+    """Whoever started the tests may ignore it, as nohup does with SIGHUP."""
+    before = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_a_request(number, capsys):
+def test_a_signal_is_a_request(number, capsys, not_ignored):
     before, wakeup = signal.getsignal(number), signal.set_wakeup_fd(-1)
     with Interruption() as interruption:
         assert interruption.code == 0
