@@ -27,7 +27,6 @@ An environment that runs many worlds at once by itself is named `gym_vec:`; see 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +54,7 @@ from envs.gym_spaces import (
 )
 from envs.gym_state import from_bytes, read_state, to_bytes, write_state
 from envs.gym_trial import try_out
+from envs.mujoco_rendering import take_over_gl
 from envs.pictures import resize
 from envs.simulator import Layout
 from envs.vector import VectorEnv
@@ -181,8 +181,7 @@ class GymnasiumSimulator:
     """
 
     def __init__(self, recipe: Recipe, check: bool = False):
-        if recipe.gl:
-            os.environ.setdefault("MUJOCO_GL", recipe.gl)  # a worker's fork server may be older than the choice
+        take_over_gl(recipe.gl)
         with blame(f"{recipe.name}: making it with {recipe.make_kwargs}", UserError):
             self.env = gymnasium.make(recipe.spec, disable_env_checker=not check, **recipe.make_kwargs)
         self.actions = read_actions(self.env.action_space, recipe.name)

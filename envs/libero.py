@@ -17,7 +17,6 @@ anew.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +32,11 @@ from torchrl.envs import LiberoEnv
 from envs.groups import STEP_S
 from envs.gym_options import check_options
 from envs.gym_spaces import encode_instruction
-from envs.mujoco_rendering import choose_gl
+from envs.mujoco_rendering import choose_gl, take_over_gl
 from envs.simulator import Layout
 from envs.simulator_options import check_image_size, check_one_of, check_some_of
 from envs.vector import VectorEnv
-from research.schema import ACTION, LANGUAGE, PROPRIO, RGB, SUCCESS, UserError
+from research.schema import ACTION, LANGUAGE, PROPRIO, RGB, SUCCESS, SimulatorFailed, UserError
 
 # Suite -> control steps after which an episode is truncated: beyond the longest demonstrations, and as the evaluations
 # of OpenVLA have it (Kim et al., 2024, arXiv:2406.09246).
@@ -147,8 +146,7 @@ class LiberoSimulator:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        if recipe.gl:
-            os.environ.setdefault("MUJOCO_GL", recipe.gl)  # a worker's fork server may be older than the choice
+        take_over_gl(recipe.gl)
         length = recipe.instruction_length
         self._instructions = [encode_instruction(task.instruction, length) for task in recipe.tasks]
         picture = (recipe.image_size, recipe.image_size, 3), np.dtype(np.uint8)
@@ -214,7 +212,7 @@ class LiberoSimulator:
         return None
 
     def load(self, state: bytes) -> None:
-        raise NotImplementedError  # nothing is saved
+        raise SimulatorFailed("libero: a world cannot be saved, so there is none to go on from")
 
     def close(self) -> None:
         if self._env is not None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from envs.gym_spaces import encode_instruction
 from envs.gym_state import from_bytes, read_state, to_bytes, write_state
 from envs.metaworld_scene import scene_of
 from envs.metaworld_tasks import CAMERAS, CLOSE, INSTRUCTIONS, choose_tasks, close_camera
-from envs.mujoco_rendering import choose_gl
+from envs.mujoco_rendering import choose_gl, take_over_gl
 from envs.simulator import Layout
 from envs.simulator_options import check_flag, check_image_size, check_one_of, check_some_of
 from envs.vector import VectorEnv
@@ -155,8 +154,7 @@ class MetaWorldSimulator:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        if recipe.gl:
-            os.environ.setdefault("MUJOCO_GL", recipe.gl)  # a worker's fork server may be older than the choice
+        take_over_gl(recipe.gl)
         count = len(INSTRUCTIONS[recipe.tasks[0]]) if recipe.phrasings == "all" else 1
         self._instructions = {
             task: [encode_instruction(text, recipe.instruction_length) for text in INSTRUCTIONS[task][:count]]

@@ -79,6 +79,16 @@ def choose_gl(asked_by: str) -> str:
     )
 
 
+def take_over_gl(chosen: str | None) -> None:
+    """Draw in this process with what `choose_gl` chose in another: a worker's fork server may be older than the choice.
+
+    Args:
+        chosen: what it returned; None or "": nothing was chosen. A value that is set here is kept.
+    """
+    if chosen:
+        os.environ.setdefault("MUJOCO_GL", chosen)
+
+
 @lru_cache
 def _why_not(name: str) -> str | None:
     """Why MuJoCo cannot draw with MUJOCO_GL set to this, in a few words; None: it can."""

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -50,6 +49,7 @@ from torchrl.envs import EnvBase
 
 from envs.chunks import BatchedDecision, check_chunk
 from envs.simulator import HELD_OUT_STATES
+from envs.tabletop_instructions import instruction_table
 from envs.tabletop_painter import Painter
 from envs.tabletop_scene import (
     BLOCK_RADIUS,
@@ -80,47 +80,11 @@ from research.schema import (
     SUCCESS,
     SUCCESS_NOW,
     UserError,
-    encode_text,
 )
 
 TASKS = ("reach", "push", "pick_place")
 REWARDS = ("sparse", "milestones")
 SPLITS = ("train", "vision", "semantics", "execution")
-PHRASINGS = {
-    "reach": ("move to the {block}", "go to the {block}", "reach for the {block}", "touch the {block}"),
-    "push": (
-        "push the {block} to the {plate}",
-        "slide the {block} onto the {plate}",
-        "shove the {block} over to the {plate}",
-        "move the {block} to the {plate} by pushing",
-    ),
-    "pick_place": (
-        "put the {block} on the {plate}",
-        "place the {block} onto the {plate}",
-        "pick up the {block} and put it on the {plate}",
-        "move the {block} over to the {plate}",
-    ),
-}
-UNSEEN_PHRASINGS = {
-    "reach": (
-        "go and touch the {block}",
-        "reach over to the {block}",
-        "bring the gripper to the {block}",
-        "the {block} is where the gripper belongs",
-    ),
-    "push": (
-        "shove the {block} onto the {plate}",
-        "push the {block} over to the {plate}",
-        "nudge the {block} until it is on the {plate}",
-        "the {plate} is where the {block} should end up",
-    ),
-    "pick_place": (
-        "put the {block} onto the {plate}",
-        "pick up the {block} and place it on the {plate}",
-        "set the {block} down on the {plate}",
-        "the {plate} is where the {block} belongs",
-    ),
-}
 MAX_STEPS = {"reach": 25, "push": 80, "pick_place": 40}
 MAX_PLATES = 4
 TRIES = 16  # places considered for an object, so that it fits between the others
@@ -133,21 +97,6 @@ GRASP_RADIUS = 0.025
 REACH_RADIUS = 0.02
 PLACE_RADIUS = 0.04
 HOLD_STEPS = 3  # a block held this long has been held, not touched in passing
-
-
-@lru_cache(maxsize=16)
-def _instructions(task: str, unseen: bool, length: int) -> Tensor:
-    """Every instruction of a task: int64 `[phrasing, block shape, block colour, plate colour, L]`."""
-    phrasings = (UNSEEN_PHRASINGS if unseen else PHRASINGS)[task]
-    texts = [
-        phrasing.format(block=f"{block} {shape}", plate=f"{plate} plate")
-        for phrasing in phrasings
-        for shape in SHAPES
-        for block in COLOURS
-        for plate in COLOURS
-    ]
-    table = encode_text(texts, length)
-    return table.view(len(phrasings), len(SHAPES), len(COLOURS), len(COLOURS), length)
 
 
 class TabletopEnv(EnvBase):
@@ -222,7 +171,7 @@ class TabletopEnv(EnvBase):
         self.num_blocks, self.num_plates = num_blocks, num_plates
         self._extra_blocks = min(2, len(COLOURS) - num_blocks) if split == "semantics" else 0
         self._extra_plates = min(1, MAX_PLATES - num_plates) if split == "semantics" else 0
-        self._instruction_table = _instructions(task, split == "semantics", instruction_length).to(self.device)
+        self._instruction_table = instruction_table(task, split == "semantics", instruction_length).to(self.device)
         self._painter = Painter(image_size, RGB in modalities, DEPTH in modalities, split == "vision", self.device)
         self._make_specs(num_envs, image_size, instruction_length)
         self._rows = torch.arange(num_envs, device=self.device)

@@ -142,7 +142,7 @@ class VectorEnv(InitialStateEnv):
         self._in_flight[part] = False
         places = list(mine.values())
         after = _joined([step for step, _ in turns], places)
-        before = self._arrived[part] or {key: value[self.parts[part]] for key, value in self._current.items()}
+        before = self._now(part)
         after[INITIAL_STATE] = before[INITIAL_STATE].clone()
         after["done"] = after["terminated"] | after["truncated"]
         now = {key: after[key] for key in before}
@@ -162,13 +162,14 @@ class VectorEnv(InitialStateEnv):
         for part, away in enumerate(self._in_flight):
             if away:
                 self.receive(part)
-        if self._arrived[0] is not None:
-            whole = [one or {k: v[rows] for k, v in self._current.items()} for one, rows in self._by_part()]
+        if any(arrived is not None for arrived in self._arrived):
+            whole = [self._now(part) for part in range(len(self.parts))]
             self._current = {key: torch.cat([one[key] for one in whole]) for key in whole[0]}
             self._arrived = [None] * len(self.parts)
 
-    def _by_part(self) -> Any:
-        return zip(self._arrived, self.parts, strict=True)
+    def _now(self, part: int) -> dict[str, Tensor]:
+        """What the rows of a part showed last."""
+        return self._arrived[part] or {key: value[self.parts[part]] for key, value in self._current.items()}
 
     # ---------------------------------------------------------------- video, experts
 

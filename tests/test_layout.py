@@ -95,6 +95,7 @@ def test_every_module_has_a_test_file_of_its_own():
         "envs/maniskill_worlds.py": "tests/envs/test_maniskill_gpu.py",
         "envs/pictures.py": "tests/envs/test_gym.py",
         "envs/simulator_options.py": "tests/envs/test_metaworld.py",
+        "envs/tabletop_instructions.py": "tests/envs/test_tabletop.py",
         "envs/tabletop_painter.py": "tests/envs/test_tabletop.py",
         "envs/tabletop_scene.py": "tests/envs/test_tabletop.py",
     }

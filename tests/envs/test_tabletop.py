@@ -13,7 +13,6 @@ from envs import make_env
 from envs.simulator import HELD_OUT_STATES
 from envs.tabletop import (
     GRIPPER_START,
-    PHRASINGS,
     PLACE_RADIUS,
     REACH_RADIUS,
     SPLITS,
@@ -21,6 +20,7 @@ from envs.tabletop import (
     TASKS,
     TabletopEnv,
 )
+from envs.tabletop_instructions import PHRASINGS
 from envs.tabletop_scene import CAMERA, COLOURS, PLATE_TOP, REACH, SHAPES, hashed_uniform
 from research.schema import UserError, check_observation, decode_text
 
