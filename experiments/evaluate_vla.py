@@ -131,7 +131,8 @@ def options_of_splits(trainer: TrainerConfig, wanted: str | None) -> dict[str | 
 def write_film(result: Evaluation, path: Path) -> None:
     """Write the filmed episodes as a grid, framed in green or red; nothing if none were filmed."""
     if result.frames:
-        write_video(video_grid(result.frames, columns=4, success=result.filmed_success), path, fps=10)
+        grid = video_grid(result.frames, columns=4, success=result.filmed_success, captions=result.captions)
+        write_video(grid, path, fps=10)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,8 @@ class TrainingRun:
         self.tracker.log(result.metrics() | parts.audit.drift(), step)
         if result.frames:
             path = self.folder.video(step)
-            write_video(video_grid(result.frames, columns=4, success=result.filmed_success), path, fps=10)
+            grid = video_grid(result.frames, columns=4, success=result.filmed_success, captions=result.captions)
+            write_video(grid, path, fps=10)
             self.tracker.log_video("eval/video", path, step)
         self.result, self.evaluated_at = result, step
         if progress.iteration == 0:

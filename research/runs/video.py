@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from textwrap import wrap
 
 import imageio.v3 as iio
 import numpy as np
 from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from research.schema import UserError
@@ -17,6 +20,7 @@ Frames = np.ndarray | Tensor
 # Okabe and Ito's green and red, which colour-blind readers tell apart too.
 SUCCESS_COLOR, FAILURE_COLOR = (0, 158, 115), (213, 94, 0)
 BACKGROUND = 255
+FONT_SIZE, LINE_HEIGHT = 12, 15  # pixels
 
 
 def write_video(frames: Frames, path: str | Path, fps: float) -> None:
@@ -65,6 +69,7 @@ def video_grid(
     success: Sequence[bool] | None = None,
     gap: int = 2,
     border: int = 3,
+    captions: Sequence[tuple[str, str]] | None = None,
 ) -> np.ndarray:
     """Episodes side by side, filled row by row; one that is over holds its last frame.
 
@@ -74,25 +79,32 @@ def video_grid(
         success: N outcomes: an episode gets a green or red border, around its frame, once it is over.
         gap: pixels between episodes.
         border: pixels of the border on each side; without `success` there is none.
+        captions: of each episode, what is written under it from its first frame on, broken into lines, and what is
+            added in one more line once it is over.
     Returns:
-        uint8 `[max T_i, rows * (H + 2 border + gap) - gap, C * (W + 2 border + gap) - gap, 3]`, white where empty.
+        uint8 `[max T_i, rows * (h + gap) - gap, C * (W + 2 border + gap) - gap, 3]`, white where empty; h is
+        H + 2 border and the height of the longest caption.
     Raises:
-        UserError: no episodes, different sizes, another shape or dtype, or not one outcome per episode.
+        UserError: no episodes, different sizes, another shape or dtype, or not one outcome or caption per episode.
     """
     clips = [_checked(episode, f"episode {i}") for i, episode in enumerate(episodes)]
     if not clips or len({clip.shape[1:] for clip in clips}) > 1:
         raise UserError(f"a video grid takes episodes of one size, got {sorted({c.shape[1:3] for c in clips})}")
     if success is not None and len(success) != len(clips):
         raise UserError(f"{len(clips)} episodes but {len(success)} outcomes")
+    if captions is not None and len(captions) != len(clips):
+        raise UserError(f"{len(clips)} episodes but {len(captions)} captions")
     if columns < 1:
         raise UserError(f"columns is {columns}, should be at least 1")
     edge = border if success is not None else 0
     length = max(len(clip) for clip in clips)
     rows = -(-len(clips) // columns)
     _, height, width, _ = clips[0].shape
+    texts = [(caption_lines(text, width + 2 * edge), end) for text, end in captions or ()]
+    below = LINE_HEIGHT * max((len(lines) + bool(end) for lines, end in texts), default=0)
     # Every tile ends in a gap below and to the right; the last ones are cut off.
     tiles = np.full(
-        (rows * columns, length, height + 2 * edge + gap, width + 2 * edge + gap, 3), BACKGROUND, dtype=np.uint8
+        (rows * columns, length, height + 2 * edge + below + gap, width + 2 * edge + gap, 3), BACKGROUND, dtype=np.uint8
     )
     for i, (tile, clip) in enumerate(zip(tiles, clips, strict=False)):
         framed = tile[:, : height + 2 * edge, : width + 2 * edge]
@@ -101,8 +113,31 @@ def video_grid(
         inside = framed[:, edge : edge + height, edge : edge + width]
         inside[: len(clip)] = clip
         inside[len(clip) :] = clip[-1]
+        if texts:
+            band, (lines, end) = tile[:, height + 2 * edge : height + 2 * edge + below, : width + 2 * edge], texts[i]
+            band[:] = written(lines, *band.shape[1:3])
+            band[len(clip) - 1 :] = written([*lines, end], *band.shape[1:3])
     grid = rearrange(tiles, "(r c) t h w rgb -> t (r h) (c w) rgb", c=columns)
     return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def caption_lines(text: str, width: int) -> list[str]:
+    """A text in lines that are at most `width` pixels wide, where its words allow that."""
+    return wrap(text, max(8, int(width / (0.52 * FONT_SIZE))))  # the mean width of a letter, in font sizes
+
+
+def written(lines: Sequence[str], height: int, width: int) -> np.ndarray:
+    """Lines of text, black on white: uint8 `[height, width, 3]`; what does not fit is cut off."""
+    picture = Image.new("RGB", (width, height), (BACKGROUND,) * 3)
+    draw = ImageDraw.Draw(picture)
+    for row, line in enumerate(lines):
+        draw.text((2, row * LINE_HEIGHT), line, fill=(0, 0, 0), font=_font())
+    return np.asarray(picture)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_SIZE)
 
 
 def frame_strip(frames: Frames, count: int, gap: int = 2) -> np.ndarray:

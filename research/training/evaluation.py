@@ -109,6 +109,17 @@ class Evaluation:
         return [bool(e.success) for e in self.episodes[: len(self.frames)]] if self.has_success else None
 
     @property
+    def captions(self) -> list[tuple[str, str]]:
+        """What to write under each episode that was filmed: of what it is, and at its end how it went."""
+        captions = []
+        for episode in self.episodes[: len(self.frames)]:
+            about = [episode.task, f"state {episode.initial_state}", episode.instruction]
+            outcome = [] if episode.success is None else ["success" if episode.success else "failure"]
+            outcome += [f"return {episode.episode_return:.2f}", f"{episode.length} steps"]
+            captions.append((" · ".join(filter(None, about)), " · ".join(outcome)))
+        return captions
+
+    @property
     def score(self) -> float:
         """What makes one evaluation better than another: success, or else return."""
         metrics = self.metrics()
@@ -224,6 +235,7 @@ class _Rows:
         self.finished_now = bool(over.any())
         self.now = after
         if self.finished_now:
+            self._film_ends(over)
             self._end_episodes(over.nonzero()[:, 0].tolist(), done)
         starts = done | (over & self.running)
         if starts.any():
@@ -261,6 +273,13 @@ class _Rows:
         frames = self.env.render_frames() if shots else None
         self.filming = frames is not None  # there may be nothing to see in this environment
         for row, shot in shots.items() if self.filming else ():
+            shot.append(frames[row])
+
+    def _film_ends(self, over: Tensor) -> None:
+        """Record what the last step of an episode has led to, in rows bool `[N]`."""
+        shots = {row: shot for row, shot in self._filmed().items() if over[row]}
+        frames = self.env.render_frames() if shots else None
+        for row, shot in shots.items():
             shot.append(frames[row])
 
     def _film_between(self) -> None:

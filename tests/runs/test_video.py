@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from research.runs.video import FAILURE_COLOR, SUCCESS_COLOR, frame_strip, video_grid, write_video
+from research.runs.video import (
+    FAILURE_COLOR,
+    LINE_HEIGHT,
+    SUCCESS_COLOR,
+    caption_lines,
+    frame_strip,
+    video_grid,
+    write_video,
+    written,
+)
 from research.schema import UserError
 
 
@@ -74,6 +83,24 @@ def test_grid_borders_tell_the_outcome_from_the_moment_an_episode_ends():
         outside[2:-2, 2:-2] = False
         assert (tile[:end, outside] == 255).all()
         assert (tile[end:, outside] == color).all()
+
+
+def test_captions_stand_below_their_episode_and_the_outcome_once_it_is_over():
+    episodes = [np.full((length, 20, 120, 3), 7, np.uint8) for length in (2, 4)]
+    long = "push the puck to the green dot and then wait there for a while"
+    captions = [("short", "failure"), (long, "success")]
+    grid = video_grid(episodes, columns=2, success=[False, True], gap=1, border=2, captions=captions)
+    lines = caption_lines(long, 124)
+    assert len(lines) > 2 and " ".join(lines) == long
+    assert grid.shape == (4, 24 + (len(lines) + 1) * LINE_HEIGHT, 2 * 124 + 1, 3)
+    left, right = grid[:, 24:, :124], grid[:, 24:, 125:]
+    assert (left[0] == written(["short"], *left.shape[1:3])).all() and (left[0] < 128).any()
+    assert (left[1:] == written(["short", "failure"], *left.shape[1:3])).all()
+    assert (right[:3] == written(lines, *right.shape[1:3])).all()
+    assert (right[3] == written([*lines, "success"], *right.shape[1:3])).all()
+    assert (right[3] != right[2]).any() and (grid[:, :24] == video_grid(episodes, 2, [False, True], 1, 2)).all()
+    with pytest.raises(UserError, match="2 episodes but 1 captions"):
+        video_grid(episodes, columns=2, captions=captions[:1])
 
 
 def test_grid_refuses_mixed_sizes_and_missing_outcomes():

@@ -93,10 +93,24 @@ def test_an_episode_that_is_cut_off_has_no_success_whatever_it_did():
     assert result.metrics()["eval/success_rate"] == 0.0
 
 
-def test_films_are_of_the_first_episodes_and_as_long_as_they():
+def test_films_are_of_the_first_episodes_from_their_first_state_to_their_last():
     result = run(3, range(5), film=4)
-    assert [len(frames) for frames in result.frames] == [e.length for e in result.episodes[:4]]
+    assert [len(frames) for frames in result.frames] == [e.length + 1 for e in result.episodes[:4]]
     assert result.filmed_success == [True] * 4
+    about, outcome = result.captions[2]
+    assert about == f"state 2 · {result.episodes[2].instruction}" and len(result.captions) == 4
+    assert outcome == f"success · return {result.episodes[2].episode_return:.2f} · {result.episodes[2].length} steps"
+
+
+@torch.no_grad()
+def test_a_film_ends_with_what_the_last_step_led_to():
+    """Frame by frame it shows what an environment does that is stepped by hand."""
+    result = run(1, range(1), film=1)
+    env = TabletopEnv(1, "reach", modalities=MODALITIES, max_steps=20)
+    now = env.reset(TensorDict({"initial_state": torch.zeros(1, 1, dtype=torch.int64)}, [1]))
+    for frame in result.frames[0]:
+        assert (env.render_frames()[0].numpy() == frame).all()
+        now = env.step(now.set("action", env.expert_action()))["next"]
 
 
 def test_progress_is_told_whenever_episodes_end():
