@@ -16,8 +16,9 @@ states of its own.)
 Ids of initial states below 10000 are never drawn in training. Of these, evaluation takes those from 0 on, what watches
 imitation those from 5000 on, and an expert that plays whole episodes those from `first_state` on.
 
-Writes the weights, and beside them, as JSON, the configuration, the seed and the success that was measured. A model
-whose encoders come from elsewhere is written as .safetensors, without those that did not change.
+Writes the weights, and beside them, as JSON, the configuration, the seed and the success that was measured, and the
+episodes of that as .jsonl. A model whose encoders come from elsewhere is written as .safetensors, without those that
+did not change.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ from envs import make_env
 from envs.demonstrating import Disturbance
 from envs.vector import VectorEnv
 from research.imitation.cloning import CloningConfig, clone, planned_steps, with_frozen_features
-from research.imitation.demonstrations import count_by_task, only_successful, samples_of
+from research.imitation.demonstrations import check_fits, count_by_task, only_successful, samples_of
 from research.imitation.experts import check_states, collect_rollout
 from research.imitation.lerobot import LeRobotConfig, read_dataset
 from research.imitation.pointing import learn_to_point
 from research.options import parse_config, to_dict
-from research.runs.folder import replacing
+from research.runs.folder import replace_rows, replacing
 from research.schema import OBSERVATION, Demonstration, NonFiniteError, SimulatorFailed, UserError
 from research.training.evaluation import evaluate
 from research.training.freezing import freeze
@@ -202,21 +203,6 @@ def normalise(model: nn.Module, data: TensorDict) -> None:
         fusion.proprio_std.copy_(data[OBSERVATION, "proprio"].std(dim=0).clamp(min=1e-3))
 
 
-def check_fits(observations: TensorDict, action_dim: int, env: EnvBase) -> None:
-    """Refuse demonstrations that show, or do, something else than the environment in which success is measured."""
-    for key, offered in env.observation_spec[OBSERVATION].zero().items():
-        found = list(observations[key].shape[1:]) if key in observations.keys() else None
-        if found != list(offered.shape[1:]):
-            raise UserError(
-                f"demonstrations: {key!r} is {found or 'not in the data set'}, and {list(offered.shape[1:])} in the "
-                "environment; see lerobot.keys, lerobot.image_size and lerobot.instruction_length, or env_config"
-            )
-    if action_dim != env.action_spec.shape[-1]:
-        raise UserError(
-            f"demonstrations: an action has {action_dim} numbers, and {env.action_spec.shape[-1]} in the environment"
-        )
-
-
 def watched_states(config: BCConfig) -> range:
     return range(WATCHED_STATES, WATCHED_STATES + config.watch_episodes)
 
@@ -247,9 +233,10 @@ def main(argv: list[str] | None = None) -> int:
         observations, action_dim = samples_of(recorded[:1], 1, 1, 1.0)[OBSERVATION], recorded[0].actions.shape[1]
     if config.eval_episodes:
         env = open_env(config, min(64, config.num_envs, config.eval_episodes), config.executed)
+        offered, offered_dim = env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[-1]
         if recorded:
-            check_fits(observations, action_dim, env)
-        observations, action_dim = env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[-1]
+            check_fits(observations, action_dim, offered, offered_dim)
+        observations, action_dim = offered, offered_dim
     model = build_model(config, observations, action_dim, getattr(env, "action_choices", None))
     policy = VLAPolicy(model)
     if policy.interface != "staged":
@@ -270,11 +257,15 @@ def main(argv: list[str] | None = None) -> int:
     facts |= {"config": settings, "samples": len(data), **more}
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    episodes: list[dict[str, Any]] = []
     for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")) if env is not None else ():
         result = evaluate(env, policy.act, range(config.eval_episodes), mode=mode)
         print(f"{mode}: {result.summary()}")
         facts |= {name.replace("eval", prefix, 1): value for name, value in result.metrics().items()}
-    write(model, Path(config.output), settings, facts)
+        episodes += result.rows(mode=mode)
+    write(model, Path(config.output), settings, facts | {"seconds": round(time.monotonic() - start, 1)})
+    if episodes:
+        replace_rows(Path(config.output).with_suffix(".jsonl"), episodes)
     print(f"{time.monotonic() - start:.0f} s; weights in {config.output}")
     return 0
 

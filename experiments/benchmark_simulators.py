@@ -9,7 +9,7 @@ by turns and several times over:
     limit     the simulators alone: their control steps, and the one picture that a decision needs; actions are at hand
     collect   rollouts of a policy whose encoders are frozen, as ppo_vla.py collects them
     train     rollouts and updates
-    limit     the simulators alone: their control steps, and the one picture that each decision needs
+    sb3       rollouts and updates of Stable-Baselines3 with the same worlds and network (`SubprocVecEnv`);
               it has no chunks, so a decision of H control steps is given to it as one step of its environment
 
 Random policies differ in nothing that matters here from trained ones but in how long episodes are. Medians of the

@@ -24,6 +24,28 @@ from research.schema import ACTION, OBSERVATION, Demonstration, UserError
 RETURN, TASK, EPISODE = "return", "task", "episode"
 
 
+def check_fits(
+    observations: TensorDictBase, action_dim: int, offered_observations: TensorDictBase, offered_dim: int
+) -> None:
+    """Refuse demonstrations that show, or do, something else than the environment in which success is measured.
+
+    Args:
+        observations, action_dim: of the demonstrations, and how many numbers one of their actions has.
+        offered_observations, offered_dim: the same of the environment.
+    Raises:
+        UserError: a key or a shape differs; names it.
+    """
+    for key, offered in offered_observations.items():
+        found = list(observations[key].shape[1:]) if key in observations.keys() else None
+        if found != list(offered.shape[1:]):
+            raise UserError(
+                f"demonstrations: {key!r} is {found or 'not in the data set'}, and {list(offered.shape[1:])} in the "
+                "environment; see lerobot.keys, lerobot.image_size and lerobot.instruction_length, or env_config"
+            )
+    if action_dim != offered_dim:
+        raise UserError(f"demonstrations: an action has {action_dim} numbers, and {offered_dim} in the environment")
+
+
 def samples_of(demonstrations: Sequence[Demonstration], horizon: int, executed: int, gamma: float) -> TensorDict:
     """The samples of whole episodes.
 
