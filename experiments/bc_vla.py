@@ -55,7 +55,7 @@ from research.imitation.experts import check_states, collect_rollout
 from research.imitation.lerobot import LeRobotConfig, read_dataset
 from research.imitation.pointing import learn_to_point
 from research.options import parse_config, to_dict
-from research.runs.folder import replace_rows, replacing
+from research.runs.folder import replace_file, replace_rows, replacing
 from research.schema import OBSERVATION, Demonstration, NonFiniteError, SimulatorFailed, UserError
 from research.training.evaluation import evaluate
 from research.training.freezing import freeze
@@ -257,13 +257,14 @@ def main(argv: list[str] | None = None) -> int:
     facts |= {"config": settings, "samples": len(data), **more}
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    write(model, Path(config.output), settings, facts)  # what was learned is there, whatever becomes of its evaluation
     episodes: list[dict[str, Any]] = []
     for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")) if env is not None else ():
         result = evaluate(env, policy.act, range(config.eval_episodes), mode=mode)
         print(f"{mode}: {result.summary()}")
         facts |= {name.replace("eval", prefix, 1): value for name, value in result.metrics().items()}
         episodes += result.rows(mode=mode)
-    write(model, Path(config.output), settings, facts | {"seconds": round(time.monotonic() - start, 1)})
+    write_facts(Path(config.output), facts | {"seconds": round(time.monotonic() - start, 1)})
     if episodes:
         replace_rows(Path(config.output).with_suffix(".jsonl"), episodes)
     print(f"{time.monotonic() - start:.0f} s; weights in {config.output}")
@@ -271,14 +272,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(model: nn.Module, output: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-    """The weights, and the facts about them beside them."""
+    """The weights, and beside them the facts, to which it adds hashes of what the weights leave out."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output, "wb") as file:
         if output.suffix == ".safetensors":
             facts["provided_weights"] = save_trained(model, Path(file.name))
         else:
             torch.save({"model_state_dict": model.state_dict(), "config": settings}, file)
-    output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_facts(output, facts)
+
+
+def write_facts(output: Path, facts: dict[str, Any]) -> None:
+    replace_file(output.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all of %(choices)s")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
-    add("--cloning", default="--batch_size=64", metavar="FLAGS", help="of bc_vla.py, default %(default)s")
-    add("--ppo", default="", metavar="FLAGS", help="of ppo_vla.py, as in --ppo='--trainer.num_envs=8'")
+    add("--cloning", default="--episodes=40 --steps=700 --batch_size=64", metavar="FLAGS", help="default %(default)s")
+    add("--ppo", default="", metavar="FLAGS", help="as in --ppo='--trainer.num_envs=8'")
     add("--ppo_env_steps", type=int, default=200_000, help="budget of PPO, 0 for none, default %(default)s")
     add("--episodes", type=int, default=150, help="held-out states, default %(default)s")
     add("--table", type=Path, default=HERE / "results" / "pretraining" / "runs.csv", help="rows, default %(default)s")

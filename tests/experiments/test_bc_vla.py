@@ -21,7 +21,7 @@ from agents.provided_weights import weights_sha256
 from agents.small_vla import SmallVLA
 from envs.vector import VectorEnv
 from research.imitation.experts import collect_rollout
-from research.schema import UserError
+from research.schema import SimulatorFailed, UserError
 
 pytestmark = pytest.mark.slow
 
@@ -145,8 +145,12 @@ def test_an_expert_of_simulators_is_imitated_in_every_task(tmp_path, drift):
     facts = json.loads(output.with_suffix(".json").read_text())
     assert set(facts["demonstrations"]) == {"out", "away"}
     assert all(count["episodes"] == 6 for count in facts["demonstrations"].values())
-    for mode in ("eval", "eval_sample"):
-        assert {f"{mode}/success_rate/out", f"{mode}/success_rate/away"} < set(facts)
+    episodes = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")):
+        assert {f"{prefix}/success_rate/out", f"{prefix}/success_rate/away"} < set(facts)
+        of_mode = [episode for episode in episodes if episode["mode"] == mode]
+        assert [episode["initial_state"] for episode in of_mode] == list(range(6))
+        assert sum(episode["success"] for episode in of_mode) / 6 == facts[f"{prefix}/success_rate"]
     assert len(drift) == 1  # one environment for all of it
     # What was not trained is left out, and known by its hash.
     names = set(load_file(output))
@@ -154,6 +158,15 @@ def test_an_expert_of_simulators_is_imitated_in_every_task(tmp_path, drift):
     assert facts["provided_weights"] == Drifting().provided_weights
     loaded = load_vla_model(str(output), f"{__name__}.Drifting", {}, "cpu")
     assert torch.equal(loaded.fusion.proprio_mean, load_file(output)["fusion.proprio_mean"])
+
+
+def test_what_was_learned_is_there_though_its_evaluation_breaks(tmp_path, drift, monkeypatch):
+    monkeypatch.setattr(bc_vla, "evaluate", lambda *args, **options: (_ for _ in ()).throw(SimulatorFailed("broke")))
+    output = tmp_path / "drift.safetensors"
+    with pytest.raises(SimulatorFailed):
+        bc_vla.main([*EPISODES, f"--output={output}"])
+    facts = json.loads(output.with_suffix(".json").read_text())
+    assert "value_head.0.weight" in load_file(output) and "eval/success_rate" not in facts and facts["samples"] > 0
 
 
 def test_it_imitates_what_the_expert_would_have_done_without_its_noise(tmp_path, drift, monkeypatch):
