@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test test-fast test-faults lint pretrain evaluate clean
+.PHONY: train train-metaworld test test-fast test-faults lint pretrain evaluate clean
 
 train: $(READY)  ## fine-tune the shipped checkpoint with PPO: the main job
 	$(VENV)/bin/python experiments/ppo_vla.py $(ARGS)
+
+train-metaworld: $(READY)  ## fine-tune the shipped clone on three tasks of Meta-World: more than an hour
+	$(VENV)/bin/python experiments/ppo_vla.py --config experiments/configs/metaworld.json $(ARGS)
 
 pretrain: $(READY)  ## imitate as for the shipped checkpoint, into runs/imitation/
 	$(VENV)/bin/python experiments/bc_vla.py $(ARGS)
