@@ -33,7 +33,7 @@ from research.imitation.lerobot_videos import Film, decode_picture
 from research.schema import LANGUAGE, PROPRIO, Demonstration, UserError, encode_text
 
 REWARD, SUCCEEDED, TIME = "next.reward", "next.success", "timestamp"
-ActionStats = Literal["none", "minmax", "q01_q99"]
+ActionStats = Literal["none", "min_max", "quantiles"]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class LeRobotConfig:
     instruction_length: PositiveInt = 64
     """Bytes reserved for the instruction."""
     action_stats: ActionStats = "none"
-    """What brings actions to [-1, 1]: none, as they are; minmax; or q01_q99, percentiles. The output's JSON has it."""
+    """What brings actions to [-1, 1]: none; min_max; or quantiles (1st and 99th). The output's JSON has them."""
 
 
 def read_dataset(folder: Path, config: LeRobotConfig) -> tuple[list[Demonstration], dict[str, Any]]:
@@ -195,7 +195,7 @@ def scale_actions(
 
     Args:
         demonstrations: at least one.
-        stats: "none" leaves them as they are; "minmax" maps the least and the largest to -1 and 1; "q01_q99" the 1st
+        stats: "none" leaves them as they are; "min_max" maps the least and the largest to -1 and 1; "quantiles" the 1st
             and 99th percentile, and clips what lies beyond.
     Returns:
         the demonstrations; and what has to be known to undo it, plain values.
@@ -203,7 +203,7 @@ def scale_actions(
     if stats == "none":
         return list(demonstrations), {"action_stats": stats}
     actions = np.concatenate([one.actions for one in demonstrations])
-    low, high = np.quantile(actions, (0.0, 1.0) if stats == "minmax" else (0.01, 0.99), axis=0).astype(np.float32)
+    low, high = np.quantile(actions, (0.0, 1.0) if stats == "min_max" else (0.01, 0.99), axis=0).astype(np.float32)
     span = np.where(high > low, high - low, np.inf)
     scaled = []
     for one in demonstrations:

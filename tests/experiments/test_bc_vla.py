@@ -219,13 +219,13 @@ def test_a_data_set_is_imitated_without_an_environment(tmp_path, monkeypatch):
     flags = [
         f"--demonstrations={data}",
         "--eval_episodes=0",
-        "--lerobot.action_stats=minmax",
+        "--lerobot.action_stats=min_max",
         "--lerobot.image_size=16",
     ]
     facts = imitate(
         tmp_path, *flags, "--pointing_steps=0", "--model_config={}", "--steps=3", "--executed=2", "--horizon=3"
     )
-    assert facts["action_stats"] == "minmax" and facts["action_high"] == [25.0, -3.0] and facts["samples"] == 15
+    assert facts["action_stats"] == "min_max" and facts["action_high"] == [25.0, -3.0] and facts["samples"] == 15
     assert seen[0]["action"].shape == (15, 3, 2) and seen[0]["action"].abs().max() == 1
     assert not any(name.startswith("eval") for name in facts)
     load(tmp_path, action_dim=2, executed=2, horizon=3)

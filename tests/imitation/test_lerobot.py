@@ -89,11 +89,11 @@ def test_actions_are_brought_to_the_unit_interval():
         Demonstration(i, "", {}, part, np.zeros(len(part), np.float32), None, 1)
         for i, part in enumerate(np.split(actions, [30]))
     ]
-    whole, facts = scale_actions(parts, "minmax")
+    whole, facts = scale_actions(parts, "min_max")
     scaled = np.concatenate([one.actions for one in whole])
     assert np.allclose(scaled[:, 0], np.linspace(-1, 1, 101), atol=1e-6) and (scaled[:, 1] == 0).all()
-    assert facts == {"action_stats": "minmax", "action_low": [-2.0, 3.0], "action_high": [6.0, 3.0]}
-    whole, facts = scale_actions(parts, "q01_q99")
+    assert facts == {"action_stats": "min_max", "action_low": [-2.0, 3.0], "action_high": [6.0, 3.0]}
+    whole, facts = scale_actions(parts, "quantiles")
     scaled = np.concatenate([one.actions for one in whole])[:, 0]
     assert (
         scaled.min() == -1 and scaled.max() == 1 and scaled[1] == pytest.approx(-1) and scaled[99] == pytest.approx(1)

@@ -1,0 +1,162 @@
+"""Normalisation of actions and states by the statistics of the data that a VLA was pretrained on.
+
+A pretrained VLA speaks of actions in numbers of about unit size; what a robot wants are metres and radians. The policy
+keeps what it drew, and its log-probability, in its own numbers: only what goes to the environment is brought back.
+
+Statistics come as files: OpenVLA's `dataset_statistics.json`, of each data set that it was trained on, or the
+`meta/stats.json` of a LeRobot data set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from research.schema import UserError, did_you_mean, one_line
+
+Kind = Literal["quantiles", "min_max", "mean_std"]
+# What each kind reads: two numbers that are brought to -1 and 1; or a mean, and a deviation that is brought to 1.
+FIELDS: dict[str, tuple[str, str]] = {
+    "quantiles": ("q01", "q99"),
+    "min_max": ("min", "max"),
+    "mean_std": ("mean", "std"),
+}
+SMALLEST = 1e-8  # a number that does not vary in the data is normalised to its middle
+
+
+class Normalisation(nn.Module):
+    """An affine map of each number, with its inverse: normalised = (x - middle) / scale.
+
+    The buffers are no part of a state dict: they belong to the data, not to what is trained.
+
+    Args:
+        middle, scale: `[A]`.
+        mask: bool `[A]`; a number whose mask is False is passed on as it is (a gripper that is 0 or 1 already).
+    """
+
+    def __init__(self, middle: Tensor, scale: Tensor, mask: Tensor | None = None):
+        super().__init__()
+        kept = torch.ones_like(middle, dtype=torch.bool) if mask is None else mask
+        self.register_buffer("middle", torch.where(kept, middle, 0.0), persistent=False)
+        self.register_buffer("scale", torch.where(kept, scale, 1.0), persistent=False)
+
+    @property
+    def size(self) -> int:
+        """A."""
+        return len(self.middle)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """`[..., A]` of the data's units -> the policy's."""
+        safe = torch.where(self.scale.abs() > SMALLEST, self.scale, 1.0)
+        return torch.where(self.scale.abs() > SMALLEST, (x - self.middle) / safe, 0.0)
+
+    def unnormalise(self, y: Tensor) -> Tensor:
+        """`[..., A]` of the policy's units -> the data's; what lies outside of [-1, 1] is not cut off."""
+        return self.middle + y * self.scale
+
+    @classmethod
+    def identity(cls, size: int) -> Normalisation:
+        """Changes nothing; for data that are normalised already."""
+        return cls(torch.zeros(size), torch.ones(size))
+
+    @classmethod
+    def from_statistics(cls, statistics: Mapping[str, Any], kind: Kind, size: int | None = None) -> Normalisation:
+        """By the statistics of one quantity.
+
+        Args:
+            statistics: lists of A numbers by name: q01 and q99, min and max, or mean and std; and perhaps mask.
+            kind: which of them to read. "quantiles" brings the 1st and the 99th percentile to -1 and 1 (OpenVLA),
+                "min_max" the least and the largest number; "mean_std" the mean to 0 and a standard deviation to 1.
+            size: A, where it is known from elsewhere.
+        Raises:
+            UserError: an unknown kind, statistics that are missing, of another size, no numbers, or in the wrong order.
+        """
+        if kind not in FIELDS:
+            raise UserError(f"normalisation is one of {', '.join(FIELDS)}, got {kind!r}")
+        first, second = (_numbers(statistics, name) for name in FIELDS[kind])
+        mask = _numbers(statistics, "mask").bool() if statistics.get("mask") is not None else None
+        for name, found in zip((*FIELDS[kind], "mask"), (first, second, mask), strict=True):
+            if found is not None and len(found) != (expected := len(first) if size is None else size):
+                raise UserError(f"statistics: {name} has {len(found)} numbers, and {expected} are expected")
+        if kind == "mean_std":
+            middle, scale = first, second
+        else:
+            middle, scale = (first + second) / 2, (second - first) / 2
+        if (scale < 0).any():
+            raise UserError(
+                f"statistics: {FIELDS[kind][1]} has a number below {FIELDS[kind][0] if kind != 'mean_std' else 0}"
+            )
+        return cls(middle, scale, mask)
+
+
+def read_statistics(path: str | Path, quantity: str = "action", dataset: str | None = None) -> dict[str, Any]:
+    """The statistics of one quantity in a file of OpenVLA's or of LeRobot's.
+
+    Args:
+        path: the file, or a folder that has it: `dataset_statistics.json`, `stats.json` or `meta/stats.json`.
+        quantity: "action", "proprio", "observation.state", ...
+        dataset: whose statistics, in a file that has those of several data sets; None: of the only one.
+    Returns:
+        what `Normalisation.from_statistics` reads.
+    Raises:
+        UserError: no such file, no JSON object, or nothing of that name in it; says what there is.
+    """
+    path = _file(Path(path))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()) or not found:
+        raise UserError(f"{path}: expected an object of statistics, by data set or by quantity")
+    if all(isinstance(value, dict) for one in found.values() for value in _statistics_of(one)):
+        found = _of_dataset(path, found, dataset)
+    elif dataset is not None:
+        raise UserError(f"{path}: has the statistics of one data set without a name; leave out {dataset!r}")
+    if quantity not in found:
+        hint = did_you_mean(quantity, found) or f"; there are {', '.join(found)}"
+        raise UserError(f"{path}: no statistics of {quantity!r}{hint}")
+    return found[quantity]
+
+
+def _statistics_of(one: Mapping[str, Any]) -> Sequence[Any]:
+    """The values of a data set's entry that are no counts (OpenVLA's `num_transitions`, `num_trajectories`)."""
+    return [value for value in one.values() if not isinstance(value, int | float)]
+
+
+def _of_dataset(path: Path, found: Mapping[str, Any], dataset: str | None) -> Mapping[str, Any]:
+    if dataset is None and len(found) > 1:
+        raise UserError(f"{path}: has the statistics of {len(found)} data sets; name one of {', '.join(found)}")
+    dataset = next(iter(found)) if dataset is None else dataset
+    if dataset not in found:
+        hint = did_you_mean(dataset, found) or f"; there are {', '.join(found)}"
+        raise UserError(f"{path}: no data set {dataset!r}{hint}")
+    return found[dataset]
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    names = ("dataset_statistics.json", "stats.json", "meta/stats.json")
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise UserError(
+        f"statistics: there is no file {path}" + (f", nor {', '.join(names)} in it" if path.is_dir() else "")
+    )
+
+
+def _numbers(statistics: Mapping[str, Any], name: str) -> Tensor:
+    if name not in statistics:
+        raise UserError(f"statistics: no {name}; there are {', '.join(map(str, statistics)) or 'none'}")
+    try:
+        numbers = torch.tensor(statistics[name], dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"statistics: {name} is not a list of numbers") from error
+    if numbers.ndim != 1 or not len(numbers) or not numbers.isfinite().all():
+        raise UserError(f"statistics: {name} should be a list of finite numbers, got {statistics[name]!r}"[:300])
+    return numbers
