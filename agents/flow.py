@@ -30,6 +30,8 @@ from torch import Tensor
 from research.schema import UserError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Counted = tuple[int | None, int | None]
+EVERYTHING: Counted = (None, None)
 
 
 class Draw(NamedTuple):
@@ -102,20 +104,21 @@ def _wide(value: Tensor) -> Tensor:
     return value[:, None, None]
 
 
-def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor, executed: int | None = None) -> Tensor:
+def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor, counted: Counted = EVERYTHING) -> Tensor:
     """Log-density of a diagonal Gaussian, summed over the H control steps that count and the A numbers of each.
 
     Args:
         value, mean: `[*B, H, A]`.
         std: of their shape, or one that is expanded to it.
-        executed: how many of the H are executed; None: all. What is not executed still moves what is, through later
-            denoising steps: to leave it out is no longer exact, and lowers the variance of a ratio of densities.
+        counted: of the H control steps and of the A numbers, how many count from the first on; None: all. The others
+            (what is planned and not executed, what pads an action) still move these, through later denoising steps:
+            to leave them out is no longer exact, and lowers the variance of a ratio of densities.
     Returns:
         `[*B]`.
     """
     std = std.expand_as(mean)
     each = -0.5 * ((value - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-    return each[..., :executed, :].sum(dim=(-2, -1))
+    return each[..., : counted[0], : counted[1]].sum(dim=(-2, -1))
 
 
 class FlowSDE:
@@ -130,13 +133,13 @@ class FlowSDE:
     Args:
         steps: K.
         noise: a; 0 is the ordinary equation, which has no density.
-        executed: see `gaussian_log_prob`.
+        counted: see `gaussian_log_prob`.
     """
 
-    def __init__(self, steps: int, noise: float = 0.5, executed: int | None = None):
+    def __init__(self, steps: int, noise: float = 0.5, counted: Counted = EVERYTHING):
         if not noise > 0:
             raise UserError(f"flow-SDE needs noise above 0, got {noise}: without any, an action has no density")
-        self.steps, self.noise, self.executed = Steps(steps), noise, executed
+        self.steps, self.noise, self.counted = Steps(steps), noise, counted
 
     @torch.no_grad()
     def sample(self, velocity: Velocity, start: Tensor, generator: torch.Generator | None = None) -> Draw:
@@ -159,7 +162,7 @@ class FlowSDE:
             following = torch.where(chosen[:, None, None], drawn, plain)
             before = torch.where(chosen[:, None, None], x, before)
             after = torch.where(chosen[:, None, None], drawn, after)
-            log_prob = torch.where(chosen, gaussian_log_prob(drawn, mean, std, self.executed), log_prob)
+            log_prob = torch.where(chosen, gaussian_log_prob(drawn, mean, std, self.counted), log_prob)
             x = following
         return Draw(x, torch.stack([before, after], dim=1), index, log_prob)
 
@@ -171,7 +174,7 @@ class FlowSDE:
             pair, index: of a `Draw`.
         """
         _, mean, std = self._step(velocity, pair[:, 0].contiguous(), index)
-        return gaussian_log_prob(pair[:, 1], mean, std, self.executed)
+        return gaussian_log_prob(pair[:, 1], mean, std, self.counted)
 
     def _step(self, velocity: Velocity, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where the equation leads, and mean `[B, H, A]` and deviation `[B, 1, 1]` of the stochastic step."""
@@ -189,13 +192,13 @@ class FlowNoise:
     Args:
         steps: K.
         low, high: bounds of the standard deviation, 0 < low < high.
-        executed: see `gaussian_log_prob`.
+        counted: see `gaussian_log_prob`.
     """
 
-    def __init__(self, steps: int, low: float = 0.08, high: float = 0.16, executed: int | None = None):
+    def __init__(self, steps: int, low: float = 0.08, high: float = 0.16, counted: Counted = EVERYTHING):
         if not 0 < low < high:
             raise UserError(f"flow-noise needs 0 < low < high for its standard deviation, got {low} and {high}")
-        self.steps, self.low, self.high, self.executed = Steps(steps), low, high, executed
+        self.steps, self.low, self.high, self.counted = Steps(steps), low, high, counted
 
     def bounded(self, raw: Tensor) -> Tensor:
         """Standard deviations within the bounds, from any numbers: low (high / low)^sigmoid(raw)."""
@@ -219,7 +222,7 @@ class FlowNoise:
             mean, std = self._step(velocity, raw_std, states[-1], index)
             eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
             states.append(mean + std * eps)
-            log_prob = log_prob + gaussian_log_prob(states[-1], mean, std, self.executed)
+            log_prob = log_prob + gaussian_log_prob(states[-1], mean, std, self.counted)
         return Chain(states[-1], torch.stack(states, dim=1), log_prob)
 
     def log_prob(self, velocity: Velocity, raw_std: Velocity, states: Tensor) -> Tensor:
@@ -233,7 +236,7 @@ class FlowNoise:
         for k in range(len(self.steps)):
             index = torch.full((len(states),), k, device=states.device)
             mean, std = self._step(velocity, raw_std, states[:, k].contiguous(), index)
-            log_prob = log_prob + gaussian_log_prob(states[:, k + 1], mean, std, self.executed)
+            log_prob = log_prob + gaussian_log_prob(states[:, k + 1], mean, std, self.counted)
         return log_prob
 
     def _step(self, velocity: Velocity, raw_std: Velocity, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,8 @@ class DecidingVLA(nn.Module):
         context_keys: stage outputs and observations that `decide`, `score` and `state_value` read.
         heads: the parts that the freeze scope "backbone" leaves trainable, as dotted names; None for `action_head` and
             whatever the value alone depends on.
+        entropy_trains: whether the entropy that `score` returns depends on the weights; where it does not, an entropy
+            bonus is refused.
         interface: what this form of the contract is called in messages.
     """
 
@@ -86,6 +88,7 @@ class DecidingVLA(nn.Module):
     decision_keys: tuple = (ACTION,)
     context_keys: tuple = ()
     heads: tuple[str, ...] | None = None
+    entropy_trains: bool = True
 
     def stages(self) -> list[TensorDictModuleBase]:
         """What depends on the observation alone, in order: modules that read `("observation", key)` or each other."""

@@ -118,6 +118,11 @@ def make_ppo(
 ) -> PPO:
     """PPO around a policy; the critic's gradient reaches what `policy.critic_gradient` says."""
     cfg, model, to_head = config.algorithm.cfg, policy.model, config.policy.critic_gradient == "head"
+    if cfg.ent_coef and not getattr(policy.contract, "entropy_trains", True):
+        raise UserError(
+            f"algorithm.cfg.ent_coef is {cfg.ent_coef:g}, but the entropy of {type(model).__name__} does not depend on "
+            "its weights: a bonus for it trains nothing; set it to 0"
+        )
     optimizer = torch.optim.Adam(
         parameter_groups(model, cfg.learning_rate, config.policy.learning_rates), eps=1e-5, fused=True
     )

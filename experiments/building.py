@@ -79,6 +79,10 @@ def make_model(
         trust_checkpoint=vla.trust_checkpoint,
         expect_fresh=expect_fresh,
     )
+    wanted, planned = policy.action_chunk.horizon, getattr(model, "horizon", None)
+    if wanted is not None and "horizon" not in named and wanted != planned:
+        plans = f" and plans {planned} control steps" if planned else ""
+        raise UserError(f"policy.action_chunk.horizon is {wanted}, but {vla.model_class} takes no horizon{plans}")
     with torch.random.fork_rng():
         check_model(model.eval(), observations, action_shape, choices)
     value_head = [policy.value_head] if policy.value_head else find_value_head(model, observations)

@@ -51,16 +51,16 @@ def by_hand(x, k, a, steps):
     return x - d * drift, sigma * math.sqrt(d)
 
 
-@pytest.mark.parametrize("executed", [None, 2])
-def test_the_stochastic_step_has_the_density_that_is_written_in_the_paper(executed):
-    flow = FlowSDE(4, noise=0.7, executed=executed)
+@pytest.mark.parametrize("counted", [(None, None), (2, None), (2, 1)])
+def test_the_stochastic_step_has_the_density_that_is_written_in_the_paper(counted):
+    flow = FlowSDE(4, noise=0.7, counted=counted)
     draw = flow.sample(velocity, noise(64), torch.Generator().manual_seed(3))
     assert set(draw.index.tolist()) == {0, 1, 2, 3}
     scored = flow.log_prob(velocity, draw.pair, draw.index)
     assert torch.equal(scored, draw.log_prob)  # so the first ratio is 1
     for row in range(64):
         mean, std = by_hand(draw.pair[row, 0], int(draw.index[row]), 0.7, 4)
-        expected = Normal(mean, std).log_prob(draw.pair[row, 1])[:executed].sum()
+        expected = Normal(mean, std).log_prob(draw.pair[row, 1])[: counted[0], : counted[1]].sum()
         assert draw.log_prob[row].item() == pytest.approx(expected.item(), abs=1e-9)
 
 
@@ -95,9 +95,9 @@ def test_a_stochastic_step_keeps_the_distribution_of_actions():
     assert action.std().item() == pytest.approx(plain.std().item(), abs=0.006)
 
 
-@pytest.mark.parametrize("executed", [None, 1])
-def test_a_chain_has_the_sum_of_its_steps_log_probabilities(executed):
-    flow = FlowNoise(3, low=0.1, high=0.4, executed=executed)
+@pytest.mark.parametrize("counted", [(None, None), (1, None), (2, 1)])
+def test_a_chain_has_the_sum_of_its_steps_log_probabilities(counted):
+    flow = FlowNoise(3, low=0.1, high=0.4, counted=counted)
     chain = flow.sample(velocity, raw_std, noise(), torch.Generator().manual_seed(2))
     expected = torch.zeros(B, dtype=torch.float64)
     for k in range(3):
@@ -105,7 +105,7 @@ def test_a_chain_has_the_sum_of_its_steps_log_probabilities(executed):
         std = 0.1 * 4.0 ** torch.sigmoid(raw_std(x, t))
         assert (std > 0.1).all() and (std < 0.4).all()
         each = Normal(x - velocity(x, t) / 3, std).log_prob(chain.states[:, k + 1])
-        expected += each[:, :executed].sum(dim=(1, 2))
+        expected += each[:, : counted[0], : counted[1]].sum(dim=(1, 2))
     assert torch.allclose(chain.log_prob, expected, atol=1e-9)
     assert torch.equal(flow.log_prob(velocity, raw_std, chain.states), chain.log_prob)
     assert torch.equal(chain.action, chain.states[:, -1]) and torch.equal(chain.states[:, 0], noise())

@@ -1,0 +1,47 @@
+"""The tiny configuration of every family of models trains, goes on from its checkpoint, and is evaluated."""
+
+from __future__ import annotations
+
+import evaluate_vla
+import ppo_vla
+import pytest
+from worlds import ROOT, run_folder
+
+from research.runs.tracking import read_metrics
+
+TINY = sorted((ROOT / "experiments" / "configs").glob("*_tiny.json"))
+
+
+def start(path, tmp_path, *flags: str) -> int:
+    quiet = ["--trainer.use_wandb=false", "--trainer.progress_bar=false", f"--trainer.run_dir={tmp_path / 'runs'}"]
+    return ppo_vla.main(["--config", str(path), *quiet, *flags])
+
+
+def test_there_are_some():
+    assert [path.stem for path in TINY] == ["pi0_tiny"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TINY, ids=[path.stem for path in TINY])
+def test_it_trains_goes_on_and_is_evaluated(path, tmp_path):
+    assert start(path, tmp_path) == 0
+    run = run_folder(tmp_path)
+    rows = [row for row in read_metrics(run) if "train/epochs" in row]
+    assert len(rows) == 2 and rows[1]["train/approx_kl"] > 0 and rows[1]["train/grad_norm"] > 0
+    assert ppo_vla.main([f"--trainer.resume={run}", "--trainer.iterations=3", "--trainer.progress_bar=false"]) == 0
+    assert len([row for row in read_metrics(run) if "train/epochs" in row]) == 3
+    flags = ["--film=0", "--trainer.num_eval_episodes=8", f"--output={tmp_path / 'evaluation'}"]
+    assert evaluate_vla.main([f"--checkpoint={run}", *flags]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--algorithm.cfg.ent_coef=0.01", "ent_coef is 0.01, but the entropy of Pi0VLA does not depend on its weights"),
+        ("--policy.action_chunk.horizon=8", "takes no horizon and plans 4 control steps"),
+    ],
+)
+def test_pi0_refuses_what_it_cannot_do(flag, message, tmp_path, capsys):
+    assert start(ROOT / "experiments" / "configs" / "pi0_tiny.json", tmp_path, flag) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
