@@ -30,6 +30,7 @@ from transformers import DynamicCache, PI0Config, PI0ForConditionalGeneration
 
 from agents.flow import FlowSDE, Velocity, follow
 from agents.normalisation import Kind, Normalisation, read_statistics
+from agents.sentence_encoder import read_tokenizer
 from agents.vla import DecidingVLA, check_modalities
 from agents.weights import some
 from research.schema import (
@@ -119,7 +120,8 @@ class Pi0VLA(DecidingVLA):
         self.action_expert = ActionExpert(hub)
         width = self.config.vlm_config.text_config.hidden_size
         self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 1))
-        self.words = _tokenizer(tokenizer or pretrained, self.config.vlm_config.text_config.vocab_size)
+        folder, vocabulary = tokenizer or pretrained, self.config.vlm_config.text_config.vocab_size
+        self.words = read_tokenizer(Path(folder), vocabulary, "Pi0VLA: tokenizer") if folder else None
         self.flow = FlowSDE(steps, noise, counted=(self.executed, action_dim))
         self.actions = _normalisation(statistics, "action", dataset, normalisation, action_dim)
         self.states = _normalisation(statistics, "proprio", dataset, normalisation, proprio_dim)
@@ -276,17 +278,25 @@ def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def prompt_tokens(
     words: Tokenizer | None, language: Tensor | None, rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Ids int64 `[B, L]` of the start token, the instruction and a line's end, and bool `[B, L]`: no padding."""
+    """Ids int64 `[B, L]` of the start token, the instruction and a line's end, and bool `[B, L]`: no padding.
+
+    Raises:
+        UserError: an instruction has more tokens than pi0 was trained with; nothing is cut off.
+    """
     texts = [""] * rows if language is None else decode_text(language)
     if words is None:  # fresh weights: bytes
-        lists = [[1, *text.encode(), 10] for text in texts]
+        longest = 2 + (0 if language is None else language.shape[1])
+        known = {text: [1, *text.encode(), 10] for text in set(texts)}
     else:
-        start = words.token_to_id("<bos>")
-        lists = [[*([] if start is None else [start]), *words.encode(text + "\n").ids] for text in texts]
-    lists = [ids[:LONGEST_PROMPT] for ids in lists]
-    ids = torch.zeros(rows, LONGEST_PROMPT, dtype=torch.int64)
-    is_token = torch.zeros(rows, LONGEST_PROMPT, dtype=torch.bool)
-    for row, found in enumerate(lists):
+        longest, start = LONGEST_PROMPT, words.token_to_id("<bos>")
+        first = [] if start is None else [start]
+        known = {text: [*first, *words.encode(text + "\n").ids] for text in set(texts)}
+    ids = torch.zeros(rows, longest, dtype=torch.int64)
+    is_token = torch.zeros(rows, longest, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        found = known[text]
+        if len(found) > longest:
+            raise UserError(f"Pi0VLA: the instruction {text[:80]!r}... has {len(found)} tokens, more than {longest}")
         ids[row, : len(found)], is_token[row, : len(found)] = torch.tensor(found), True
     return ids.to(device), is_token.to(device)
 
@@ -334,24 +344,6 @@ def load_hub(folder: str, config: PI0Config) -> PI0ForConditionalGeneration:
         others = f"; what there is besides: {some(sorted(told['unexpected_keys']))}" if told["unexpected_keys"] else ""
         raise UserError(f"Pi0VLA: {folder} lacks {some(missing)}{others}")
     return hub
-
-
-def _tokenizer(folder: str | None, vocabulary: int) -> Tokenizer | None:
-    if folder is None:
-        return None
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"Pi0VLA: there is no {path}; set tokenizer to a folder that has PaliGemma's tokenizer.json")
-    try:
-        words = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(f"Pi0VLA: {path} cannot be read: {describe_error(error)}") from error
-    largest = max(words.get_vocab().values(), default=0)
-    if not 0 < largest < vocabulary:
-        raise UserError(f"Pi0VLA: {path} has ids up to {largest}, the model knows {vocabulary} tokens")
-    words.no_padding()
-    words.no_truncation()
-    return words
 
 
 def _normalisation(path: str | None, quantity: str, dataset: str | None, kind: Kind, size: int) -> Normalisation:

@@ -46,7 +46,7 @@ class SentenceEncoder(nn.Module):
         if isinstance(spec, str):
             folder = _folder(spec)
             self.network = _pretrained(folder)
-            self.words = _tokenizer(folder, self.network.config.vocab_size)
+            self.words = read_tokenizer(folder, self.network.config.vocab_size, OPTION)
         else:
             config = _bert_config({**MINILM, **BYTES, **(spec or {})})
             self.network = BertModel(_without_dropout(config), add_pooling_layer=False)
@@ -102,15 +102,26 @@ def _pretrained(folder: Path) -> PreTrainedModel:
     return network
 
 
-def _tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
+def read_tokenizer(folder: Path, vocabulary: int, option: str) -> Tokenizer:
+    """The tokenizer of a folder, without padding and truncation.
+
+    Args:
+        folder: has `tokenizer.json`.
+        vocabulary: how many tokens the model knows.
+        option: the setting that names the folder, for messages.
+    Raises:
+        UserError: the file is absent or damaged, or has tokens that the model does not know.
+    """
     path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{option}: there is no {path}; name a folder that has the model's tokenizer.json")
     try:
         words = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
-        raise UserError(f"{OPTION}: {path} cannot be read: {describe_error(error)}") from error
+        raise UserError(f"{option}: {path} cannot be read: {describe_error(error)}") from error
     largest = max(words.get_vocab().values(), default=0)
     if not 0 < largest < vocabulary:
-        raise UserError(f"{OPTION}: {path} has ids up to {largest}, its encoder knows {vocabulary} tokens")
+        raise UserError(f"{option}: {path} has ids up to {largest}, its encoder knows {vocabulary} tokens")
     words.no_padding()
     words.no_truncation()
     return words

@@ -115,10 +115,8 @@ def imitate(options: argparse.Namespace, arm: str, seed: int, weights: Path) -> 
 
 def reinforce(options: argparse.Namespace, arm: str, seed: int, weights: Path) -> None:
     name = f"{weights.stem}_ppo"
-    # The folder of a run that was stopped: its checkpoint goes on, its configuration included.
-    begun = [folder for folder in options.folder.glob(f"{name}-*") if any((folder / "checkpoints").iterdir())]
-    if begun:
-        run("ppo_vla.py", f"--trainer.resume={begun[0]}")
+    if begun := run_of(options.folder, name):
+        run("ppo_vla.py", f"--trainer.resume={begun}")
     else:
         run(
             "ppo_vla.py", "--config", HERE / "configs" / "metaworld.json", f"--policy.freeze={frozen_parts(arm)}",
@@ -127,7 +125,7 @@ def reinforce(options: argparse.Namespace, arm: str, seed: int, weights: Path) -
             f"--trainer.run_dir={options.folder}", f"--trainer.max_env_steps={options.ppo_env_steps}",
             f"--trainer.num_eval_episodes={options.episodes}", *shlex.split(options.ppo),
         )  # fmt: skip
-    folder = RunFolder(next(options.folder.glob(f"{name}-*")))
+    folder = RunFolder(run_of(options.folder, name))
     output = options.folder / f"{name}_sample"
     run(
         "evaluate_vla.py", f"--checkpoint={folder}", f"--output={output}", "--trainer.eval_mode=sample",
@@ -139,6 +137,12 @@ def reinforce(options: argparse.Namespace, arm: str, seed: int, weights: Path) -
     episodes += [row | {"mode": "sample"} for row in read_rows(RunFolder(output).episodes)]
     seconds, env_steps = last["time/elapsed_s"], last["global_step"]
     append(options.table, [summed_up("ppo", arm, seed, mode, seconds, env_steps, episodes) for mode in MODES])
+
+
+def run_of(folder: Path, name: str) -> Path | None:
+    """The folder of a run that has a checkpoint to go on from; one that was killed before its first is left alone."""
+    begun = [one for one in folder.glob(f"{name}-*") if any((one / "checkpoints").glob("step_*"))]
+    return begun[0] if begun else None
 
 
 def run(script: str, *words: object) -> None:

@@ -9,9 +9,11 @@ import sys
 import time
 
 import numpy as np
+import pytest
 import torch
 from tensordict import TensorDict
 
+from envs import maniskill_worlds
 from envs.simulator import Layout
 from envs.vector import VectorEnv
 from research.schema import UserError
@@ -132,3 +134,12 @@ def play(env: VectorEnv, steps: int = 30, seed: int = 1) -> TensorDict:
         following, step = env.step_and_maybe_reset(step)
         seen.append(following["next"].clone())
     return torch.stack(seen)
+
+
+def skip_without_maniskill() -> None:
+    """Skip the test that asks, and say why, where ManiSkill or a Vulkan that it can use is not installed."""
+    pytest.importorskip("mani_skill", reason="mani_skill is not installed")
+    try:
+        maniskill_worlds._check_vulkan("cpu")
+    except UserError as error:
+        pytest.skip(str(error))

@@ -111,13 +111,18 @@ def test_a_folder_of_transformers_is_loaded_whole(tmp_path):
             assert torch.equal(weight, hub.state_dict()[hub_name(name)]), name
     ids, is_token = prompt_tokens(loaded.words, looks()["language"], 3, torch.device("cpu"))
     assert ids[0, is_token[0]].tolist() == [1, 2] and ids[1, is_token[1]].tolist() == [1, 0, 0, 3]
+    long = encode_text("go " * 48, 160)[None].long()
+    with pytest.raises(UserError, match=r"the instruction 'go go .* has 49 tokens, more than 48"):
+        prompt_tokens(loaded.words, long, 1, torch.device("cpu"))
+    as_bytes, is_byte = prompt_tokens(None, long, 1, torch.device("cpu"))
+    assert bytes(as_bytes[0, is_byte[0]].tolist()) == b"\x01" + ("go " * 48).encode() + b"\n"  # nothing is cut off
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
         ("config", r"there is no .*config.json; pretrained is a folder"),
-        ("no tokenizer", r"there is no .*tokenizer.json; set tokenizer to a folder"),
+        ("no tokenizer", r"tokenizer: there is no .*tokenizer.json; name a folder"),
         ("tokenizer.json", "tokenizer.json cannot be read"),
         ("weight", r"lacks action_out_proj.weight; what there is besides: other.weight"),
         ("shape", r"does not fit its configuration: action_out_proj.*\[9, 32\] for \[8, 32\]"),

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from envs_worlds import play
+from envs_worlds import play, skip_without_maniskill
 
 from envs import maniskill_worlds
 from envs.maniskill import ManiSkillSimulator, make_maniskill_env
@@ -27,11 +27,7 @@ needs_package = pytest.mark.skipif(importlib.util.find_spec("mani_skill") is Non
 
 @pytest.fixture(scope="module")
 def vulkan():
-    pytest.importorskip("mani_skill", reason="mani_skill is not installed")
-    try:
-        maniskill_worlds._check_vulkan("cpu")
-    except UserError as error:
-        pytest.skip(str(error))
+    skip_without_maniskill()
 
 
 @pytest.fixture(scope="module")

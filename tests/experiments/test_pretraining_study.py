@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pretraining_study
 import pytest
-from pretraining_study import ARMS, MODES, Row, main, read_table, summed_up, tables
+from pretraining_study import ARMS, MODES, Row, main, read_table, run_of, summed_up, tables
 
 from research.schema import UserError
 from research.study.statistics import difference_interval, mean_interval
@@ -63,3 +63,10 @@ def test_a_row_wants_one_episode_of_each_state(tmp_path, capsys):
         summed_up("clone", "random+frozen", 0, "mode", 2.4, 0, episodes[:2])
     assert main(["--show", f"--table={tmp_path / 'none.csv'}"]) == 2
     assert "no table yet" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "a_ppo-1" / "checkpoints").mkdir(parents=True)
+    assert run_of(tmp_path, "a_ppo") is None
+    (tmp_path / "a_ppo-2" / "checkpoints" / "step_000000032").mkdir(parents=True)
+    assert run_of(tmp_path, "a_ppo") == tmp_path / "a_ppo-2" and run_of(tmp_path, "b_ppo") is None

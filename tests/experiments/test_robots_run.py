@@ -7,11 +7,10 @@ import json
 import evaluate_vla
 import ppo_vla
 import pytest
+from envs_worlds import skip_without_maniskill
 from worlds import run_folder
 
-from envs import maniskill_worlds
 from research.runs.folder import read_rows
-from research.schema import UserError
 
 SIZES = {
     "num_envs": 4, "buffer_size": 16, "iterations": 2, "num_eval_envs": 3, "num_eval_episodes": 4, "max_eval_steps": 8,
@@ -30,19 +29,11 @@ PUSH_CUBE = {
 }
 
 
-def maniskill_or_skip():
-    pytest.importorskip("mani_skill", reason="mani_skill is not installed")
-    try:
-        maniskill_worlds._check_vulkan("cpu")
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [FETCH, PUSH_CUBE], ids=["fetch", "maniskill"])
 def test_another_robot_is_another_json(tmp_path, world, capsys):
     if world["env"] == "maniskill":
-        maniskill_or_skip()
+        skip_without_maniskill()
     config = {
         "trainer": {**world, **SIZES, "run_dir": str(tmp_path / "runs")},
         "policy": {"freeze": "vision", "vla_config": {"model_class": "agents.small_vla.SmallVLA"}},
