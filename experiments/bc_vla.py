@@ -49,7 +49,7 @@ from agents.provided_weights import save_trained
 from envs import make_env
 from envs.demonstrating import Disturbance
 from envs.vector import VectorEnv
-from research.imitation.cloning import CloningConfig, clone, planned_steps, with_frozen_features
+from research.imitation.cloning import CloningConfig, can_imitate, clone, planned_steps, with_frozen_features
 from research.imitation.demonstrations import check_fits, count_by_task, only_successful, samples_of
 from research.imitation.experts import check_states, collect_rollout
 from research.imitation.lerobot import LeRobotConfig, read_dataset
@@ -117,6 +117,8 @@ class BCConfig(CloningConfig):
     eval_episodes: NonNegativeInt = 256
     """Held-out initial states for the final evaluation, 0 to this; 0 = no environment is made, which needs
     demonstrations of a data set."""
+    max_eval_steps: PositiveInt = 1000
+    """Control steps after which an episode of it is cut off, and has failed."""
     device: str = "cpu"
     """Where to train."""
     output: str = "runs/imitation/tabletop_pick_place.pt"
@@ -239,9 +241,10 @@ def main(argv: list[str] | None = None) -> int:
         observations, action_dim = offered, offered_dim
     model = build_model(config, observations, action_dim, getattr(env, "action_choices", None))
     policy = VLAPolicy(model)
-    if policy.interface != "staged":
+    if not can_imitate(model):
         raise UserError(
-            f"model_class: imitation needs stages and action_distribution, which {config.model_class} lacks"
+            "model_class: imitation needs stages, and action_distribution or imitation_loss, which "
+            f"{config.model_class} lacks"
         )
     action_shape = action_shape_of(config, action_dim)
     horizon = planned_steps(model, action_shape)
@@ -260,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     write(model, Path(config.output), settings, facts)  # what was learned is there, whatever becomes of its evaluation
     episodes: list[dict[str, Any]] = []
     for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")) if env is not None else ():
-        result = evaluate(env, policy.act, range(config.eval_episodes), mode=mode)
+        result = evaluate(env, policy.act, range(config.eval_episodes), max_steps=config.max_eval_steps, mode=mode)
         print(f"{mode}: {result.summary()}")
         facts |= {name.replace("eval", prefix, 1): value for name, value in result.metrics().items()}
         episodes += result.rows(mode=mode)

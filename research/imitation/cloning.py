@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,7 +37,8 @@ class CloningConfig:
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of AdamW."""
     loss: Literal["head", "smooth_l1"] = "head"
-    """head: the action head's own (squared error, cross-entropy of tokens); or smooth_l1 between plan and actions."""
+    """head: the model's own (squared error, cross-entropy of tokens, flow matching); or smooth_l1 between plan and
+    actions."""
     value_weight: NonNegativeFloat = 0.5
     """Weight of the value regression beside the imitation loss."""
     max_grad_norm: NonNegativeFloat = 0.0
@@ -55,11 +56,11 @@ def clone(
     config: CloningConfig,
     stop: Callable[[int, float], bool] = lambda step, loss: False,
 ) -> None:
-    """Train what is trainable in a model that has `action_distribution` and `value`.
+    """Train what is trainable in a model that `can_imitate`.
 
     Args:
         model: trained in place.
-        rest: the model's stages that data has not been through; the last writes `hidden` `[B, D]`.
+        rest: the model's stages that data has not been through.
         data: samples as of `research.imitation.demonstrations`, in them what `rest` reads.
         config: see `CloningConfig`.
         stop: asked after each step, with its number from 1 on and its imitation loss, whether it was the last.
@@ -82,9 +83,11 @@ def clone(
         batch = data[chosen]
         if config.proprio_noise and (proprio := batch.get((OBSERVATION, PROPRIO), None)) is not None:
             batch.set((OBSERVATION, PROPRIO), proprio + config.proprio_noise * torch.randn_like(proprio))
-        hidden = rest(batch).get(HIDDEN)
-        action_loss = imitation_loss(model, hidden, batch[ACTION], config.loss)
-        value_loss = (model.value(hidden) - batch[RETURN]).square().mean()
+        actions, returns = batch[ACTION], batch[RETURN]
+        seen = rest(batch)
+        action_loss = imitation_loss(model, seen, actions, config.loss)
+        value = model.value(seen.get(HIDDEN)) if hasattr(model, "value") else model.state_value(seen)
+        value_loss = (value - returns).square().mean()
         loss = action_loss + config.value_weight * value_loss
         check_finite([("the loss", loss)], f"at gradient step {step} of imitation")
         optimizer.zero_grad()
@@ -98,13 +101,27 @@ def clone(
             break
 
 
-def imitation_loss(model: nn.Module, hidden: Tensor, actions: Tensor, kind: str) -> Tensor:
-    """How far the model's plan is from the expert's actions `[B, H, A]`, in the mean: a scalar.
+def can_imitate(model: nn.Module) -> bool:
+    """Whether a model has a loss of its own, or a distribution over actions at `hidden`, and stages before either."""
+    return hasattr(model, "stages") and (hasattr(model, "imitation_loss") or hasattr(model, "action_distribution"))
 
+
+def imitation_loss(model: nn.Module, seen: TensorDictBase, actions: Tensor, kind: str) -> Tensor:
+    """How far the model's plan is from the expert's actions, in the mean: a scalar.
+
+    Args:
+        model: the VLA.
+        seen: a step `[B]` whose stages have run.
+        actions: `[B, H, A]`.
+        kind: of `CloningConfig.loss`.
     Raises:
-        UserError: "smooth_l1" where the plan is chosen among tokens, so that no gradient flows through it.
+        UserError: "smooth_l1" where no gradient flows through the plan: it is chosen among tokens, or denoised.
     """
-    head = getattr(model, "action_head", None)
+    if hasattr(model, "imitation_loss"):
+        if kind == "smooth_l1":
+            raise UserError(f"loss: {type(model).__name__} has its own loss; set it to head")
+        return model.imitation_loss(seen, actions).mean()
+    hidden, head = seen.get(HIDDEN), getattr(model, "action_head", None)
     if kind == "head" and hasattr(head, "imitation_loss"):
         return head.imitation_loss(hidden, actions).mean()
     plan = head.plan(hidden) if hasattr(head, "plan") else _mean_actions(model, hidden)
@@ -128,6 +145,8 @@ def planned_steps(model: nn.Module, action_shape: Sequence[int]) -> int:
         model: the VLA.
         action_shape: of what it executes, `[A]` or `[executed, A]`.
     """
+    if hasattr(model, "imitation_loss"):
+        return model.horizon
     head = getattr(model, "action_head", None)
     return getattr(head, "horizon", 1 if len(action_shape) == 1 else action_shape[0])
 

@@ -152,12 +152,21 @@ def test_an_expert_of_simulators_is_imitated_in_every_task(tmp_path, drift):
         assert [episode["initial_state"] for episode in of_mode] == list(range(6))
         assert sum(episode["success"] for episode in of_mode) / 6 == facts[f"{prefix}/success_rate"]
     assert len(drift) == 1  # one environment for all of it
+    assert max(episode["length"] for episode in episodes) > 4
     # What was not trained is left out, and known by its hash.
     names = set(load_file(output))
     assert not any(name.startswith("language_encoder") for name in names) and "value_head.0.weight" in names
     assert facts["provided_weights"] == Drifting().provided_weights
     loaded = load_vla_model(str(output), f"{__name__}.Drifting", {}, "cpu")
     assert torch.equal(loaded.fusion.proprio_mean, load_file(output)["fusion.proprio_mean"])
+
+
+def test_an_evaluation_has_a_time_limit_of_its_own(tmp_path, drift):
+    output = tmp_path / "drift.safetensors"
+    assert bc_vla.main([*EPISODES, "--steps=2", "--max_eval_steps=4", f"--output={output}"]) == 0
+    episodes = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert {episode["length"] for episode in episodes} == {4} and len(episodes) == 12
+    assert json.loads(output.with_suffix(".json").read_text())["samples"] > 48  # demonstrations are as long as ever
 
 
 def test_what_was_learned_is_there_though_its_evaluation_breaks(tmp_path, drift, monkeypatch):

@@ -40,10 +40,11 @@ def samples(count: int = 8) -> TensorDict:
 
 
 def test_losses():
-    hidden, actions = torch.tensor([[1.0], [3.0]]), torch.tensor([[[1.0], [1.9]], [[4.0], [6.0]]])
-    squared = imitation_loss(Planner(), hidden, actions, "head")
+    seen = TensorDict({"hidden": torch.tensor([[1.0], [3.0]])}, [2])
+    actions = torch.tensor([[[1.0], [1.9]], [[4.0], [6.0]]])
+    squared = imitation_loss(Planner(), seen, actions, "head")
     assert squared.item() == pytest.approx((0.1**2 + 1) / 4)
-    smooth = imitation_loss(Planner(), hidden, actions, "smooth_l1")
+    smooth = imitation_loss(Planner(), seen, actions, "smooth_l1")
     assert smooth.item() == pytest.approx((0.1**2 / 0.4 + (1 - 0.1)) / 4)
     assert planned_steps(Planner(), (2, 1)) == 2 and planned_steps(Planner(), (1,)) == 1
 
@@ -54,9 +55,10 @@ def test_heads_bring_their_own_losses_and_horizons():
     hidden, actions = torch.randn(5, 32), torch.rand(5, 4, 3)
     for model, steps in ((gaussian, 4), (tokens, 2)):
         expected = model.action_head.imitation_loss(hidden, actions[:, :steps]).mean()
-        assert torch.equal(imitation_loss(model, hidden, actions[:, :steps], "head"), expected)
+        seen = TensorDict({"hidden": hidden}, [5])
+        assert torch.equal(imitation_loss(model, seen, actions[:, :steps], "head"), expected)
     with pytest.raises(UserError, match="loss: smooth_l1 has no gradient through a TokenHead; set it to head"):
-        imitation_loss(tokens, hidden, actions[:, :2], "smooth_l1")
+        imitation_loss(tokens, seen, actions[:, :2], "smooth_l1")
 
 
 def test_cloning_learns_actions_and_values():
