@@ -86,12 +86,13 @@ def _check_methods(
 def _check_deciding(
     model: DecidingVLA, observations: TensorDictBase, action_shape: tuple, choices: Sequence[int] | None
 ) -> tuple[str, Tensor]:
-    name, b = _name(model), observations.batch_size[0]
+    name, b, chunk = _name(model), observations.batch_size[0], (1, *action_shape)[-2:]
     with torch.no_grad():
         step = _call(f"{name}.stages", model.run_stages, observations)
         step = _call(f"{name}.decide", model.decide, step, False)
         _expect_action(f"{name}.decide ({ACTION})", step.get(ACTION, None), (b, *action_shape))
-        for key, shape in ((LOG_PROB, (b,)), (VALUE, (b, 1))):
+        parts = {"chunk": (), "action": (chunk[0],), "token": (chunk[0] * chunk[1],)}[model.ratio_level]
+        for key, shape in ((LOG_PROB, (b, *parts)), (VALUE, (b, 1))):
             _expect(f"{name}.decide ({key})", step.get(key, None), shape)
         _expect_choices(f"{name}.decide", step.get(ACTION), choices)
         for key in model.decision_keys:
@@ -102,7 +103,7 @@ def _check_deciding(
     scores = _call(f"{name}.score", model.score, seen)
     if not isinstance(scores, tuple) or len(scores) != 3:
         raise UserError(f"{name}.score should return (log_prob, entropy, value), got {type(scores).__name__}")
-    for what, score, shape in zip(("log_prob", "entropy", "value"), scores, ((b,), (b,), (b, 1)), strict=True):
+    for what, score, shape in zip(("log_prob", "entropy", "value"), scores, ((b, *parts), (b,), (b, 1)), strict=True):
         _expect(f"{name}.score ({what})", score, shape)
     return f"{name}.score", scores[0]
 

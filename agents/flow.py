@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from agents.ratio_level import RatioLevel, at_level
 from research.schema import UserError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -104,21 +105,24 @@ def _wide(value: Tensor) -> Tensor:
     return value[:, None, None]
 
 
-def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor, counted: Counted = EVERYTHING) -> Tensor:
+def gaussian_log_prob(
+    value: Tensor, mean: Tensor, std: Tensor, counted: Counted = EVERYTHING, level: RatioLevel = "chunk"
+) -> Tensor:
     """Log-density of a diagonal Gaussian, summed over the H control steps that count and the A numbers of each.
 
     Args:
         value, mean: `[*B, H, A]`.
         std: of their shape, or one that is expanded to it.
+        level: "chunk" sums over all that counts, see `agents.ratio_level`.
         counted: of the H control steps and of the A numbers, how many count from the first on; None: all. The others
             (what is planned and not executed, what pads an action) still move these, through later denoising steps:
             to leave them out is no longer exact, and lowers the variance of a ratio of densities.
     Returns:
-        `[*B]`.
+        `[*B]`, or with a dimension more for the parts at another level.
     """
     std = std.expand_as(mean)
     each = -0.5 * ((value - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-    return each[..., : counted[0], : counted[1]].sum(dim=(-2, -1))
+    return at_level(each[..., : counted[0], : counted[1]], level)
 
 
 class FlowSDE:
@@ -142,39 +146,47 @@ class FlowSDE:
         self.steps, self.noise, self.counted = Steps(steps), noise, counted
 
     @torch.no_grad()
-    def sample(self, velocity: Velocity, start: Tensor, generator: torch.Generator | None = None) -> Draw:
+    def sample(
+        self,
+        velocity: Velocity,
+        start: Tensor,
+        generator: torch.Generator | None = None,
+        level: RatioLevel = "chunk",
+    ) -> Draw:
         """Draw actions.
 
         Args:
             velocity: the model.
             start: `[B, H, A]`, standard normal noise.
             generator: of the stochastic steps' places and noise.
+            level: see `gaussian_log_prob`.
         """
         rows, device = len(start), start.device
         index = torch.randint(len(self.steps), (rows,), generator=generator, device=device)
         eps = torch.randn(start.shape, generator=generator, device=device, dtype=start.dtype)
-        x, before, after, log_prob = start, start, start, start.new_zeros(rows)
+        x, before, after = start, start, start
+        means, stds = torch.zeros_like(start), start.new_ones(rows, 1, 1)  # of the stochastic step of each row
         for k in range(len(self.steps)):
             here = torch.full_like(index, k)
-            chosen = index == k
+            chosen = _wide(index == k)
             plain, mean, std = self._step(velocity, x, here)
             drawn = mean + std * eps
-            following = torch.where(chosen[:, None, None], drawn, plain)
-            before = torch.where(chosen[:, None, None], x, before)
-            after = torch.where(chosen[:, None, None], drawn, after)
-            log_prob = torch.where(chosen, gaussian_log_prob(drawn, mean, std, self.counted), log_prob)
-            x = following
+            means, stds = torch.where(chosen, mean, means), torch.where(chosen, std, stds)
+            before, after = torch.where(chosen, x, before), torch.where(chosen, drawn, after)
+            x = torch.where(chosen, drawn, plain)
+        log_prob = gaussian_log_prob(after, means, stds, self.counted, level)
         return Draw(x, torch.stack([before, after], dim=1), index, log_prob)
 
-    def log_prob(self, velocity: Velocity, pair: Tensor, index: Tensor) -> Tensor:
+    def log_prob(self, velocity: Velocity, pair: Tensor, index: Tensor, level: RatioLevel = "chunk") -> Tensor:
         """Log-probability `[B]` of a stored step, with gradients; the model is evaluated once.
 
         Args:
             velocity: the model.
             pair, index: of a `Draw`.
+            level: see `gaussian_log_prob`.
         """
         _, mean, std = self._step(velocity, pair[:, 0].contiguous(), index)
-        return gaussian_log_prob(pair[:, 1], mean, std, self.counted)
+        return gaussian_log_prob(pair[:, 1], mean, std, self.counted, level)
 
     def _step(self, velocity: Velocity, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where the equation leads, and mean `[B, H, A]` and deviation `[B, 1, 1]` of the stochastic step."""

@@ -44,7 +44,7 @@ class ScoringCritic(Direct, ValueOperator):
 
 
 class EvaluatedActions(Distribution):
-    """What a model says about the decisions that it was given: a log-probability and an entropy, both `[B]`.
+    """What a model says about the decisions that it was given: log-probability, `[B]` or `[B, L]`, and entropy `[B]`.
 
     It scores those decisions and no others, and cannot sample.
     """
@@ -54,7 +54,7 @@ class EvaluatedActions(Distribution):
 
     def __init__(self, log_prob: Tensor, entropy: Tensor):
         self._log_prob, self._entropy = log_prob, entropy
-        super().__init__(log_prob.shape, validate_args=False)
+        super().__init__(entropy.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self._log_prob

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from agents.loss_modules import EVALUATED_ENTROPY, EVALUATED_LOG_PROB, EVALUATED_VALUE, ScoringActor, ScoringCritic
+from agents.ratio_level import RatioLevel
 from agents.reuse import DistinctInstructions, OncePerInstruction, blocked_stages, split_constant
 from agents.stages import Precision, StageSequence, compile_model, is_shared, module_of, reads_instruction, stage_name
 from agents.vla import Contract, contract_of
@@ -58,12 +59,26 @@ class VLAPolicy:
             and losses stay in float32.
         compile: `torch.compile` the stages, or the methods of a model without stages; on a GPU they then run as CUDA
             graphs.
+        ratio_level: which parts of a decision have a log-probability of their own, see `agents.ratio_level`.
     Raises:
-        UserError: no stage writes what the model says that it reads.
+        UserError: no stage writes what the model says that it reads, or the model offers no such parts.
     """
 
-    def __init__(self, model: nn.Module, feature_reuse: str = "auto", autocast: str = "off", compile: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        feature_reuse: str = "auto",
+        autocast: str = "off",
+        compile: bool = False,
+        ratio_level: RatioLevel = "chunk",
+    ):
         self.model, self.contract = model, contract_of(model)
+        if ratio_level not in (offered := getattr(self.contract, "ratio_levels", ("chunk",))):
+            raise UserError(
+                f"policy.ratio_level: {type(model).__name__} has a log-probability of each {' or '.join(offered)}, "
+                f"and not of each {ratio_level}"
+            )
+        self.contract.ratio_level = ratio_level
         precision = Precision(model, autocast)
         graphs = compile and precision.device_type == "cuda"
         stages = list(self.contract.stages())
@@ -91,6 +106,12 @@ class VLAPolicy:
     def interface(self) -> str:
         """Which form of the contract the model has: "deciding", "staged", "fused" or "methods"."""
         return getattr(self.contract, "interface", "deciding")
+
+    @property
+    def score_is_exact(self) -> bool:
+        """See `DecidingVLA`; in the precision in which the model is run."""
+        with self.precision():
+            return getattr(self.contract, "score_is_exact", True)
 
     def _kept_keys(self) -> list:
         """Observations and outputs of frozen stages that other stages or the model read; and what was decided."""
@@ -150,7 +171,7 @@ class Act(TensorDictModuleBase):
 
 
 class Score(TensorDictModuleBase):
-    """What the model says now about the decisions of stored transitions, `[B]`: log-probability, entropy, value."""
+    """What the model says now about the decisions of stored transitions `[B]`: log-probability, entropy, value."""
 
     def __init__(self, rest: StageSequence, contract: Contract, precision: Precision):
         super().__init__()

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from agents.action_heads import entropy_of, mode_of
+from agents.ratio_level import LEVELS, RatioLevel, log_prob_at
 from agents.stages import run_stage
 from research.schema import (
     ACTION,
@@ -58,6 +59,9 @@ class Contract(Protocol):
     interface: str
     decision_keys: tuple
     context_keys: tuple
+    ratio_levels: tuple[RatioLevel, ...]
+    ratio_level: RatioLevel
+    score_is_exact: bool
 
     def stages(self) -> list[TensorDictModuleBase]: ...
 
@@ -81,6 +85,11 @@ class DecidingVLA(nn.Module):
             whatever the value alone depends on.
         entropy_trains: whether the entropy that `score` returns depends on the weights; where it does not, an entropy
             bonus is refused.
+        ratio_levels: of which parts of a decision it can say the log-probability, see `agents.ratio_level`.
+        ratio_level: of which it does; set by the policy.
+        score_is_exact: whether `score` returns what `decide` returned, to rounding, before any weight moves. Where it
+            does not (tokens decoded one by one and scored at once, in bfloat16), stored decisions are scored anew
+            before an update.
         interface: what this form of the contract is called in messages.
     """
 
@@ -89,6 +98,9 @@ class DecidingVLA(nn.Module):
     context_keys: tuple = ()
     heads: tuple[str, ...] | None = None
     entropy_trains: bool = True
+    ratio_levels: tuple[RatioLevel, ...] = ("chunk",)
+    ratio_level: RatioLevel = "chunk"
+    score_is_exact: bool = True
 
     def stages(self) -> list[TensorDictModuleBase]:
         """What depends on the observation alone, in order: modules that read `("observation", key)` or each other."""
@@ -98,13 +110,17 @@ class DecidingVLA(nn.Module):
     def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
         """Act on what the stages made of an observation `[B]`.
 
-        Writes `action` `[B, A]` or `[B, H, A]`, `action_log_prob` `[B]`, `state_value` `[B, 1]` and `decision_keys`
-        into `step`, and returns it. Draws from torch's global generator, unless `deterministic`.
+        Writes `action` `[B, A]` or `[B, H, A]`, `action_log_prob` `[B]` (of L parts `[B, L]`, where `ratio_level` says
+        so), `state_value` `[B, 1]` and `decision_keys` into `step`, and returns it. Draws from torch's global
+        generator, unless `deterministic`.
         """
 
     @abstractmethod
     def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability `[B]` and entropy `[B]` of the stored decision, and state value `[B, 1]`, with gradients."""
+        """Log-probability as `decide` writes it and entropy `[B]` of the stored decision, and state value `[B, 1]`.
+
+        All with gradients.
+        """
 
     @abstractmethod
     def state_value(self, step: TensorDictBase) -> Tensor:
@@ -138,6 +154,7 @@ class StagedVLA(DecidingVLA):
 
     interface = "staged"
     context_keys = (HIDDEN,)
+    ratio_levels = LEVELS
 
     @abstractmethod
     def stages(self) -> list[TensorDictModuleBase]:
@@ -160,12 +177,14 @@ class StagedVLA(DecidingVLA):
             action = distribution.rsample() if distribution.has_rsample else distribution.sample()
         # Choices are drawn as integers; an action is float32 for every environment, and whole numbers are exact in it.
         step.set(ACTION, action if action.is_floating_point() else action.float())
-        return step.set(LOG_PROB, distribution.log_prob(action)).set(VALUE, self.value(hidden).float())
+        log_prob = log_prob_at(distribution, action, self.ratio_level)
+        return step.set(LOG_PROB, log_prob).set(VALUE, self.value(hidden).float())
 
     def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         hidden = step.get(HIDDEN)
         distribution = self.action_distribution(hidden)
-        return distribution.log_prob(step.get(ACTION)), entropy_of(distribution), self.value(hidden).float()
+        log_prob = log_prob_at(distribution, step.get(ACTION), self.ratio_level)
+        return log_prob, entropy_of(distribution), self.value(hidden).float()
 
     def state_value(self, step: TensorDictBase) -> Tensor:
         return self.value(step.get(HIDDEN)).float()
@@ -192,6 +211,7 @@ class _Staged:
 
     interface = "staged"
     decision_keys, context_keys = StagedVLA.decision_keys, StagedVLA.context_keys
+    ratio_levels, ratio_level, score_is_exact = LEVELS, StagedVLA.ratio_level, StagedVLA.score_is_exact
     decide, score, state_value = StagedVLA.decide, StagedVLA.score, StagedVLA.state_value
 
     def __init__(self, model: nn.Module):
@@ -203,6 +223,7 @@ class _ThreeMethods:
 
     interface = "methods"
     decision_keys, context_keys = (ACTION,), (OBSERVATION,)
+    ratio_levels, ratio_level, score_is_exact = ("chunk",), "chunk", True
 
     def __init__(self, model: nn.Module):
         self.model = model

@@ -137,7 +137,7 @@ def make_ppo(
     apart = to_head and not detach_value_head(model, value_parameters, observations)
     step = PolicyUpdate(make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_parameters, apart)
     if config.trainer.buffer_type == "standard":
-        advantages = GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda)
+        advantages = GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size or cfg.batch_size)
     else:
         advantages = VTraceAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size)
     return PPO(advantages, step, cfg)

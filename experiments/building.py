@@ -167,7 +167,9 @@ def make_policy(
 ) -> VLAPolicy:
     """The modules around a model that is frozen as it will be, tried out on a few observations `[B]`."""
     trainer = config.trainer
-    policy = VLAPolicy(model, config.policy.feature_reuse, autocast=trainer.autocast, compile=trainer.compile == "on")
+    policy = VLAPolicy(
+        model, config.policy.feature_reuse, trainer.autocast, trainer.compile == "on", config.policy.ratio_level
+    )
     check_policy(policy, observations, action_shape, choices)
     check_constant(policy, observations)
     return policy

@@ -221,6 +221,9 @@ class PolicyConfig:
     """How far the value loss reaches: only into the value head, or through the trunk too."""
     value_head: str | None = None
     """Name of the model's value-head part; none = found: what the value depends on and the log-probability does not."""
+    ratio_level: Literal["chunk", "action", "token"] = "chunk"
+    """What has a probability ratio that is clipped: the whole decision, each action of its chunk, or each number of
+    each; the loss and train/approx_kl sum over them."""
     feature_reuse: Literal["auto", "off"] = "auto"
     """auto: keep the frozen parts' outputs in the rollout and never run those parts in the update."""
     vla_config: VLAConfig = field(default_factory=VLAConfig)

@@ -9,21 +9,24 @@ from torchrl.objectives.value import GAE
 
 from research.schema import ACTION, LOG_PROB, VALUE, check_finite
 from research.training.algorithm import Policy
+from research.training.ratio import score_again
 from research.training.rollout import FINAL_VALUE
 
 
 class GAEAdvantages:
     """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), by TorchRL.
 
-    It reads the values that were stored while collecting, runs once per rollout and never calls a network.
+    It reads the values that were stored while collecting, runs once per rollout, and calls no network: but for that of
+    a policy whose score is not exact, whose decisions are scored once more, so that PPO's ratio starts at 1.
 
     Args:
         policy: whose `kept_keys` the update reads.
         gamma, gae_lambda: discount per decision, and lambda.
+        micro_batch_size: transitions per forward pass, where there is one; None is all at once.
     """
 
-    def __init__(self, policy: Policy, gamma: float, gae_lambda: float):
-        self.kept_keys = policy.kept_keys
+    def __init__(self, policy: Policy, gamma: float, gae_lambda: float, micro_batch_size: int | None = None):
+        self.policy, self.micro_batch_size = policy, micro_batch_size
         self.gae = GAE(gamma=gamma, lmbda=gae_lambda, value_network=None)
 
     def __call__(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
@@ -45,9 +48,12 @@ class GAEAdvantages:
         )
         check_finite([("reward", steps["next", "reward"]), ("state_value", steps["next", VALUE])], "in the rollout")
         self.gae(steps)
-        batch = rollout.select(*self.kept_keys, ACTION, LOG_PROB, VALUE)
+        batch = rollout.select(*self.policy.kept_keys, ACTION, LOG_PROB, VALUE)
         batch.set("advantage", steps["advantage"]).set("value_target", steps["value_target"])
-        return batch.reshape(-1), {}
+        batch = batch.reshape(-1)
+        if not self.policy.score_is_exact:
+            batch.set(LOG_PROB, score_again(self.policy, batch, self.micro_batch_size)[0])
+        return batch, {}
 
 
 def next_values(rollout: TensorDictBase) -> Tensor:

@@ -96,6 +96,7 @@ class Policy(Protocol):
     actor: TensorDictModuleBase
     critic: TensorDictModuleBase
     kept_keys: list
+    score_is_exact: bool
 
     def values(self, steps: TensorDictBase) -> Tensor:
         """State values `[B, 1]` of the observations in `steps` `[B]`."""

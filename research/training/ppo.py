@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrl.objectives import ClipPPOLoss
 
 from research.config import PPOConfig
-from research.schema import VALUE, check_finite
+from research.schema import LOG_PROB, VALUE, check_finite
 from research.training.algorithm import Progress
 
 # What of the loss is reported, and as which metric; in this order in every vector of metrics.
@@ -147,6 +147,9 @@ class PolicyUpdate:
             losses = self.loss(micro)
             # TorchRL's mean of -log r, as r - 1 - log r: a tenth of the spread (k3, joschu.net/blog/kl-approx.html).
             losses["kl_approx"] += losses["mean_ratio"] - 1
+            if micro[LOG_PROB].dim() == 2:  # the loss has means over the parts of a decision; of a decision are sums
+                for name in ("loss_objective", "kl_approx"):
+                    losses[name] = losses[name] * micro[LOG_PROB].shape[1]
             self._backward(losses, value_only, share)
             metrics = metrics + share * torch.stack([losses[name].detach() for name in self.measured])
         return metrics

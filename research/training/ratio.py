@@ -9,11 +9,28 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from research.schema import ACTION, LOG_PROB
+from research.schema import ACTION, LOG_PROB, VALUE
 from research.training.algorithm import Policy
 
 FEWEST, CLAMPED = 30, 0.01  # values between the extremes that tell anything; share of extremes that is worth a warning
 TOLERANCE = {"off": 1e-3, "bf16": 1e-2}  # of |log ratio|, by trainer.autocast
+
+
+@torch.no_grad()
+def score_again(policy: Policy, batch: TensorDictBase, micro_batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities `[B]` (`[B, L]`) and values `[B, 1]` of stored decisions, as an update would compute them now.
+
+    Args:
+        policy: the policy, as the loss uses it.
+        batch: flat, `[B]`.
+        micro_batch_size: transitions per forward pass; None is all at once.
+    """
+    log_probs, values = [], []
+    for part in batch.split(micro_batch_size or len(batch)):
+        step = part.copy()
+        log_probs.append(policy.actor.get_dist(step).log_prob(step[ACTION]))
+        values.append(policy.critic(step)[VALUE])
+    return torch.cat(log_probs), torch.cat(values)
 
 
 @torch.no_grad()
@@ -25,12 +42,9 @@ def largest_log_ratio(policy: Policy, batch: TensorDictBase, micro_batch_size: i
         batch: flat, `[B]`.
         micro_batch_size: transitions per forward pass; None is all at once.
     """
-    largest = 0.0
     with torch.random.fork_rng():  # a run draws the same numbers, whether or not anyone looks
-        for part in batch.split(micro_batch_size or len(batch)):
-            log_prob = policy.actor.get_dist(part.copy()).log_prob(part[ACTION])
-            largest = max(largest, (log_prob - part[LOG_PROB]).abs().max().item())
-    return largest
+        log_prob, _ = score_again(policy, batch, micro_batch_size)
+    return (log_prob - batch[LOG_PROB]).abs().max().item()
 
 
 def describe_ratio(log_ratio: float, autocast: str) -> str | None:

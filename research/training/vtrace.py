@@ -9,6 +9,7 @@ from torch import Tensor
 from research.schema import ACTION, LOG_PROB, VALUE, check_finite
 from research.training.advantages import next_values
 from research.training.algorithm import Policy
+from research.training.ratio import score_again
 
 RHO_BAR, C_BAR = 1.0, 1.0  # where importance weights are cut off, as in the paper
 
@@ -37,13 +38,8 @@ class VTraceAdvantages:
             NonFiniteError: a reward, value or importance weight is not a number.
         """
         flat = rollout.select(*self.policy.kept_keys, ACTION, LOG_PROB, VALUE).reshape(-1)
-        log_probs, values = [], []
-        for part in flat.split(self.micro_batch_size or len(flat)):
-            step = part.copy()
-            log_probs.append(self.policy.actor.get_dist(step).log_prob(step[ACTION]))
-            values.append(self.policy.critic(step)[VALUE])
-        log_prob, value = torch.cat(log_probs), torch.cat(values)
-        log_ratio = (log_prob - flat[LOG_PROB]).view(*rollout.shape, 1)
+        log_prob, value = score_again(self.policy, flat, self.micro_batch_size)
+        log_ratio = (log_prob - flat[LOG_PROB]).view(*rollout.shape, -1).sum(dim=-1, keepdim=True)  # of all parts
         rollout = rollout.copy().set(VALUE, value.view(*rollout.shape, 1))
         after, names = rollout["next"], ("reward", "state_value", "importance weight")
         check_finite(zip(names, (after["reward"], value, log_ratio), strict=True), "in the rollout")

@@ -28,6 +28,29 @@ def test_bf16_is_given_more_room():
     assert "up to 0.005" in describe_ratio(5e-3, "off") and "below 0.01" in describe_ratio(0.02, "bf16")
 
 
+class Rounding(SmallVLA):
+    """Scores its decisions in coarser numbers than it drew them in."""
+
+    score_is_exact = False
+
+    def score(self, step):
+        log_prob, entropy, value = super().score(step)
+        return log_prob + (log_prob.detach() * 16).round() / 16 - log_prob.detach(), entropy, value
+
+
+def test_where_the_score_is_not_exact_decisions_are_scored_anew_before_an_update():
+    torch.manual_seed(0)
+    model = Rounding(action_dim=3)
+    policy = VLAPolicy(model)
+    batch = rollout_batch(policy)
+    assert largest_log_ratio(policy, batch) == 0 and not policy.score_is_exact
+    model.score_is_exact = True  # as if it were
+    unprepared = rollout_batch(policy)
+    assert 0.01 < largest_log_ratio(policy, unprepared) < 1 / 32 + 1e-5
+    for key in ("action", "advantage", "value_target", "state_value"):
+        assert torch.equal(batch[key], unprepared[key])
+
+
 class Clamped(SmallVLA):
     """Clamps what it drew before it is scored."""
 
