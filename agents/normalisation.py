@@ -3,8 +3,8 @@
 A pretrained VLA speaks of actions in numbers of about unit size; what a robot wants are metres and radians. The policy
 keeps what it drew, and its log-probability, in its own numbers: only what goes to the environment is brought back.
 
-Statistics come as files: OpenVLA's `dataset_statistics.json`, of each data set that it was trained on, or the
-`meta/stats.json` of a LeRobot data set.
+Statistics come as files: OpenVLA's `dataset_statistics.json`, of each data set that it was trained on, the
+`meta/stats.json` of a LeRobot data set, or what a LeRobot policy keeps beside its weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from research.schema import UserError, did_you_mean, one_line
@@ -26,6 +28,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "min_max": ("min", "max"),
     "mean_std": ("mean", "std"),
 }
+OTHER_NAMES = {"proprio": "observation.state"}  # OpenVLA's name of a quantity -> LeRobot's
+POLICY_FILE = "policy_preprocessor_step_*_normalizer_processor.safetensors"  # of a LeRobot policy
 SMALLEST = 1e-8  # a number that does not vary in the data is normalised to its middle
 
 
@@ -65,6 +69,15 @@ class Normalisation(nn.Module):
         return cls(torch.zeros(size), torch.ones(size))
 
     @classmethod
+    def from_file(
+        cls, path: str | Path | None, quantity: str, dataset: str | None, kind: Kind, size: int
+    ) -> Normalisation:
+        """Of one quantity in a file, see `read_statistics` and `from_statistics`; without file or numbers: identity."""
+        if path is None or not size:
+            return cls.identity(size)
+        return cls.from_statistics(read_statistics(path, quantity, dataset), kind, size)
+
+    @classmethod
     def from_statistics(cls, statistics: Mapping[str, Any], kind: Kind, size: int | None = None) -> Normalisation:
         """By the statistics of one quantity.
 
@@ -98,8 +111,9 @@ def read_statistics(path: str | Path, quantity: str = "action", dataset: str | N
     """The statistics of one quantity in a file of OpenVLA's or of LeRobot's.
 
     Args:
-        path: the file, or a folder that has it: `dataset_statistics.json`, `stats.json` or `meta/stats.json`.
-        quantity: "action", "proprio", "observation.state", ...
+        path: the file, or a folder that has it: `dataset_statistics.json`, `stats.json`, `meta/stats.json` or a LeRobot
+            policy's `policy_preprocessor_step_<n>_normalizer_processor.safetensors`.
+        quantity: "action", "proprio" (in files of LeRobot's also found as "observation.state"), ...
         dataset: whose statistics, in a file that has those of several data sets; None: of the only one.
     Returns:
         what `Normalisation.from_statistics` reads.
@@ -107,20 +121,40 @@ def read_statistics(path: str | Path, quantity: str = "action", dataset: str | N
         UserError: no such file, no JSON object, or nothing of that name in it; says what there is.
     """
     path = _file(Path(path))
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
+    found = _of_policy(path) if path.suffix == ".safetensors" else _of_json(path)
     if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()) or not found:
         raise UserError(f"{path}: expected an object of statistics, by data set or by quantity")
     if all(isinstance(value, dict) for one in found.values() for value in _statistics_of(one)):
         found = _of_dataset(path, found, dataset)
     elif dataset is not None:
         raise UserError(f"{path}: has the statistics of one data set without a name; leave out {dataset!r}")
+    if quantity not in found and OTHER_NAMES.get(quantity) in found:
+        quantity = OTHER_NAMES[quantity]
     if quantity not in found:
         hint = did_you_mean(quantity, found) or f"; there are {', '.join(found)}"
         raise UserError(f"{path}: no statistics of {quantity!r}{hint}")
     return found[quantity]
+
+
+def _of_json(path: Path) -> Any:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
+    return found.get("norm_stats", found) if isinstance(found, dict) else found  # a config.json of OpenVLA's
+
+
+def _of_policy(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Statistics by quantity, of tensors called `<quantity>.<statistic>`."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors: {one_line(error)}") from error
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, value in tensors.items():
+        quantity, _, statistic = name.rpartition(".")
+        found.setdefault(quantity, {})[statistic] = value.tolist()
+    return found
 
 
 def _statistics_of(one: Mapping[str, Any]) -> Sequence[Any]:
@@ -145,6 +179,8 @@ def _file(path: Path) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
+    for file in sorted(path.glob(POLICY_FILE)):
+        return file
     raise UserError(
         f"statistics: there is no file {path}" + (f", nor {', '.join(names)} in it" if path.is_dir() else "")
     )

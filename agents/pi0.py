@@ -24,34 +24,20 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import DynamicCache, PI0Config, PI0ForConditionalGeneration
 
-from agents.flow import FlowSDE, Velocity, follow
-from agents.normalisation import Kind, Normalisation, read_statistics
+from agents.families import told_apart
+from agents.flow import Velocity
+from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA
+from agents.normalisation import Kind
+from agents.prompts import prompt_tokens
 from agents.sentence_encoder import read_tokenizer
-from agents.vla import DecidingVLA, check_modalities
 from agents.weights import some
-from research.schema import (
-    ACTION,
-    LANGUAGE,
-    LOG_PROB,
-    OBSERVATION,
-    PROPRIO,
-    RGB,
-    VALUE,
-    UserError,
-    base_modality,
-    decode_text,
-    describe_error,
-    did_you_mean,
-)
+from research.schema import LANGUAGE, OBSERVATION, PROPRIO, UserError, describe_error, did_you_mean
 
-READS = (RGB, PROPRIO, LANGUAGE)
-PAIR, INDEX = ("decision", "pair"), ("decision", "index")
-PATCHES, PREFIX_KV, PREFIX_SEEN, PREFIX_HIDDEN = "patches", "prefix_kv", "prefix_seen", "prefix_hidden"
-LONGEST_PROMPT = 48  # tokens, as pi0 was trained; of a tokenizer
+PATCHES, PREFIX_KV, PREFIX_SEEN = "patches", "prefix_kv", "prefix_seen"
+LONGEST_PROMPT, START = 48, "<bos>"  # tokens, as pi0 was trained; of a tokenizer
 # Our names -> those of transformers' PI0ForConditionalGeneration.
 HUB_NAMES = {
     "vision_tower.": "model.vlm.vision_tower.",
@@ -63,7 +49,7 @@ HUB_NAMES = {
 }
 
 
-class Pi0VLA(DecidingVLA):
+class Pi0VLA(FlowVLA):
     """See the module's docstring.
 
     Args:
@@ -85,9 +71,7 @@ class Pi0VLA(DecidingVLA):
         UserError: what `pretrained`, `tokenizer` or `statistics` name is absent or does not fit.
     """
 
-    decision_keys = (PAIR, INDEX)
     heads = ("action_expert", "value_head")
-    entropy_trains = False  # that of a stochastic step does not depend on its mean
 
     def __init__(
         self,
@@ -104,16 +88,12 @@ class Pi0VLA(DecidingVLA):
         dataset: str | None = None,
         normalisation: Kind = "mean_std",
     ):
-        super().__init__()
-        check_modalities(self, modalities, READS)
-        self.images = [m for m in modalities if base_modality(m) == RGB]
-        if not self.images:
-            raise UserError("Pi0VLA: modalities name no picture; pi0 reads at least one camera")
-        self.reads_language, self.reads_proprio = LANGUAGE in modalities, PROPRIO in modalities
-        self.observation_keys = tuple(modalities)
-        self.config = pi0_config(pretrained, config)
-        self.horizon, self.executed, self.action_dim = self.config.chunk_size, executed, action_dim
-        self._check_sizes(proprio_dim)
+        config = pi0_config(pretrained, config)
+        super().__init__(
+            modalities, config.chunk_size, config.max_action_dim, config.max_state_dim, action_dim, proprio_dim,
+            executed, steps, noise, statistics, dataset, normalisation,
+        )  # fmt: skip
+        self.config = config
         hub = PI0ForConditionalGeneration(self.config) if pretrained is None else load_hub(pretrained, self.config)
         self.vision_tower, self.projector = hub.model.vlm.vision_tower, hub.model.vlm.multi_modal_projector
         self.language_model = hub.model.vlm.language_model
@@ -122,19 +102,6 @@ class Pi0VLA(DecidingVLA):
         self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 1))
         folder, vocabulary = tokenizer or pretrained, self.config.vlm_config.text_config.vocab_size
         self.words = read_tokenizer(Path(folder), vocabulary, "Pi0VLA: tokenizer") if folder else None
-        self.flow = FlowSDE(steps, noise, counted=(self.executed, action_dim))
-        self.actions = _normalisation(statistics, "action", dataset, normalisation, action_dim)
-        self.states = _normalisation(statistics, "proprio", dataset, normalisation, proprio_dim)
-
-    def _check_sizes(self, proprio_dim: int) -> None:
-        config = self.config
-        for name, got, most in (
-            ("action_dim", self.action_dim, config.max_action_dim),
-            ("proprio_dim", proprio_dim if self.reads_proprio else 0, config.max_state_dim),
-            ("executed", self.executed, self.horizon),
-        ):
-            if got > most:
-                raise UserError(f"Pi0VLA: {name} is {got}, and the model has room for {most}")
 
     # ---------------------------------------------------------------------------------------------------- the contract
 
@@ -153,35 +120,12 @@ class Pi0VLA(DecidingVLA):
             ),
         ]
 
-    def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
-        """Denoise a chunk; the mode is where the equation leads from no noise at all."""
-        kv, velocity = step.get(PREFIX_KV), self._velocity(step)
-        shape = (len(kv), self.horizon, self.config.max_action_dim)
-        if deterministic:
-            with torch.no_grad():
-                x = follow(velocity, torch.zeros(shape, device=kv.device), self.flow.steps)
-            pair, index = torch.stack([x, x], dim=1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            log_prob = x.new_zeros(len(x))
-        else:
-            x, pair, index, log_prob = self.flow.sample(velocity, torch.randn(shape, device=kv.device))
-        action = self.actions.unnormalise(x[:, : self.executed, : self.action_dim])
-        step.set(ACTION, action[:, 0] if self.executed == 1 else action).set(PAIR, pair).set(INDEX, index)
-        return step.set(LOG_PROB, log_prob).set(VALUE, self.state_value(step))
-
-    def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        log_prob = self.flow.log_prob(self._velocity(step), step.get(PAIR), step.get(INDEX))
-        return log_prob, torch.zeros_like(log_prob), self.state_value(step)
-
-    def state_value(self, step: TensorDictBase) -> Tensor:
-        return self.value_head(step.get(PREFIX_HIDDEN).float()).float()
-
-    def _velocity(self, step: TensorDictBase) -> Velocity:
-        """The velocity as a function of noised actions and times, for the observations of a step."""
+    def velocity(self, step: TensorDictBase) -> Velocity:
         kv, seen = step.get(PREFIX_KV), step.get(PREFIX_SEEN)
-        state = kv.new_zeros(len(kv), self.config.max_state_dim, dtype=torch.float32)
         if self.reads_proprio:
-            proprio = self.states.normalise(step.get((OBSERVATION, PROPRIO)).float())
-            state = F.pad(proprio, (0, self.config.max_state_dim - proprio.shape[-1]))
+            state = self.padded_state(step.get((OBSERVATION, PROPRIO)))
+        else:
+            state = kv.new_zeros(len(kv), self.state_room, dtype=torch.float32)
         return lambda x, time: self.action_expert(state, x, time, kv, seen)
 
 
@@ -222,7 +166,7 @@ class Prefix(nn.Module):
         self.projector, self.language_model, self.words = model.projector, model.language_model, model.words
 
     def forward(self, patches: Tensor, language: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        ids, is_token = prompt_tokens(self.words, language, len(patches), patches.device)
+        ids, is_token = prompt_tokens(self.words, language, len(patches), patches.device, LONGEST_PROMPT, START)
         words = self.language_model.get_input_embeddings()(ids)
         tokens = torch.cat([self.projector(patches).to(words.dtype), words], dim=1)
         seen = torch.cat([is_token.new_ones(patches.shape[:2]), is_token], dim=1)
@@ -275,32 +219,6 @@ def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def prompt_tokens(
-    words: Tokenizer | None, language: Tensor | None, rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Ids int64 `[B, L]` of the start token, the instruction and a line's end, and bool `[B, L]`: no padding.
-
-    Raises:
-        UserError: an instruction has more tokens than pi0 was trained with; nothing is cut off.
-    """
-    texts = [""] * rows if language is None else decode_text(language)
-    if words is None:  # fresh weights: bytes
-        longest = 2 + (0 if language is None else language.shape[1])
-        known = {text: [1, *text.encode(), 10] for text in set(texts)}
-    else:
-        longest, start = LONGEST_PROMPT, words.token_to_id("<bos>")
-        first = [] if start is None else [start]
-        known = {text: [*first, *words.encode(text + "\n").ids] for text in set(texts)}
-    ids = torch.zeros(rows, longest, dtype=torch.int64)
-    is_token = torch.zeros(rows, longest, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        found = known[text]
-        if len(found) > longest:
-            raise UserError(f"Pi0VLA: the instruction {text[:80]!r}... has {len(found)} tokens, more than {longest}")
-        ids[row, : len(found)], is_token[row, : len(found)] = torch.tensor(found), True
-    return ids.to(device), is_token.to(device)
-
-
 def pi0_config(pretrained: str | None, arguments: dict | None) -> PI0Config:
     """The configuration of a pretrained folder, or of fresh weights, with some of its arguments changed."""
     if pretrained is None and not arguments:
@@ -342,11 +260,6 @@ def load_hub(folder: str, config: PI0Config) -> PI0ForConditionalGeneration:
         raise UserError(f"Pi0VLA: {folder} does not fit its configuration: {some(different)}")
     if missing := sorted(told["missing_keys"]):
         others = f"; what there is besides: {some(sorted(told['unexpected_keys']))}" if told["unexpected_keys"] else ""
+        others += told_apart(told["unexpected_keys"], "pi0")
         raise UserError(f"Pi0VLA: {folder} lacks {some(missing)}{others}")
     return hub
-
-
-def _normalisation(path: str | None, quantity: str, dataset: str | None, kind: Kind, size: int) -> Normalisation:
-    if path is None or not size:
-        return Normalisation.identity(size)
-    return Normalisation.from_statistics(read_statistics(path, quantity, dataset), kind, size)

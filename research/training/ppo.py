@@ -17,6 +17,7 @@ from torchrl.objectives import ClipPPOLoss
 from research.config import PPOConfig
 from research.schema import LOG_PROB, VALUE, check_finite
 from research.training.algorithm import Progress
+from research.training.clipping import GradientClipping
 
 # What of the loss is reported, and as which metric; in this order in every vector of metrics.
 MEASURED = {
@@ -79,8 +80,6 @@ class PPO:
 class PolicyUpdate:
     """`n_epochs` passes over a batch in shuffled minibatches.
 
-    The value head's gradient and everybody else's are clipped apart: a large return must not shrink the policy's step.
-
     Args:
         loss: `ClipPPOLoss` on the policy's modules.
         optimizer: over `freezing.parameter_groups`.
@@ -101,12 +100,8 @@ class PolicyUpdate:
         self.loss, self.optimizer, self.cfg = loss, optimizer, cfg
         self.value_parameters, self.critic_apart = list(value_parameters), critic_apart
         self.measured = [name for name in MEASURED if name != "loss_critic" or loss.critic_network is not None]
-        self.parts = [group["name"] for group in optimizer.param_groups]
-        norms = [*(f"train/grad_norm/{part}" for part in self.parts), "train/grad_norm"]
-        self.names = [MEASURED[name] for name in self.measured] + norms
-        self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
-        self._plans: dict[tuple[int, ...], tuple] = {}  # by which tensors have a gradient
-        self._foreach = True if self.trainable[0].is_cpu else None  # on a GPU torch chooses so by itself
+        self.clip = GradientClipping(optimizer, self.value_parameters, cfg.max_grad_norm)
+        self.names = [MEASURED[name] for name in self.measured] + self.clip.names
 
     def __call__(self, batch: TensorDictBase, value_only: bool = False) -> dict[str, float]:
         """Take the gradient steps.
@@ -121,7 +116,7 @@ class PolicyUpdate:
         """
         cfg, totals, count, steps, rows = self.cfg, 0.0, 0, 0, 0
         for minibatch in (m for _ in range(cfg.n_epochs) for m in minibatches(batch, cfg.batch_size)):
-            measured = torch.cat([self._accumulate(minibatch, value_only), self._clip()])
+            measured = torch.cat([self._accumulate(minibatch, value_only), self.clip()])
             if not math.isfinite(measured.sum()):  # looked at once a step, as a GPU is waited for
                 check_finite(zip(self.names, measured, strict=True), f"in gradient step {steps} of the update")
             totals, count = totals + measured, count + 1
@@ -162,32 +157,6 @@ class PolicyUpdate:
         torch.autograd.backward(share * value_loss, inputs=self.value_parameters, retain_graph=not value_only)
         if not value_only:
             (share * policy_loss).backward()
-
-    def _clip(self) -> Tensor:
-        """Scale gradients that are too large; returns the norms before that: of each part, and of all."""
-        having = tuple(i for i, p in enumerate(self.trainable) if p.grad is not None)
-        if having not in self._plans:
-            self._plans[having] = self._plan(having)
-        parts, groups = self._plans[having]
-        norms = torch.stack(torch._foreach_norm([self.trainable[i].grad for i in having]))  # [tensors]
-        for rows, parameters in groups:
-            norm = torch.linalg.vector_norm(norms if len(groups) == 1 else norms[rows])
-            nn.utils.clip_grads_with_norm_(parameters, self.cfg.max_grad_norm, norm, foreach=self._foreach)
-        squares = norms.new_zeros(len(self.parts)).index_add_(0, parts, norms.square())
-        return torch.cat([squares.sqrt(), torch.linalg.vector_norm(norms).view(1)])
-
-    def _plan(self, having: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, list[nn.Parameter]]]]:
-        """For the trainable tensors with a gradient: the part of each, and the rows that are clipped together."""
-        device, own = self.trainable[0].device, set(self.value_parameters)
-        parts = [i for i, group in enumerate(self.optimizer.param_groups) for _ in group["params"]]
-        head = [k for k, i in enumerate(having) if self.trainable[i] in own]
-        others = [k for k, i in enumerate(having) if self.trainable[i] not in own]
-        groups = [
-            (torch.tensor(rows, device=device), [self.trainable[having[k]] for k in rows])
-            for rows in (others, head)
-            if rows
-        ]
-        return torch.tensor([parts[i] for i in having], device=device), groups
 
 
 def minibatches(batch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:

@@ -13,8 +13,11 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from worlds import ROOT, gae, small_model, total_loss
 
 from agents.dual_encoder_vla import DualEncoderVLA
+from agents.families import recognise, told_apart
+from agents.openvla import OpenVLA
 from agents.pi0 import Pi0VLA
 from agents.policy import VLAPolicy
+from agents.smolvla import SmolVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
 from research.training.algorithm import Progress
@@ -34,6 +37,18 @@ def pi0(**options) -> Pi0VLA:
     return Pi0VLA(3, MODALITIES, proprio_dim=3, executed=CHUNK, **{**arguments, **options})
 
 
+def smolvla(**options) -> SmolVLA:
+    config = json.loads((ROOT / "experiments" / "configs" / "smolvla_tiny.json").read_text())
+    arguments = config["policy"]["vla_config"]["model_config"]
+    return SmolVLA(3, MODALITIES, proprio_dim=3, executed=CHUNK, **{**arguments, **options})
+
+
+def openvla(name: str, **options) -> OpenVLA:
+    config = json.loads((ROOT / "experiments" / "configs" / f"{name}_tiny.json").read_text())
+    arguments = config["policy"]["vla_config"]["model_config"]
+    return OpenVLA(3, ["rgb", "language"], executed=CHUNK, **{**arguments, **options})
+
+
 def dual_encoder() -> DualEncoderVLA:
     language = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     return DualEncoderVLA(
@@ -43,6 +58,9 @@ def dual_encoder() -> DualEncoderVLA:
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "pi0": pi0,
+    "smolvla": smolvla,
+    "openvla": lambda: openvla("openvla"),
+    "openvla_oft": lambda: openvla("openvla_oft", horizon=2 * CHUNK),
     "dual_encoder": dual_encoder,
     "small": lambda: small_model(options={"horizon": CHUNK}),
 }
@@ -50,6 +68,12 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 TRAINS = {
     ("pi0", "backbone"): {"action_expert", "value_head"},
     ("pi0", "vision"): {"projector", "language_model", "action_expert", "value_head"},
+    ("smolvla", "backbone"): {"state_proj", "action_expert", "value_head"},
+    ("smolvla", "vision"): {"connector", "language_model", "state_proj", "action_expert", "value_head"},
+    ("openvla", "backbone"): {"language_model", "value_head"},  # of the first its head
+    ("openvla", "vision"): {"projector", "language_model", "value_head"},
+    ("openvla_oft", "backbone"): {"language_model", "value_head"},
+    ("openvla_oft", "vision"): {"projector", "language_model", "value_head"},
     ("dual_encoder", "backbone"): {"action_head", "value_head"},
     ("dual_encoder", "vision"): {"language_encoder", "fusion", "action_head", "value_head"},
     ("small", "backbone"): {"action_head", "value_head"},
@@ -114,11 +138,11 @@ def test_a_scope_trains_what_it_says_and_leaves_the_rest_bit_identical(family, s
 
 
 def unread(family: str, name: str) -> bool:
-    """Weights that no action depends on: pi0's expert reads keys and values, and not the prefix's last states."""
+    """Weights that no action depends on: flow experts read keys and values, and not the prefix's last states."""
     last = "language_model.layers.1."
     of_keys = tuple(f"{last}{part}" for part in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj"))
     others = ("language_model.norm", "action_expert.transformer.embed_tokens", "vision_tower.head")
-    return family == "pi0" and name.startswith((last, *others)) and not name.startswith(of_keys)
+    return family in ("pi0", "smolvla") and name.startswith((last, *others)) and not name.startswith(of_keys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,3 +191,21 @@ def test_saved_and_loaded_it_does_the_same_and_its_mode_repeats(family):
         actions = [one.act(step.copy())["action"] for one in (policy, policy, other)]
     assert torch.equal(actions[0], actions[1]) and torch.equal(actions[0], actions[2])
     assert torch.equal(policy.values(step), other.values(step))
+
+
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (["model.dit.layers.0.mlp.up_proj.weight", "action_out_proj.bias"], "pi0"),
+        (["model.paligemma_with_expert.gemma_expert.lm_head.weight"], "pi0"),  # LeRobot's names
+        (["model.vlm_with_expert.lm_expert.norm.weight", "model.action_out_proj.bias"], "SmolVLA"),
+        (["vision_backbone.featurizer.norm.weight", "projector.fc1.weight"], "OpenVLA"),
+        (["module.vision_backbone.fused_featurizer.norm.weight"], "OpenVLA"),
+        (["vision_backbone.featurizer.norm.weight", "action_head.model.fc1.weight"], "OpenVLA-OFT"),
+        (["action_head.weight", "value_head.weight", "language_model.norm.weight"], None),
+        ([], None),
+    ],
+)
+def test_a_family_is_recognised_by_the_names_of_its_weights(names, family):
+    assert recognise(names) == family == recognise(reversed(names))
+    assert told_apart(names, "pi0") == ("" if family in (None, "pi0") else f"; these are weights of {family}")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from agents.normalisation import Normalisation, read_statistics
 from research.schema import UserError
@@ -76,6 +77,22 @@ def test_files_of_openvla_and_of_lerobot_are_read(tmp_path):
     assert read_statistics(tmp_path / "c", "observation.state") == {"mean": [1.0], "std": [2.0]}
     read = Normalisation.from_statistics(read_statistics(tmp_path / "c"), "mean_std")
     assert read.middle.tolist() == pytest.approx(STATISTICS["mean"])
+
+
+def test_a_policy_of_lerobot_has_statistics_beside_its_weights(tmp_path):
+    tensors = {"action.mean": [1.0, 2.0], "action.std": [3.0, 4.0], "observation.state.mean": [5.0]}
+    tensors = {name: torch.tensor(numbers) for name, numbers in tensors.items()}
+    path = tmp_path / "policy_preprocessor_step_5_normalizer_processor.safetensors"
+    save_file(tensors, path)
+    assert read_statistics(tmp_path) == {"mean": [1.0, 2.0], "std": [3.0, 4.0]} == read_statistics(path)
+    assert read_statistics(tmp_path, "proprio") == {"mean": [5.0]}  # by LeRobot's name for it
+    actions = Normalisation.from_file(tmp_path, "action", None, "mean_std", 2)
+    assert actions.normalise(torch.tensor([4.0, 10.0])).tolist() == [1.0, 2.0]
+    assert Normalisation.from_file(None, "action", None, "mean_std", 2).scale.tolist() == [1.0, 1.0]
+    assert Normalisation.from_file(tmp_path, "proprio", None, "mean_std", 0).size == 0
+    path.write_bytes(b"{")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        read_statistics(tmp_path)
 
 
 @pytest.mark.parametrize(

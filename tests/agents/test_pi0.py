@@ -14,7 +14,8 @@ from transformers import PI0ForConditionalGeneration
 from worlds import ROOT
 
 from agents.flow import follow
-from agents.pi0 import Pi0VLA, hub_name, prompt_tokens
+from agents.pi0 import LONGEST_PROMPT, START, Pi0VLA, hub_name
+from agents.prompts import prompt_tokens
 from research.schema import UserError, encode_text
 
 TINY = json.loads((ROOT / "experiments" / "configs" / "pi0_tiny.json").read_text())
@@ -41,8 +42,8 @@ def test_without_noise_it_samples_what_transformers_samples(cameras):
     hub = PI0ForConditionalGeneration(model.config).eval()
     hub.load_state_dict({hub_name(n): w for n, w in model.state_dict().items() if not n.startswith("value_head")})
     noise = torch.randn(3, 4, 8)
-    ours = follow(model._velocity(model.run_stages(seen)), noise, model.flow.steps)
-    ids, is_token = prompt_tokens(None, seen["language"], 3, noise.device)
+    ours = follow(model.velocity(model.run_stages(seen)), noise, model.flow.steps)
+    ids, is_token = prompt_tokens(None, seen["language"], 3, noise.device, LONGEST_PROMPT, START)
     assert is_token.sum(dim=1).tolist() == [4, 15, 2]  # a start, the bytes, a line's end
     pictures = len(cameras) * TOKENS_PER_PICTURE
     theirs = hub.sample_actions(
@@ -109,12 +110,12 @@ def test_a_folder_of_transformers_is_loaded_whole(tmp_path):
     for name, weight in loaded.state_dict().items():
         if not name.startswith("value_head"):
             assert torch.equal(weight, hub.state_dict()[hub_name(name)]), name
-    ids, is_token = prompt_tokens(loaded.words, looks()["language"], 3, torch.device("cpu"))
+    ids, is_token = prompt_tokens(loaded.words, looks()["language"], 3, torch.device("cpu"), LONGEST_PROMPT, START)
     assert ids[0, is_token[0]].tolist() == [1, 2] and ids[1, is_token[1]].tolist() == [1, 0, 0, 3]
     long = encode_text("go " * 48, 160)[None].long()
     with pytest.raises(UserError, match=r"the instruction 'go go .* has 49 tokens, more than 48"):
-        prompt_tokens(loaded.words, long, 1, torch.device("cpu"))
-    as_bytes, is_byte = prompt_tokens(None, long, 1, torch.device("cpu"))
+        prompt_tokens(loaded.words, long, 1, torch.device("cpu"), LONGEST_PROMPT, START)
+    as_bytes, is_byte = prompt_tokens(None, long, 1, torch.device("cpu"), LONGEST_PROMPT, START)
     assert bytes(as_bytes[0, is_byte[0]].tolist()) == b"\x01" + ("go " * 48).encode() + b"\n"  # nothing is cut off
 
 

@@ -18,7 +18,7 @@ def start(path, tmp_path, *flags: str) -> int:
 
 
 def test_there_are_some():
-    assert [path.stem for path in TINY] == ["pi0_tiny"]
+    assert [path.stem for path in TINY] == ["openvla_oft_tiny", "openvla_tiny", "pi0_tiny", "smolvla_tiny"]
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def after_clipping(ppo: PPO, batch: TensorDict) -> dict[str, torch.Tensor]:
     """The gradients with which the optimizer steps, by name of the part and the tensor."""
     update = ppo.policy_update
     update._accumulate(batch, value_only=False)
-    update._clip()
+    update.clip()
     return {
         f"{g['name']}.{i}": p.grad.clone() for g in update.optimizer.param_groups for i, p in enumerate(g["params"])
     }

@@ -1,0 +1,140 @@
+"""What every flow VLA does with its velocity: draw a chunk, score a stored step of it, imitate an expert's.
+
+The state of the denoising is `[B, H, D]`: H control steps that are planned, D numbers that the model has room for; of
+these, `executed` steps and `action_dim` numbers go to the environment. The mathematics are in `agents/flow.py`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from agents.flow import FlowSDE, Velocity, follow
+from agents.normalisation import Kind, Normalisation
+from agents.ratio_level import LEVELS, at_level
+from agents.vla import DecidingVLA, check_modalities
+from research.schema import ACTION, LANGUAGE, LOG_PROB, PROPRIO, RGB, VALUE, UserError, base_modality
+
+READS = (RGB, PROPRIO, LANGUAGE)
+PAIR, INDEX = ("decision", "pair"), ("decision", "index")
+PREFIX_HIDDEN = "prefix_hidden"
+
+
+class FlowVLA(DecidingVLA):
+    """A VLA with a velocity.
+
+    A subclass adds its parts, `value_head` among them, stages of which one writes `prefix_hidden`, and `velocity`.
+
+    Args:
+        modalities: which observations to read.
+        horizon, room, state_room: H and D of the model, and of how many numbers its state is.
+        action_dim, proprio_dim: numbers of the environment's actions and states.
+        executed: control steps of the H that are executed.
+        steps, noise: K denoising steps, and a of `FlowSDE`.
+        statistics, dataset, normalisation: see `agents.normalisation.Normalisation.from_file`.
+
+    Attributes:
+        images: keys of the pictures it reads.
+        reads_language, reads_proprio: what it reads besides.
+        actions, states: between the data's units and the model's.
+    Raises:
+        UserError: it reads no camera, or something has no room in the model.
+    """
+
+    decision_keys = (PAIR, INDEX)
+    ratio_levels = LEVELS
+    entropy_trains = False  # that of a stochastic step does not depend on its mean
+    value_head: nn.Module
+
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        horizon: int,
+        room: int,
+        state_room: int,
+        action_dim: int,
+        proprio_dim: int,
+        executed: int,
+        steps: int,
+        noise: float,
+        statistics: str | None,
+        dataset: str | None,
+        normalisation: Kind,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        check_modalities(self, modalities, READS)
+        self.images = [m for m in modalities if base_modality(m) == RGB]
+        if not self.images:
+            raise UserError(f"{name}: modalities name no picture; it reads at least one camera")
+        self.reads_language, self.reads_proprio = LANGUAGE in modalities, PROPRIO in modalities
+        self.observation_keys = tuple(modalities)
+        self.horizon, self.room, self.state_room = horizon, room, state_room
+        self.executed, self.action_dim = executed, action_dim
+        proprio_dim = proprio_dim if self.reads_proprio else 0
+        for option, got, most in (
+            ("action_dim", action_dim, room),
+            ("proprio_dim", proprio_dim, state_room),
+            ("executed", executed, horizon),
+        ):
+            if got > most:
+                raise UserError(f"{name}: {option} is {got}, and the model has room for {most}")
+        self.flow = FlowSDE(steps, noise, counted=(executed, action_dim))
+        self.actions = Normalisation.from_file(statistics, "action", dataset, normalisation, action_dim)
+        self.states = Normalisation.from_file(statistics, "proprio", dataset, normalisation, proprio_dim)
+
+    @abstractmethod
+    def velocity(self, step: TensorDictBase) -> Velocity:
+        """The velocity of noised actions `[B, H, D]` at times `[B]`, for the observations of a step."""
+
+    def padded_state(self, proprio: Tensor) -> Tensor:
+        """Proprioception `[B, P]` as the model reads it: normalised, and zeros up to its room."""
+        state = self.states.normalise(proprio.float())
+        return F.pad(state, (0, self.state_room - state.shape[-1]))
+
+    def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
+        """Denoise a chunk; the mode is where the equation leads from no noise at all."""
+        velocity, hidden = self.velocity(step), step.get(PREFIX_HIDDEN)
+        shape = (len(hidden), self.horizon, self.room)
+        if deterministic:
+            with torch.no_grad():
+                x = follow(velocity, torch.zeros(shape, device=hidden.device), self.flow.steps)
+            pair, index = torch.stack([x, x], dim=1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            log_prob = at_level(x.new_zeros(len(x), self.executed, self.action_dim), self.ratio_level)
+        else:
+            noise = torch.randn(shape, device=hidden.device)
+            x, pair, index, log_prob = self.flow.sample(velocity, noise, level=self.ratio_level)
+        action = self.actions.unnormalise(x[:, : self.executed, : self.action_dim])
+        step.set(ACTION, action[:, 0] if self.executed == 1 else action).set(PAIR, pair).set(INDEX, index)
+        return step.set(LOG_PROB, log_prob).set(VALUE, self.state_value(step))
+
+    def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        log_prob = self.flow.log_prob(self.velocity(step), step.get(PAIR), step.get(INDEX), self.ratio_level)
+        return log_prob, log_prob.new_zeros(len(log_prob)), self.state_value(step)
+
+    def state_value(self, step: TensorDictBase) -> Tensor:
+        return self.value_head(step.get(PREFIX_HIDDEN).float()).float()
+
+    def imitation_loss(self, step: TensorDictBase, plan: Tensor) -> Tensor:
+        """The flow-matching error `[B]` of an expert's plan, at one random time, with one random noise for each row.
+
+        The mean over all H steps and D numbers of the squared difference between the velocity and noise - action; times
+        are 0.001 + 0.999 Beta(1.5, 1) (pi0, arXiv:2410.24164, section IV; LeRobot's SmolVLA).
+
+        Args:
+            step: its stages have run.
+            plan: `[B, H, A]`, the expert's actions in the environment's units.
+        """
+        action = self.actions.normalise(plan.float())
+        action = F.pad(action, (0, self.room - action.shape[-1]))
+        noise = torch.randn_like(action)
+        beta = torch.distributions.Beta(action.new_tensor(1.5), action.new_tensor(1.0))
+        time = 0.001 + 0.999 * beta.sample((len(action),))
+        there = time[:, None, None]
+        velocity = self.velocity(step)(there * noise + (1 - there) * action, time)
+        return (velocity - (noise - action)).square().mean(dim=(1, 2))
