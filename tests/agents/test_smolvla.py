@@ -128,13 +128,14 @@ def test_checkpointed_activations_change_no_gradient_and_are_computed_again():
     for checkpointing in (False, True):
         model = make(gradient_checkpointing=checkpointing)
         count = []
-        for layers in (model.language_model.layers, model.action_expert.transformer.layers):
-            layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        stacks = (model.vision_tower.encoder, model.language_model, model.action_expert.transformer)
+        for stack in stacks:
+            stack.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         torch.manual_seed(3)
         model.imitation_loss(model.run_stages(seen), torch.ones(3, 4, 3)).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         calls.append(len(count))
-    assert gradients[0].keys() == gradients[1].keys() and calls == [3, 6]  # of the prefix, the state, the actions
+    assert gradients[0].keys() == gradients[1].keys() and calls == [4, 8]  # tower, prefix, state, actions
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=1e-6, msg=name)
 

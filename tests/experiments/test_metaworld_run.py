@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 
 import bc_vla
 import ppo_vla
@@ -54,3 +56,17 @@ def test_the_clone_is_made_as_its_configuration_says(tmp_path, monkeypatch):
     assert bc_vla.main([*argv, "--env_config.max_episode_steps=40"]) == 0
     facts = json.loads((tmp_path / "runs/imitation/metaworld.json").read_text())
     assert set(facts["demonstrations"]) == set(TASKS) and "eval_sample/success_rate" in facts
+
+
+def test_the_results_are_the_committed_rows():
+    with (ROOT / "experiments" / "results" / "metaworld" / "runs.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["sampling"]]
+    number = r"([\d.,]+)"
+    interval = rf"{number} \[{number}, {number}\]"
+    line = rf"^\| (\d) \| {number} \| {number} \| {number} \| {number} \| {interval} \| {number} \| {number} \|$"
+    shown = re.findall(line, (ROOT / "experiments" / "RESULTS.md").read_text(), re.M)
+    names = ("env_steps", "reach", "push", "coffee_pull", "success", "low", "high", "sampling", "minutes")
+    found = [[float(number.replace(",", "")) for number in numbers[1:]] for numbers in shown]
+    assert found == [[float(row[name]) for name in names] for row in rows] and len(found) >= 12
+    late = [float(row["success"]) for row in rows if 5.9e5 < int(row["env_steps"]) < 6.1e5]
+    assert len(late) == 4 and min(late) >= 0.8
