@@ -66,7 +66,7 @@ def load_vla_model(
     cls = import_model_class(model_class)
     if model_path is None:
         model = _construct(cls, model_config)
-        if not expect_fresh:
+        if not expect_fresh and model_config.get("pretrained") is None:  # the model reads its own
             provided = ", ".join(getattr(model, "provided_weights", ()))
             but = f", but for its {provided}" if provided else ""
             log.warning("%s starts from fresh weights%s: no policy.vla_config.model_path is given", model_class, but)

@@ -184,6 +184,17 @@ def test_fresh_weights_are_logged(caplog):
     ]
 
 
+class Pretrained(VLA):
+    def __init__(self, pretrained: str | None = None):
+        super().__init__()
+
+
+@pytest.mark.parametrize(("pretrained", "warned"), [("folder", False), (None, True)])
+def test_weights_that_the_constructor_reads_are_not_called_fresh(caplog, pretrained, warned):
+    load_vla_model(None, f"{__name__}.Pretrained", {"pretrained": pretrained})
+    assert bool(caplog.records) == warned
+
+
 def test_training_mode_is_the_constructors(tmp_path, weights):
     torch.save(weights, tmp_path / "w.pt")
     assert load(tmp_path / "w.pt").training
