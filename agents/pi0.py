@@ -31,7 +31,7 @@ from agents.families import told_apart
 from agents.flow import Velocity
 from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA
 from agents.normalisation import Kind
-from agents.prompts import prompt_tokens
+from agents.prompts import behind_pictures, mean_of_seen, prompt_tokens
 from agents.sentence_encoder import read_tokenizer
 from agents.weights import some
 from research.schema import LANGUAGE, OBSERVATION, PROPRIO, UserError, describe_error, did_you_mean
@@ -168,8 +168,7 @@ class Prefix(nn.Module):
     def forward(self, patches: Tensor, language: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         ids, is_token = prompt_tokens(self.words, language, len(patches), patches.device, LONGEST_PROMPT, START)
         words = self.language_model.get_input_embeddings()(ids)
-        tokens = torch.cat([self.projector(patches).to(words.dtype), words], dim=1)
-        seen = torch.cat([is_token.new_ones(patches.shape[:2]), is_token], dim=1)
+        tokens, seen = behind_pictures(self.projector(patches), words, is_token)
         output = self.language_model(
             inputs_embeds=tokens,
             attention_mask=attention_bias(seen[:, None].expand(-1, seen.shape[1], -1), tokens.dtype),
@@ -178,8 +177,7 @@ class Prefix(nn.Module):
             use_cache=True,
         )
         kv = torch.stack([torch.stack([layer.keys, layer.values], dim=1) for layer in output.past_key_values.layers], 1)
-        weight = seen[..., None].to(tokens.dtype)
-        return kv, seen, (output.last_hidden_state * weight).sum(dim=1) / weight.sum(dim=1)
+        return kv, seen, mean_of_seen(output.last_hidden_state, seen)
 
 
 class ActionExpert(nn.Module):

@@ -1,4 +1,4 @@
-"""The words of a prompt, as token ids."""
+"""The words of a prompt as token ids, and among the tokens of pictures."""
 
 from __future__ import annotations
 
@@ -49,3 +49,20 @@ def prompt_tokens(
             raise UserError(f"the instruction {text[:80]!r}... has {len(found)} tokens, more than {longest}")
         ids[row, : len(found)], is_token[row, : len(found)] = torch.tensor(found), True
     return ids.to(device), is_token.to(device)
+
+
+def behind_pictures(pictures: Tensor, words: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
+    """Words `[B, L, D]` behind the tokens of pictures `[B, N, D]`, and which of all are no padding, bool `[B, N + L]`.
+
+    Args:
+        pictures, words: taken to the words' dtype.
+        is_token: of `prompt_tokens`.
+    """
+    tokens = torch.cat([pictures.to(words.dtype), words], dim=1)
+    return tokens, torch.cat([is_token.new_ones(pictures.shape[:2]), is_token], dim=1)
+
+
+def mean_of_seen(states: Tensor, seen: Tensor) -> Tensor:
+    """The mean of the states `[B, S, D]` that are no padding, by bool `[B, S]`: `[B, D]`."""
+    weight = seen[..., None].to(states.dtype)
+    return (states * weight).sum(dim=1) / weight.sum(dim=1)

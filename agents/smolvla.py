@@ -34,7 +34,7 @@ from agents.flow import Velocity
 from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.normalisation import Kind
-from agents.prompts import prompt_tokens
+from agents.prompts import behind_pictures, mean_of_seen, prompt_tokens
 from agents.sentence_encoder import read_tokenizer
 from agents.smolvla_sizes import BYTES, read_sizes, read_vlm, vlm_folder
 from agents.smolvlm_expert import ActionExpert, LanguagePass, language_layers
@@ -191,15 +191,13 @@ class Prefix(nn.Module):
         rows, device = len(picture_tokens), picture_tokens.device
         ids, is_token = prompt_tokens(self.words, language, rows, device, self.longest)
         words = self.run.model.embed_tokens(ids)
-        tokens = torch.cat([picture_tokens.to(words.dtype), words], dim=1)
-        seen = torch.cat([is_token.new_ones(picture_tokens.shape[:2]), is_token], dim=1)
+        tokens, seen = behind_pictures(picture_tokens, words, is_token)
         states, kv = self.run(
             tokens * tokens.shape[-1] ** 0.5,
             positions=seen.cumsum(dim=1) - 1,
             visible=seen[:, None].expand(-1, seen.shape[1], -1),
         )
-        weight = seen[..., None].to(states.dtype)
-        return kv, seen, (states * weight).sum(dim=1) / weight.sum(dim=1)
+        return kv, seen, mean_of_seen(states, seen)
 
 
 class StateToken(nn.Module):
