@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch.utils.flop_counter import FlopCounterMode
 
+from agents.flop_counter import FlopCounter
 from agents.policy import VLAPolicy
+from agents.reuse import OncePerInstruction
 from agents.stages import run_stage
 from research.schema import ACTION, OBSERVATION, VALUE, with_text_as
-
-
-class FlopCounter(FlopCounterMode):
-    """Counts FLOPs in total, not by module: finding out the module fails on the parameters of TorchRL's losses."""
-
-    def __init__(self):
-        super().__init__(display=False)
-        self.mod_tracker = _OneModule()
-
-
-class _OneModule(nullcontext):
-    """Stands in for torch's `ModuleTracker`."""
-
-    parents = frozenset({"Global"})
 
 
 def flops_per_transition(policy: VLAPolicy, observation: TensorDictBase, rows: int = 8) -> tuple[float, float]:
@@ -59,8 +45,8 @@ class ReuseReport:
     Attributes:
         frozen_stages, blocked_stages, shared_stages: see `VLAPolicy`.
         bytes_before, bytes_after: of the observations, and of what the rollout keeps of a state.
-        frozen_flops, trained_flops: of a forward pass through the frozen stages, and through the others and the value
-            (multiply and add count as two); None for a model without stages.
+        frozen_flops, trained_flops: of a forward pass through the stages that the update never runs, and of what it
+            runs to score a decision (multiply and add count as two); None for a model without stages.
     """
 
     frozen_stages: list[str]
@@ -80,11 +66,16 @@ class ReuseReport:
                 f"feature reuse: {', '.join(self.frozen_stages)} {'run' if len(self.frozen_stages) > 1 else 'runs'} "
                 "once per transition and never in the update, "
                 f"which saves {share:.0%} of its forward pass; the rollout keeps {self.bytes_after:,} bytes per "
-                f"transition instead of {self.bytes_before:,}"
+                f"transition {self._compared()}"
             )
         lines += [f"feature reuse: not of {name}: {why}" for name, why in self.blocked_stages]
         lines += [f"feature reuse: {n} trains, and runs once per distinct instruction" for n in self.shared_stages]
         return lines
+
+    def _compared(self) -> str:
+        if self.bytes_after <= self.bytes_before:
+            return f"instead of {self.bytes_before:,}"
+        return f"where observations have {self.bytes_before:,}: more memory, for less work"
 
 
 @torch.no_grad()
@@ -96,15 +87,18 @@ def reuse_report(policy: VLAPolicy, observations: TensorDictBase) -> ReuseReport
         return ReuseReport([], [], [], before, before, None, None)
     step = TensorDict({OBSERVATION: observations}, batch_size=[b])
     with torch.compiler.set_stance("force_eager"), policy.precision():
-        with FlopCounter() as frozen:
-            for stage in policy.frozen.stages:  # a table of instructions would hide what its stage costs
+        frozen_flops = 0
+        for stage in policy.frozen.stages:
+            with FlopCounter() as frozen:  # a table of instructions would hide what its stage costs
                 step = run_stage(getattr(stage, "stage", stage), step)
+            runs_again = stage in policy.update.stages and not isinstance(stage, OncePerInstruction)
+            frozen_flops += 0 if runs_again else frozen.get_total_flops()
+        with torch.random.fork_rng():
+            decided = policy.contract.decide(policy.update(step.copy()), False).select(*policy.contract.decision_keys)
         with FlopCounter() as trained:
-            step = policy.rest(step)
-            policy.contract.state_value(step)
+            policy.contract.score(policy.update(step.copy()).update(decided))
     step = with_text_as(torch.uint8, step)  # as a rollout keeps it
     kept = [step.get(key) for key in policy.kept_keys if key not in policy.contract.decision_keys]
     after = sum(v.numel() * v.element_size() for v in kept) // b
-    frozen_flops, flops = (counter.get_total_flops() // b for counter in (frozen, trained))
     stages = policy.frozen_stages, policy.blocked_stages, policy.shared_stages
-    return ReuseReport(*stages, before, after, frozen_flops, flops)
+    return ReuseReport(*stages, before, after, frozen_flops // b, trained.get_total_flops() // b)

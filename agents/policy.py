@@ -5,6 +5,7 @@ the other stages run at every look; behind them the model decides, scores or val
 
     collecting   Act:    frozen stages -> other stages -> model.decide       action, log-probability, value
     updating     Score:  kept features -> other stages -> model.score        log-probability, entropy, value
+                         (frozen ones for whose features there is no room run before the others)
     end states   values: frozen stages -> other stages -> model.state_value
 
 The update sees the same two modules whatever the model is, a `ProbabilisticActor` and a `ValueOperator`.
@@ -18,14 +19,17 @@ The update sees the same two modules whatever the model is, a `ProbabilisticActo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from agents.feature_budget import FeatureBudget
 from agents.loss_modules import EVALUATED_ENTROPY, EVALUATED_LOG_PROB, EVALUATED_VALUE, ScoringActor, ScoringCritic
-from agents.ratio_level import RatioLevel
+from agents.ratio_level import RatioLevel, set_level
 from agents.reuse import DistinctInstructions, OncePerInstruction, blocked_stages, split_constant
 from agents.stages import Precision, StageSequence, compile_model, is_shared, module_of, reads_instruction, stage_name
 from agents.vla import Contract, contract_of
@@ -40,14 +44,14 @@ class VLAPolicy:
     Attributes:
         model: the VLA.
         contract: the model, or the adapter that makes its methods the contract.
-        frozen, rest: the stages whose outputs are kept, and the others.
+        frozen, rest: the frozen stages, and the others.
         act: for the collector; reads `observation`, writes `action`, `action_log_prob`, `state_value`, the model's
             `decision_keys`, and the outputs of its frozen stages.
         actor: `ProbabilisticActor` for `ClipPPOLoss`.
         critic: `ValueOperator` for `ClipPPOLoss`; reads what the actor's pass left behind.
         kept_keys: what the update reads of a transition, besides actions and advantages.
         frozen_stages: names of the stages that run at collection only.
-        constant_stages: the same, as they are in the model; reused_modules: what they are, or are methods of.
+        constant_stages: all frozen ones, as they are in the model; reused_modules: what they are, or are methods of.
         blocked_stages: frozen stages that run in the update all the same, and stages that are functions: (name, why).
         shared_stages: names of the stages that train, and run once per distinct instruction of a batch.
 
@@ -60,6 +64,7 @@ class VLAPolicy:
         compile: `torch.compile` the stages, or the methods of a model without stages; on a GPU they then run as CUDA
             graphs.
         ratio_level: which parts of a decision have a log-probability of their own, see `agents.ratio_level`.
+        budget: of the bytes of frozen stages' outputs that the rollout keeps; None: all of them.
     Raises:
         UserError: no stage writes what the model says that it reads, or the model offers no such parts.
     """
@@ -71,22 +76,20 @@ class VLAPolicy:
         autocast: str = "off",
         compile: bool = False,
         ratio_level: RatioLevel = "chunk",
+        budget: FeatureBudget | None = None,
     ):
         self.model, self.contract = model, contract_of(model)
-        if ratio_level not in (offered := getattr(self.contract, "ratio_levels", ("chunk",))):
-            raise UserError(
-                f"policy.ratio_level: {type(model).__name__} has a log-probability of each {' or '.join(offered)}, "
-                f"and not of each {ratio_level}"
-            )
-        self.contract.ratio_level = ratio_level
-        precision = Precision(model, autocast)
-        graphs = compile and precision.device_type == "cuda"
+        set_level(self.contract, ratio_level, type(model).__name__)
+        self.precision = precision = Precision(model, autocast)
+        self._graphs = graphs = compile and precision.device_type == "cuda"
         stages = list(self.contract.stages())
         reuse = feature_reuse == "auto"
         constant, others = split_constant(stages) if reuse else ([], stages)
         shared = [s for s in others if reuse and is_shared(s)]
-        blocked = blocked_stages(stages) if reuse else []
-        self.frozen_stages = [stage_name(model, stage) for stage in constant]
+        read = {*(key for stage in others for key in stage.in_keys), *self.contract.context_keys}
+        again = budget.recomputed(constant, read, precision) if budget and constant else {}
+        blocked = [*(blocked_stages(stages) if reuse else []), *((constant[i], why) for i, why in again.items() if why)]
+        self.frozen_stages = [stage_name(model, stage) for i, stage in enumerate(constant) if not again.get(i)]
         self.blocked_stages = [(stage_name(model, stage), why) for stage, why in blocked]
         self.shared_stages = [stage_name(model, stage) for stage in shared]
         self.constant_stages, self.reused_modules = constant, [module_of(stage) for stage in constant]
@@ -96,11 +99,12 @@ class VLAPolicy:
         others = [DistinctInstructions(s) if s in shared else s for s in others]
         self.frozen = StageSequence(model, constant, precision, graphs)
         self.rest = StageSequence(model, others, precision, graphs)
+        redone = [constant[i] for i in again]
+        self.update = StageSequence(model, [*redone, *others], precision, graphs) if redone else self.rest
         self.act = Act(self.frozen, self.rest, self.contract, precision)
-        self.actor = ScoringActor(Score(self.rest, self.contract, precision))
+        self.actor = ScoringActor(Score(self.update, self.contract, precision))
         self.critic = ScoringCritic()
         self.kept_keys = self._kept_keys()
-        self.precision, self._graphs = precision, graphs
 
     @property
     def interface(self) -> str:
@@ -115,8 +119,8 @@ class VLAPolicy:
 
     def _kept_keys(self) -> list:
         """Observations and outputs of frozen stages that other stages or the model read; and what was decided."""
-        made, inside = set(self.frozen.out_keys), set(self.rest.out_keys)
-        reads = [*self.rest.in_keys, *(key for key in self.contract.context_keys if key not in inside)]
+        made, inside = set(self.frozen.out_keys), set(self.update.out_keys)
+        reads = [*self.update.in_keys, *(key for key in self.contract.context_keys if key not in inside)]
         kept = [key for key in reads if key in made or OBSERVATION in (key, key[0])]
         if lost := [key for key in self.contract.context_keys if key not in inside and key not in kept]:
             raise UserError(f"{type(self.model).__name__}.stages() should end in a stage that writes {lost[0]!r}")
@@ -125,10 +129,9 @@ class VLAPolicy:
     @torch.no_grad()
     def values(self, steps: TensorDictBase) -> Tensor:
         """State values `[B, 1]` of the observations in `steps` `[B]`; nothing is decided."""
-        if self._graphs:  # a graph for every B that comes along would cost more than it saves
-            with torch.compiler.set_stance("force_eager"):
-                return self._value_and_features(steps)[0]
-        return self._value_and_features(steps)[0]
+        # A CUDA graph for every B that comes along would cost more than it saves.
+        with torch.compiler.set_stance("force_eager") if self._graphs else nullcontext():
+            return self._value_and_features(steps)[0]
 
     @torch.no_grad()
     def look_ahead(self, steps: TensorDictBase) -> tuple[Tensor, TensorDictBase | None]:
@@ -138,7 +141,7 @@ class VLAPolicy:
             the values; what the frozen stages wrote, for `Act.go_on`, or None if there are no such stages.
         """
         value, features = self._value_and_features(steps)
-        return value, features if self.frozen_stages else None
+        return value, features if self.frozen.stages else None
 
     def _value_and_features(self, steps: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
         step = TensorDict({OBSERVATION: steps.get(OBSERVATION)}, batch_size=steps.batch_size)
@@ -154,8 +157,7 @@ class Act(TensorDictModuleBase):
 
     def __init__(self, frozen: StageSequence, rest: StageSequence, contract: Contract, precision: Precision):
         super().__init__()
-        self.frozen, self.rest, self.precision = frozen, rest, precision
-        self.contract = contract
+        self.frozen, self.rest, self.contract, self.precision = frozen, rest, contract, precision
         self.in_keys = [OBSERVATION]
         self.out_keys = list(dict.fromkeys([*frozen.out_keys, ACTION, *contract.decision_keys, LOG_PROB, VALUE]))
 
@@ -173,15 +175,14 @@ class Act(TensorDictModuleBase):
 class Score(TensorDictModuleBase):
     """What the model says now about the decisions of stored transitions `[B]`: log-probability, entropy, value."""
 
-    def __init__(self, rest: StageSequence, contract: Contract, precision: Precision):
+    def __init__(self, stages: StageSequence, contract: Contract, precision: Precision):
         super().__init__()
-        self.rest, self.precision = rest, precision
-        self.contract = contract
-        self.in_keys = [*rest.in_keys, *contract.decision_keys]
+        self.stages, self.contract, self.precision = stages, contract, precision
+        self.in_keys = [*stages.in_keys, *contract.decision_keys]
         self.out_keys = [EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE]
 
     def forward(self, stored: TensorDictBase) -> TensorDictBase:
-        step = self.rest(with_text_as(torch.int64, stored))  # a rollout keeps the instruction in bytes
+        step = self.stages(with_text_as(torch.int64, stored))  # a rollout keeps the instruction in bytes
         with self.precision():
             log_prob, entropy, value = self.contract.score(step)
         stored.set(EVALUATED_LOG_PROB, log_prob.float()).set(EVALUATED_ENTROPY, entropy.float())

@@ -8,7 +8,7 @@ chunk at every level.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributions import Distribution, Independent
@@ -51,3 +51,17 @@ def log_prob_at(distribution: Distribution, action: Tensor, level: RatioLevel) -
             f"{type(distribution).__name__} does not have; set it to chunk"
         )
     return at_level(each if len(distribution.event_shape) == 2 else each[..., None, :], level)
+
+
+def set_level(contract: Any, level: RatioLevel, name: str) -> None:
+    """Let a model say the log-probabilities of these parts from now on.
+
+    Raises:
+        UserError: it cannot; `name` is the model's class in the message.
+    """
+    offered = getattr(contract, "ratio_levels", ("chunk",))
+    if level not in offered:
+        raise UserError(
+            f"policy.ratio_level: {name} has a log-probability of each {' or '.join(offered)}, and not of each {level}"
+        )
+    contract.ratio_level = level

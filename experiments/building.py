@@ -15,6 +15,7 @@ from agents.adapters import load_adapters
 from agents.checking import check_model, check_policy
 from agents.constancy import check_constant
 from agents.critic import find_value_head
+from agents.feature_budget import FeatureBudget
 from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
 from research.config import FREEZE_SWITCHES, ExperimentConfig
@@ -166,10 +167,11 @@ def make_policy(
     choices: Sequence[int] | None = None,
 ) -> VLAPolicy:
     """The modules around a model that is frozen as it will be, tried out on a few observations `[B]`."""
-    trainer = config.trainer
+    trainer, room = config.trainer, config.policy.feature_memory
     policy = VLAPolicy(
-        model, config.policy.feature_reuse, trainer.autocast, trainer.compile == "on", config.policy.ratio_level
-    )
+        model, config.policy.feature_reuse, trainer.autocast, trainer.compile == "on", config.policy.ratio_level,
+        budget=None if room is None else FeatureBudget(room * 2**30 / trainer.buffer_size, observations),
+    )  # fmt: skip
     check_policy(policy, observations, action_shape, choices)
     check_constant(policy, observations)
     return policy

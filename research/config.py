@@ -226,6 +226,9 @@ class PolicyConfig:
     each; the loss and train/approx_kl sum over them."""
     feature_reuse: Literal["auto", "off"] = "auto"
     """auto: keep the frozen parts' outputs in the rollout and never run those parts in the update."""
+    feature_memory: NonNegativeFloat | None = None
+    """GiB of a rollout for those outputs: kept are those that spare the most FLOPs per byte, the others are computed
+    again in the update. none = all are kept."""
     vla_config: VLAConfig = field(default_factory=VLAConfig)
 
     def __post_init__(self) -> None:

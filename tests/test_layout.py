@@ -78,6 +78,7 @@ def test_from_the_environment_to_the_gradient_it_is_five_files():
 def test_every_module_has_a_test_file_of_its_own():
     tested_elsewhere = {
         "research/training/advantages.py": "tests/training/test_rollout.py",  # on scripted rollouts, by hand
+        "agents/flop_counter.py": "tests/agents/test_cost.py",
         "research/training/clipping.py": "tests/training/test_ppo.py",
         "research/imitation/lerobot_index.py": "tests/imitation/test_lerobot.py",
         "research/imitation/lerobot_tables.py": "tests/imitation/test_lerobot.py",

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torchrl.envs import EnvBase
 
-from agents.cost import FlopCounter
 from agents.critic import detach_value_head
+from agents.flop_counter import FlopCounter
 from agents.policy import VLAPolicy
 from research.config import PPOConfig
 from research.schema import OBSERVATION, UserError

@@ -17,7 +17,7 @@ from torchrl.envs.utils import check_env_specs
 from worlds import ROOT
 
 from agents.checking import check_policy
-from agents.cost import FlopCounter
+from agents.flop_counter import FlopCounter
 from agents.policy import VLAPolicy
 from research.config import PPOConfig
 from research.training.freezing import part_names
