@@ -6,7 +6,8 @@
 
 A run is `bc_vla.py` on the demonstrations of its seed, which are the same in every arm, and then `ppo_vla.py` from that
 clone. Both are evaluated on the same held-out states, by mode and by samples. A row per run and evaluation is added to
---table as soon as it is there; what has its rows is not run again.
+--table as soon as it is there; what has its rows is not run again. What the first row of a stage was made with is kept
+beside the table, in settings.json: other settings are refused, as their rows would be compared with these.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from research.study.statistics import difference_interval, mean_interval
 HERE = Path(__file__).parent
 ARMS = tuple("+".join(arm) for arm in product(("imagenet", "random"), ("frozen", "trained")))
 MODES = ("mode", "sample")
+CLONING = "--episodes=40 --steps=700 --batch_size=64 --max_eval_steps=200"
 COLUMNS = ("stage", "arm", "seed", "mode", "success", "seconds", "env_steps", "outcomes")
 
 
@@ -74,7 +76,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all of %(choices)s")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
-    add("--cloning", default="--episodes=40 --steps=700 --batch_size=64", metavar="FLAGS", help="default %(default)s")
+    add("--cloning", default=CLONING, metavar="FLAGS", help="default %(default)s")
     add("--ppo", default="", metavar="FLAGS", help="as in --ppo='--trainer.num_envs=8'")
     add("--ppo_env_steps", type=int, default=200_000, help="budget of PPO, 0 for none, default %(default)s")
     add("--episodes", type=int, default=150, help="held-out states, default %(default)s")
@@ -86,12 +88,39 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 def run_what_is_missing(options: argparse.Namespace) -> None:
     """Every seed of every arm, the arms by turns, so that a study that is stopped early is a balanced one."""
+    check_settings(options)
     for seed, arm in tqdm(list(product(options.seeds, options.arms)), unit="run", disable=None):
         weights = options.folder.absolute() / f"{arm.replace('+', '_')}_{seed}.safetensors"
         if not (is_there(options.table, "clone", arm, seed) and weights.exists()):
             imitate(options, arm, seed, weights)
         if options.ppo_env_steps and not is_there(options.table, "ppo", arm, seed):
             reinforce(options, arm, seed, weights)
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Write down what the rows of each stage are made with.
+
+    Raises:
+        UserError: there are rows that were made otherwise.
+    """
+    now = {"clone": {"flags": options.cloning, "config": configuration("metaworld_bc"), "episodes": options.episodes}}
+    if options.ppo_env_steps:
+        now["ppo"] = {"flags": options.ppo, "config": configuration("metaworld"), "env_steps": options.ppo_env_steps}
+    file = options.table.with_name("settings.json")
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for stage, settings in now.items():
+        for name, value in settings.items():
+            if stage in before and before[stage].get(name) != value:
+                raise UserError(
+                    f"{options.table}: {name} of its {stage} rows was {json.dumps(before[stage].get(name))} and is now "
+                    f"{json.dumps(value)}; set it as it was, or give --table a folder of its own"
+                )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(before | now, indent=2) + "\n")
+
+
+def configuration(name: str) -> dict:
+    return json.loads((HERE / "configs" / f"{name}.json").read_text())
 
 
 def frozen_parts(arm: str) -> str:

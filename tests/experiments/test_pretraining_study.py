@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pretraining_study
 import pytest
@@ -32,6 +34,9 @@ def test_a_run_is_imitated_and_reinforced_once(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(pretraining_study, "run", lambda *words: pytest.fail(f"ran again: {words}"))
     assert main(words) == 0 and read_table(table) == rows
+    capfd.readouterr()
+    assert main([*words, "--seeds", "4", f"--cloning={CLONING} --max_eval_steps=30"]) == 2
+    assert f"flags of its clone rows was {json.dumps(CLONING)} and is now" in capfd.readouterr().err
 
 
 def rows_of(stage: str, mode: str, rates: dict[str, float], rng: np.random.Generator) -> list[Row]:
