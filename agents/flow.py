@@ -65,6 +65,18 @@ class Chain(NamedTuple):
     log_prob: Tensor
 
 
+class ChainScore(NamedTuple):
+    """What `FlowNoise.score` says of a chain.
+
+    Attributes:
+        log_prob: `[B]`, of all states given the first; of the parts at another level with a dimension more.
+        entropy: `[B]`, the sum of those of its steps' noise.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+
+
 class Steps:
     """K equal steps from time 1 to time 0.
 
@@ -123,6 +135,12 @@ def gaussian_log_prob(
     std = std.expand_as(mean)
     each = -0.5 * ((value - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return at_level(each[..., : counted[0], : counted[1]], level)
+
+
+def gaussian_entropy(std: Tensor, counted: Counted = EVERYTHING) -> Tensor:
+    """Entropy `[B]` of a diagonal Gaussian with deviations `[B, H, A]`, of the numbers that count."""
+    each = std.log() + 0.5 * math.log(2 * math.pi * math.e)
+    return each[:, : counted[0], : counted[1]].sum(dim=(1, 2))
 
 
 class FlowSDE:
@@ -218,7 +236,12 @@ class FlowNoise:
 
     @torch.no_grad()
     def sample(
-        self, velocity: Velocity, raw_std: Velocity, start: Tensor, generator: torch.Generator | None = None
+        self,
+        velocity: Velocity,
+        raw_std: Velocity,
+        start: Tensor,
+        generator: torch.Generator | None = None,
+        level: RatioLevel = "chunk",
     ) -> Chain:
         """Draw actions.
 
@@ -227,29 +250,32 @@ class FlowNoise:
             raw_std: what learns the noise, a function as `velocity` is; see `bounded`.
             start: `[B, H, A]`, standard normal noise.
             generator: of the noise.
+            level: see `gaussian_log_prob`.
         """
-        states, log_prob = [start], start.new_zeros(len(start))
+        states, log_prob = [start], 0.0
         for k in range(len(self.steps)):
             index = torch.full((len(start),), k, device=start.device)
             mean, std = self._step(velocity, raw_std, states[-1], index)
             eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
             states.append(mean + std * eps)
-            log_prob = log_prob + gaussian_log_prob(states[-1], mean, std, self.counted)
+            log_prob = log_prob + gaussian_log_prob(states[-1], mean, std, self.counted, level)
         return Chain(states[-1], torch.stack(states, dim=1), log_prob)
 
-    def log_prob(self, velocity: Velocity, raw_std: Velocity, states: Tensor) -> Tensor:
-        """Joint log-probability `[B]` of a chain's states given its first, with gradients; the model runs K times.
+    def score(self, velocity: Velocity, raw_std: Velocity, states: Tensor, level: RatioLevel = "chunk") -> ChainScore:
+        """Log-probability and entropy of a chain's states given its first, with gradients; the model runs K times.
 
         Args:
             velocity, raw_std: as of `sample`.
             states: of a `Chain`.
+            level: see `gaussian_log_prob`.
         """
-        log_prob = states.new_zeros(len(states))
+        log_prob, entropy = 0.0, 0.0
         for k in range(len(self.steps)):
             index = torch.full((len(states),), k, device=states.device)
             mean, std = self._step(velocity, raw_std, states[:, k].contiguous(), index)
-            log_prob = log_prob + gaussian_log_prob(states[:, k + 1], mean, std, self.counted)
-        return log_prob
+            log_prob = log_prob + gaussian_log_prob(states[:, k + 1], mean, std, self.counted, level)
+            entropy = entropy + gaussian_entropy(std.expand_as(mean), self.counted)
+        return ChainScore(log_prob, entropy)
 
     def _step(self, velocity: Velocity, raw_std: Velocity, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         mean, _ = _euler(velocity, x, index, self.steps)

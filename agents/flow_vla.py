@@ -8,34 +8,38 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from agents.flow import FlowSDE, Velocity, follow
+from agents.flow import FlowNoise, FlowSDE, Velocity, follow
 from agents.normalisation import Kind, Normalisation
 from agents.ratio_level import LEVELS, at_level
 from agents.vla import DecidingVLA, check_modalities
 from research.schema import ACTION, LANGUAGE, LOG_PROB, PROPRIO, RGB, VALUE, UserError, base_modality
 
 READS = (RGB, PROPRIO, LANGUAGE)
-PAIR, INDEX = ("decision", "pair"), ("decision", "index")
+PAIR, INDEX, STATES = ("decision", "pair"), ("decision", "index"), ("decision", "states")
+Noise = float | Sequence[float]
 PREFIX_HIDDEN = "prefix_hidden"
 
 
 class FlowVLA(DecidingVLA):
     """A VLA with a velocity.
 
-    A subclass adds its parts, `value_head` among them, stages of which one writes `prefix_hidden`, and `velocity`.
+    A subclass adds its parts, stages of which one writes `prefix_hidden`, and `velocity`.
 
     Args:
         modalities: which observations to read.
         horizon, room, state_room: H and D of the model, and of how many numbers its state is.
+        width: D of `prefix_hidden`, `[B, D]`.
         action_dim, proprio_dim: numbers of the environment's actions and states.
         executed: control steps of the H that are executed.
-        steps, noise: K denoising steps, and a of `FlowSDE`.
+        steps: K denoising steps.
+        noise: a of `FlowSDE`, or the two bounds of the deviations of `FlowNoise`, which `noise_head` learns.
         statistics, dataset, normalisation: see `agents.normalisation.Normalisation.from_file`.
 
     Attributes:
@@ -46,10 +50,8 @@ class FlowVLA(DecidingVLA):
         UserError: it reads no camera, or something has no room in the model.
     """
 
-    decision_keys = (PAIR, INDEX)
+    heads: tuple[str, ...] = ("action_expert", "value_head")
     ratio_levels = LEVELS
-    entropy_trains = False  # that of a stochastic step does not depend on its mean
-    value_head: nn.Module
 
     def __init__(
         self,
@@ -57,11 +59,12 @@ class FlowVLA(DecidingVLA):
         horizon: int,
         room: int,
         state_room: int,
+        width: int,
         action_dim: int,
         proprio_dim: int,
         executed: int,
         steps: int,
-        noise: float,
+        noise: Noise,
         statistics: str | None,
         dataset: str | None,
         normalisation: Kind,
@@ -84,7 +87,19 @@ class FlowVLA(DecidingVLA):
         ):
             if got > most:
                 raise UserError(f"{name}: {option} is {got}, and the model has room for {most}")
-        self.flow = FlowSDE(steps, noise, counted=(executed, action_dim))
+        counted = (executed, action_dim)
+        self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 1))
+        if isinstance(noise, Real):
+            self.flow, self.decision_keys = FlowSDE(steps, noise, counted), (PAIR, INDEX)
+            self.entropy_trains = False  # that of a stochastic step does not depend on its mean
+        elif len(noise) == 2:
+            self.flow, self.decision_keys = FlowNoise(steps, *noise, counted), (STATES,)
+            self.noise_head = NoiseHead(width, horizon, room)
+            self.heads = (*self.heads, "noise_head")
+        else:
+            raise UserError(
+                f"{name}: noise is {list(noise)}; expected one number, or the two bounds of what is learned"
+            )
         self.actions = Normalisation.from_file(statistics, "action", dataset, normalisation, action_dim)
         self.states = Normalisation.from_file(statistics, "proprio", dataset, normalisation, proprio_dim)
 
@@ -104,18 +119,30 @@ class FlowVLA(DecidingVLA):
         if deterministic:
             with torch.no_grad():
                 x = follow(velocity, torch.zeros(shape, device=hidden.device), self.flow.steps)
-            pair, index = torch.stack([x, x], dim=1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            states = [x] * (2 if isinstance(self.flow, FlowSDE) else self.flow.steps.count + 1)
+            drawn = (torch.stack(states, dim=1), torch.zeros(len(x), dtype=torch.int64, device=x.device))
             log_prob = at_level(x.new_zeros(len(x), self.executed, self.action_dim), self.ratio_level)
         else:
             noise = torch.randn(shape, device=hidden.device)
-            x, pair, index, log_prob = self.flow.sample(velocity, noise, level=self.ratio_level)
+            if isinstance(self.flow, FlowSDE):
+                x, *drawn, log_prob = self.flow.sample(velocity, noise, level=self.ratio_level)
+            else:
+                x, *drawn, log_prob = self.flow.sample(velocity, self._raw_std(step), noise, level=self.ratio_level)
         action = self.actions.unnormalise(x[:, : self.executed, : self.action_dim])
-        step.set(ACTION, action[:, 0] if self.executed == 1 else action).set(PAIR, pair).set(INDEX, index)
+        step.set(ACTION, action[:, 0] if self.executed == 1 else action)
+        step.update(dict(zip(self.decision_keys, drawn, strict=False)))
         return step.set(LOG_PROB, log_prob).set(VALUE, self.state_value(step))
 
     def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        log_prob = self.flow.log_prob(self.velocity(step), step.get(PAIR), step.get(INDEX), self.ratio_level)
-        return log_prob, log_prob.new_zeros(len(log_prob)), self.state_value(step)
+        velocity, value = self.velocity(step), self.state_value(step)
+        if isinstance(self.flow, FlowSDE):
+            log_prob = self.flow.log_prob(velocity, step.get(PAIR), step.get(INDEX), self.ratio_level)
+            return log_prob, log_prob.new_zeros(len(log_prob)), value
+        return *self.flow.score(velocity, self._raw_std(step), step.get(STATES), self.ratio_level), value
+
+    def _raw_std(self, step: TensorDictBase) -> Velocity:
+        hidden = step.get(PREFIX_HIDDEN).detach().float()  # how large the noise is does not teach the model to see
+        return lambda x, time: self.noise_head(hidden, time)
 
     def state_value(self, step: TensorDictBase) -> Tensor:
         return self.value_head(step.get(PREFIX_HIDDEN).float()).float()
@@ -138,3 +165,17 @@ class FlowVLA(DecidingVLA):
         there = time[:, None, None]
         velocity = self.velocity(step)(there * noise + (1 - there) * action, time)
         return (velocity - (noise - action)).square().mean(dim=(1, 2))
+
+
+class NoiseHead(nn.Module):
+    """What bounds the noise of each number of a chunk at each time, from the prefix (ReinFlow, arXiv:2505.22094)."""
+
+    def __init__(self, width: int, horizon: int, room: int):
+        super().__init__()
+        self.horizon, self.room = horizon, room
+        self.layers = nn.Sequential(nn.Linear(width + 1, 256), nn.SiLU(), nn.Linear(256, horizon * room))
+
+    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """Numbers `[B, H, D]`, of any size, from `hidden` `[B, W]` and times `[B]`; see `FlowNoise.bounded`."""
+        raw = self.layers(torch.cat([hidden, time[:, None].to(hidden.dtype)], dim=1))
+        return raw.unflatten(1, (self.horizon, self.room))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
 from agents.action_bins import ActionBins
+from agents.checkpoint_folder import BYTES
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.normalisation import Kind, Normalisation
 from agents.openvla_checkpoint import action_statistics, load_weights, openvla_config, write_checkpoint
@@ -86,6 +87,8 @@ class OpenVLA(DecidingVLA):
     decision_keys = (TOKENS,)
     context_keys = (PROMPT, PROMPT_SEEN)
     heads = ("value_head", "language_model.lm_head")
+    # All linear layers, as the public fine-tuning script has it ("all-linear"); the towers' convolutions are none.
+    lora_targets = ("vision_backbone.*.blocks.*", "vision_backbone.*.attn_pool.*", "projector", "language_model")
     ratio_levels = LEVELS
 
     def __init__(
@@ -124,7 +127,8 @@ class OpenVLA(DecidingVLA):
         self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 1))
         if pretrained is not None:
             load_weights(self, Path(pretrained))
-        folder = tokenizer or pretrained
+        as_bytes = all(self.config.content.get(name) == value for name, value in BYTES.items())
+        folder = tokenizer or (None if as_bytes else pretrained)
         self.words = read_tokenizer(Path(folder), self.config.tokens, "OpenVLA: tokenizer") if folder else None
         self.statistics = action_statistics(pretrained, statistics, dataset)
         self.actions = Normalisation.identity(action_dim)

@@ -6,28 +6,33 @@ too. The head of the state value, which is this project's, lies in a file of its
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaConfig
 
+from agents.checkpoint_folder import (
+    BYTES,
+    copy_small_files,
+    fill_own_heads,
+    start_export,
+    write_json,
+    write_own_heads,
+)
 from agents.families import recognise
 from agents.normalisation import read_statistics
 from agents.packaged_weights import fill_part
 from agents.prismatic_vision import DINOV2, SIGLIP, TowerConfig, tower_config
-from agents.weights import DIRECTORY_FILES, WEIGHTS_SUFFIXES, read_file, read_json, read_weights, some
+from agents.weights import DIRECTORY_FILES, read_json, read_weights, some
 from research.schema import UserError, describe_error, did_you_mean
 
 PARTS = ("vision_backbone", "projector", "language_model")  # as a checkpoint names its weights
-STATISTICS, VALUE_HEAD = "dataset_statistics.json", "value_head.safetensors"
+STATISTICS = "dataset_statistics.json"
 # Arguments that name a size of the model, with the sizes of OpenVLA-7B.
 SIZES: dict[str, Any] = {
     "text_config": {"vocab_size": 32064},
@@ -135,9 +140,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     for part in PARTS:
         own = {n.removeprefix(f"{part}."): value for n, value in weights.items() if n.startswith(f"{part}.")}
         fill_part(getattr(model, part), own, folder, f"OpenVLA: pretrained: {part}")
-    if (folder / VALUE_HEAD).is_file():
-        own = read_file(folder / VALUE_HEAD)
-        fill_part(model.value_head, own, folder / VALUE_HEAD, "OpenVLA: pretrained: value_head")
+    fill_own_heads(model, folder, "OpenVLA: pretrained")
 
 
 def action_statistics(
@@ -192,26 +195,20 @@ def write_checkpoint(
         config, statistics, words: of the model.
         source: the folder it came from, of which the small files are copied (the tokenizer's, the public code's).
     Raises:
-        UserError: the model has adapters, or the folder is where it came from.
+        UserError: the model has adapters that are not merged, or the folder is not empty.
     """
+    start_export(model, folder)
+    copy_small_files(source, folder)
     weights = {name: value for name, value in model.state_dict().items() if name.startswith(PARTS)}
-    if adapters := [name for name in weights if ".lora_" in name]:
-        raise UserError(f"OpenVLA: export: fold the adapters into their layers before; there are {some(adapters)}")
-    if source and Path(source).resolve() == folder.resolve():
-        raise UserError(f"OpenVLA: export: {folder} is the folder that the model came from; name another")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in Path(source).iterdir() if source and Path(source).is_dir() else ():
-        if file.is_file() and file.suffix not in WEIGHTS_SUFFIXES and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
-    save_file({n: v.contiguous() for n, v in model.value_head.state_dict().items()}, folder / VALUE_HEAD)
+    write_own_heads(model, folder)
     content = {"model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"], **config.content}
     content |= {"use_fused_vision_backbone": True, "torch_dtype": str(next(iter(weights.values())).dtype)[6:]}
     content["text_config"] = {"model_type": "llama", **content["text_config"]}
     if statistics is not None:
         name, action = statistics
         content["norm_stats"] = {**content.get("norm_stats", {}), name: {"action": action}}
-        (folder / STATISTICS).write_text(json.dumps({name: {"action": action}}, indent=2), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_json({name: {"action": action}}, folder / STATISTICS)
+    write_json(content | (BYTES if words is None else {}), folder / "config.json")
     if words is not None:
         words.save(str(folder / "tokenizer.json"))

@@ -6,7 +6,7 @@
     proprio, noise, time ── action_expert ────────────────────────────────────────── velocity ────────────────┘ │
                                                                                      value_head ────────────────┘
 
-The modules are those of transformers' PI0, and so are the names of a checkpoint's weights (`HUB_NAMES`). All tokens of
+The modules are those of transformers' PI0, and so is the folder of a checkpoint (`agents/pi0_folder.py`). All tokens of
 the prefix see each other; the state sees the prefix; the noised actions see both and each other. The keys and values of
 the prefix are computed once per observation: with the vision-language model frozen, once per transition.
 
@@ -17,7 +17,6 @@ data that the checkpoint was trained on (`statistics`); what goes to the environ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -25,28 +24,22 @@ import torch.nn.functional as F
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from transformers import DynamicCache, PI0Config, PI0ForConditionalGeneration
+from transformers import GemmaModel, PI0ForConditionalGeneration
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
 
-from agents.families import told_apart
+from agents import pi0_folder
+from agents.checkpoint_folder import fill_own_heads
 from agents.flow import Velocity
-from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA
+from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA, Noise
+from agents.gradient_checkpointing import Recomputed, checkpoint_layers
 from agents.normalisation import Kind
 from agents.prompts import behind_pictures, mean_of_seen, prompt_tokens
 from agents.sentence_encoder import read_tokenizer
-from agents.weights import some
-from research.schema import LANGUAGE, OBSERVATION, PROPRIO, UserError, describe_error, did_you_mean
+from research.schema import LANGUAGE, OBSERVATION, PROPRIO
 
 PATCHES, PREFIX_KV, PREFIX_SEEN = "patches", "prefix_kv", "prefix_seen"
 LONGEST_PROMPT, START = 48, "<bos>"  # tokens, as pi0 was trained; of a tokenizer
-# Our names -> those of transformers' PI0ForConditionalGeneration.
-HUB_NAMES = {
-    "vision_tower.": "model.vlm.vision_tower.",
-    "projector.": "model.vlm.multi_modal_projector.",
-    "language_model.": "model.vlm.language_model.",
-    "action_expert.transformer.": "model.dit.",
-    "action_expert.embedding.": "embed_action_time.",
-    "action_expert.velocity.": "action_out_proj.",
-}
+Kept = tuple[Tensor, Tensor]  # keys and values, each `[B, heads, S, d]`
 
 
 class Pi0VLA(FlowVLA):
@@ -56,22 +49,25 @@ class Pi0VLA(FlowVLA):
         action_dim: A, numbers of an action that the environment takes; the model's further ones are not executed.
         modalities: which observations to read, further cameras (`rgb_wrist`, ...) among them.
         proprio_dim: P of `proprio` `[B, P]`, padded with zeros to the model's.
-        pretrained: a local folder as transformers writes it: `config.json` and weights; None: fresh weights.
+        pretrained: a local folder as transformers or `export` writes it; None: fresh weights.
         config: arguments of a `transformers.PI0Config`, over those of `pretrained`.
         tokenizer: a local folder with `tokenizer.json`; None: that of `pretrained`, or bytes for fresh weights.
         executed: control steps that are executed, of the `chunk_size` that the model denoises.
         steps: K, denoising steps.
-        noise: a of `FlowSDE`.
-        statistics: file with the statistics of the data, see `agents.normalisation.read_statistics`; None: actions and
-            states are used as they are.
+        noise: a of `FlowSDE`, or two bounds of deviations, as [0.08, 0.16], for `FlowNoise`.
+        statistics: file with the statistics of the data, see `agents.normalisation.read_statistics`; None: those that
+            `export` wrote; without any, actions and states are used as they are.
         dataset: whose statistics, where the file has several.
         normalisation: "mean_std", "quantiles" or "min_max".
+        gradient_checkpointing: compute the layers' activations again in the backward pass instead of keeping them.
 
     Raises:
         UserError: what `pretrained`, `tokenizer` or `statistics` name is absent or does not fit.
     """
 
-    heads = ("action_expert", "value_head")
+    # Attention and feed-forward layers of the language model, as openpi's gemma_2b_lora, beside an expert that trains
+    # in full, as in RLinf. Without adapters in the vision tower, what it sees is computed once per transition.
+    lora_targets = ("language_model.layers",)
 
     def __init__(
         self,
@@ -83,25 +79,35 @@ class Pi0VLA(FlowVLA):
         tokenizer: str | None = None,
         executed: int = 1,
         steps: int = 4,
-        noise: float = 0.5,
+        noise: Noise = 0.5,
         statistics: str | None = None,
         dataset: str | None = None,
         normalisation: Kind = "mean_std",
+        gradient_checkpointing: bool = False,
     ):
-        config = pi0_config(pretrained, config)
+        config = pi0_folder.pi0_config(pretrained, config)
+        statistics = statistics or pi0_folder.statistics_in(pretrained)
         super().__init__(
-            modalities, config.chunk_size, config.max_action_dim, config.max_state_dim, action_dim, proprio_dim,
-            executed, steps, noise, statistics, dataset, normalisation,
+            modalities, config.chunk_size, config.max_action_dim, config.max_state_dim,
+            config.vlm_config.text_config.hidden_size, action_dim, proprio_dim, executed, steps, noise, statistics,
+            dataset, normalisation,
         )  # fmt: skip
-        self.config = config
-        hub = PI0ForConditionalGeneration(self.config) if pretrained is None else load_hub(pretrained, self.config)
+        self.config, self.pretrained, self.statistics = config, pretrained, statistics
+        hub = PI0ForConditionalGeneration(config) if pretrained is None else pi0_folder.load_hub(pretrained, config)
         self.vision_tower, self.projector = hub.model.vlm.vision_tower, hub.model.vlm.multi_modal_projector
         self.language_model = hub.model.vlm.language_model
-        self.action_expert = ActionExpert(hub)
-        width = self.config.vlm_config.text_config.hidden_size
-        self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 1))
-        folder, vocabulary = tokenizer or pretrained, self.config.vlm_config.text_config.vocab_size
-        self.words = read_tokenizer(Path(folder), vocabulary, "Pi0VLA: tokenizer") if folder else None
+        self.action_expert = ActionExpert(hub, gradient_checkpointing)
+        if pretrained is not None:
+            fill_own_heads(self, Path(pretrained), "Pi0VLA: pretrained")
+        self.tokenizer_folder = tokenizer or (None if pi0_folder.reads_bytes(config) else pretrained)
+        self.words = None
+        if self.tokenizer_folder:
+            self.words = read_tokenizer(
+                Path(self.tokenizer_folder), config.vlm_config.text_config.vocab_size, "Pi0VLA: tokenizer"
+            )
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            checkpoint_layers(self.vision_tower.encoder.layers)
 
     # ---------------------------------------------------------------------------------------------------- the contract
 
@@ -128,11 +134,9 @@ class Pi0VLA(FlowVLA):
             state = kv.new_zeros(len(kv), self.state_room, dtype=torch.float32)
         return lambda x, time: self.action_expert(state, x, time, kv, seen)
 
-
-def hub_name(name: str) -> str:
-    """What transformers calls one of this model's weights."""
-    prefix = next(prefix for prefix in HUB_NAMES if name.startswith(prefix))
-    return HUB_NAMES[prefix] + name.removeprefix(prefix)
+    def export(self, folder: Path) -> None:
+        """Write a folder that transformers reads, and `pretrained`; see `agents/pi0_folder.py`."""
+        pi0_folder.export(self, Path(folder))
 
 
 class Patches(nn.Module):
@@ -164,27 +168,26 @@ class Prefix(nn.Module):
     def __init__(self, model: Pi0VLA):
         super().__init__()
         self.projector, self.language_model, self.words = model.projector, model.language_model, model.words
+        self.recompute = model.gradient_checkpointing
 
     def forward(self, patches: Tensor, language: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         ids, is_token = prompt_tokens(self.words, language, len(patches), patches.device, LONGEST_PROMPT, START)
         words = self.language_model.get_input_embeddings()(ids)
         tokens, seen = behind_pictures(self.projector(patches), words, is_token)
-        output = self.language_model(
-            inputs_embeds=tokens,
-            attention_mask=attention_bias(seen[:, None].expand(-1, seen.shape[1], -1), tokens.dtype),
-            position_ids=seen.cumsum(dim=1) - 1,
-            past_key_values=DynamicCache(),
-            use_cache=True,
-        )
-        kv = torch.stack([torch.stack([layer.keys, layer.values], dim=1) for layer in output.past_key_values.layers], 1)
-        return kv, seen, mean_of_seen(output.last_hidden_state, seen)
+        states, kept = run_gemma(
+            self.language_model, tokens, seen[:, None].expand(-1, seen.shape[1], -1), seen.cumsum(dim=1) - 1,
+            recompute=self.recompute,
+        )  # fmt: skip
+        kv = torch.stack([torch.stack(layer, dim=1) for layer in kept], dim=1)
+        return kv, seen, mean_of_seen(states, seen)
 
 
 class ActionExpert(nn.Module):
     """The velocity of noised actions: a transformer whose layers also attend to the prefix's keys and values."""
 
-    def __init__(self, hub: PI0ForConditionalGeneration):
+    def __init__(self, hub: PI0ForConditionalGeneration, recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         self.transformer, self.embedding, self.velocity = hub.model.dit, hub.embed_action_time, hub.action_out_proj
 
     def forward(self, state: Tensor, x: Tensor, time: Tensor, kv: Tensor, seen: Tensor) -> Tensor:
@@ -201,63 +204,63 @@ class ActionExpert(nn.Module):
         among[0, 1:] = False  # the state does not see the actions
         visible = torch.cat([seen[:, None].expand(-1, length, -1), among.expand(b, -1, -1)], dim=2)
         positions = seen.sum(dim=1, keepdim=True) + torch.arange(length, device=x.device)
-        output = self.transformer(
-            inputs_embeds=tokens,
-            attention_mask=attention_bias(visible, tokens.dtype),
-            position_ids=positions,
-            past_key_values=DynamicCache([(layer[:, 0], layer[:, 1]) for layer in kv.unbind(dim=1)]),
-            use_cache=True,
+        before = [(layer[:, 0], layer[:, 1]) for layer in kv.unbind(dim=1)]
+        states, _ = run_gemma(self.transformer, tokens, visible, positions, before, self.recompute)
+        return self.velocity(states[:, 1:]).float()
+
+
+def run_gemma(
+    model: GemmaModel,
+    tokens: Tensor,
+    visible: Tensor,
+    positions: Tensor,
+    before: Sequence[Kept] | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, list[Kept]]:
+    """Last states `[B, Q, D]` of tokens `[B, Q, D]`, and the keys and values of every layer.
+
+    Args:
+        model: its layers are run; each with a cache of its own, so that one can be run again by itself.
+        tokens: of the width of the model.
+        visible: bool `[B, Q, K]`; K counts the tokens before, first, and these.
+        positions: int64 `[B, Q]`.
+        before: of every layer, the keys and values of the tokens before.
+        recompute: keep the layers' inputs alone for the backward pass.
+    """
+    run = Recomputed(run_layer) if recompute else run_layer
+    bias, rotation = attention_bias(visible, tokens.dtype), model.rotary_emb(tokens, position_ids=positions)
+    kept = []
+    for number, layer in enumerate(model.layers):
+        tokens, *own = run(layer, tokens, bias, rotation, None if before is None else before[number])
+        kept.append(tuple(own))
+    return model.norm(tokens), kept
+
+
+def run_layer(
+    layer: GemmaDecoderLayer, tokens: Tensor, bias: Tensor, rotation: Kept, before: Kept | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States of one layer, and its keys and values, those before among them."""
+    cache = LayerCache(before)
+    tokens = layer(tokens, attention_mask=bias, position_embeddings=rotation, past_key_values=cache)
+    return tokens, *cache.kept
+
+
+class LayerCache:
+    """What a layer of transformers asks of a cache."""
+
+    def __init__(self, kept: Kept | None):
+        self.kept = kept
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> Kept:
+        """Keys and values with those before."""
+        new = keys, values
+        self.kept = (
+            new if self.kept is None else tuple(torch.cat(pair, dim=-2) for pair in zip(self.kept, new, strict=True))
         )
-        return self.velocity(output.last_hidden_state[:, 1:]).float()
+        return self.kept
 
 
 def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """What attention adds to its scores, `[B, 1, Q, K]`: 0 where bool `[B, Q, K]` is set, else the least number."""
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
-
-
-def pi0_config(pretrained: str | None, arguments: dict | None) -> PI0Config:
-    """The configuration of a pretrained folder, or of fresh weights, with some of its arguments changed."""
-    if pretrained is None and not arguments:
-        raise UserError(
-            "Pi0VLA: set pretrained to a folder, or config to the sizes of fresh weights; see pi0_tiny.json"
-        )
-    known = {field.name for field in fields(PI0Config)}
-    for name in arguments or {}:
-        if name not in known:
-            raise UserError(f"Pi0VLA: config: {name!r} is no argument of PI0Config{did_you_mean(name, known)}")
-    if pretrained is not None and not (Path(pretrained) / "config.json").is_file():
-        raise UserError(
-            f"Pi0VLA: there is no {Path(pretrained) / 'config.json'}; pretrained is a folder with that file"
-        )
-    try:
-        if pretrained is None:
-            return PI0Config(**arguments)
-        return PI0Config.from_pretrained(pretrained, local_files_only=True, **(arguments or {}))
-    except Exception as error:  # whatever the library's own checks raise
-        raise UserError(
-            f"Pi0VLA: no configuration of pi0 in {pretrained or arguments}: {describe_error(error)}"
-        ) from error
-
-
-def load_hub(folder: str, config: PI0Config) -> PI0ForConditionalGeneration:
-    """The model of a pretrained folder, in float32.
-
-    Raises:
-        UserError: there are no weights, one is absent or has another shape, or they are of another family; names them.
-    """
-    try:
-        hub, told = PI0ForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except Exception as error:  # whatever the library's own checks raise
-        raise UserError(f"Pi0VLA: no weights of pi0 in {folder}: {describe_error(error)}") from error
-    if different := [f"{name} {list(found)} for {list(own)}" for name, found, own in sorted(told["mismatched_keys"])]:
-        raise UserError(f"Pi0VLA: {folder} does not fit its configuration: {some(different)}")
-    if missing := sorted(told["missing_keys"]):
-        others = f"; what there is besides: {some(sorted(told['unexpected_keys']))}" if told["unexpected_keys"] else ""
-        others += told_apart(told["unexpected_keys"], "pi0")
-        raise UserError(f"Pi0VLA: {folder} lacks {some(missing)}{others}")
-    return hub

@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
 
 from agents import smolvla_folder
+from agents.checkpoint_folder import BYTES
 from agents.flow import Velocity
-from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA
+from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA, Noise
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.normalisation import Kind
 from agents.prompts import behind_pictures, mean_of_seen, prompt_tokens
 from agents.sentence_encoder import read_tokenizer
-from agents.smolvla_sizes import BYTES, read_sizes, read_vlm, vlm_folder
+from agents.smolvla_sizes import read_sizes, read_vlm, vlm_folder
 from agents.smolvlm_expert import ActionExpert, LanguagePass, language_layers
 from research.schema import LANGUAGE, OBSERVATION, PROPRIO
 
@@ -59,7 +60,7 @@ class SmolVLA(FlowVLA):
         tokenizer: a local folder with `tokenizer.json`; None: that of `vlm`, or bytes where `vlm` is sizes.
         executed: control steps that are executed, of the `chunk_size` that the model denoises.
         steps: K, denoising steps.
-        noise: a of `FlowSDE`.
+        noise: a of `FlowSDE`, or two bounds of deviations, as [0.08, 0.16], for `FlowNoise`.
         statistics: file with the statistics of the data, see `agents.normalisation.read_statistics`; None: those of
             `pretrained`; without any, actions and states are used as they are.
         dataset: whose statistics, where the file has several.
@@ -72,6 +73,9 @@ class SmolVLA(FlowVLA):
 
     context_keys = (PREFIX_KV, PREFIX_SEEN, STATE_KV, PREFIX_HIDDEN)
     heads = ("state_proj", "action_expert", "value_head")
+    # Attention and feed-forward layers of the language model. LeRobot's default adapts the expert, which trains in full
+    # here, as in pi0. Without adapters before them, the pictures' tokens are computed once per transition.
+    lora_targets = ("language_model.layers",)
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class SmolVLA(FlowVLA):
         tokenizer: str | None = None,
         executed: int = 1,
         steps: int = 4,
-        noise: float = 0.5,
+        noise: Noise = 0.5,
         statistics: str | None = None,
         dataset: str | None = None,
         normalisation: Kind = "mean_std",
@@ -93,14 +97,15 @@ class SmolVLA(FlowVLA):
         sizes, written = read_sizes(pretrained, config)
         if statistics is None and pretrained is not None:
             statistics = smolvla_folder.statistics_in(pretrained, written, normalisation)
+        folder_of_vlm = vlm_folder(pretrained, vlm, written)
+        vlm_config = read_vlm(folder_of_vlm, vlm)
+        text = vlm_config.text_config
         super().__init__(
-            modalities, sizes.chunk_size, sizes.max_action_dim, sizes.max_state_dim, action_dim, proprio_dim,
-            executed, steps, noise, statistics, dataset, normalisation,
+            modalities, sizes.chunk_size, sizes.max_action_dim, sizes.max_state_dim, 2 * text.hidden_size, action_dim,
+            proprio_dim, executed, steps, noise, statistics, dataset, normalisation,
         )  # fmt: skip
         self.sizes, self.written, self.pretrained = sizes, written, pretrained
-        self.vlm_folder = vlm_folder(pretrained, vlm, written)
-        self.vlm_config = read_vlm(self.vlm_folder, vlm)
-        text = self.vlm_config.text_config
+        self.vlm_folder, self.vlm_config = folder_of_vlm, vlm_config
         self.vision_tower = SmolVLMVisionTransformer(self.vlm_config.vision_config)
         self.connector = SmolVLMConnector(self.vlm_config)
         self.language_model = language_layers(text, sizes.num_vlm_layers)
@@ -109,8 +114,6 @@ class SmolVLA(FlowVLA):
             self.language_model.config, sizes.expert_width_multiplier, sizes.self_attention, self.room,
             (sizes.min_period, sizes.max_period), gradient_checkpointing,
         )  # fmt: skip
-        width = 2 * text.hidden_size
-        self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 1))
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             checkpoint_layers(self.vision_tower.encoder.layers)

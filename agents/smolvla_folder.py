@@ -5,7 +5,7 @@
     policy_preprocessor.json, policy_postprocessor.json             what LeRobot does before and after the model
     policy_preprocessor_step_5_normalizer_processor.safetensors     statistics of states and actions, as for the other
     vlm/                                                            the vision-language model's configuration, tokenizer
-    value_head.safetensors                                          of reinforcement learning
+    value_head.safetensors                                          of reinforcement learning, as noise_head.safetensors
 
 LeRobot reads all of it but the last two. The vision-language model's sizes and tokenizer it looks up by
 `vlm_model_name`; that stays what it was, and is the subfolder `vlm` where the weights started fresh.
@@ -13,8 +13,6 @@ LeRobot reads all of it but the last two. The vision-language model's sizes and 
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,14 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from agents.checkpoint_folder import (
+    BYTES,
+    copy_small_files,
+    fill_own_heads,
+    start_export,
+    write_json,
+    write_own_heads,
+    write_tensors,
+)
 from agents.families import told_apart
 from agents.normalisation import POLICY_FILE, Kind, Normalisation
 from agents.packaged_weights import fill_part
-from agents.smolvla_sizes import BYTES, OPTION, VLM_FOLDER
-from agents.weights import read_file, read_weights, some
+from agents.smolvla_sizes import OPTION, VLM_FOLDER
+from agents.weights import read_weights, some
 from research.schema import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +56,6 @@ LM_HEAD = "model.vlm_with_expert.vlm.lm_head.weight"  # no action depends on it
 OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 # LeRobot's names of the kinds of normalisation.
 KINDS: dict[str, Kind] = {"MEAN_STD": "mean_std", "MIN_MAX": "min_max", "QUANTILES": "quantiles"}
-VALUE_HEAD = "value_head.safetensors"
 
 
 def hub_name(name: str) -> str:
@@ -96,8 +101,7 @@ def load(model: SmolVLA, folder: Path) -> None:
         fill_part(getattr(model, part), found, folder, option, told)
     if weights:
         raise UserError(f"{option}: {folder} has weights that have no place here: {some(sorted(weights))}")
-    if (folder / VALUE_HEAD).is_file():
-        fill_part(model.value_head, read_file(folder / VALUE_HEAD), folder / VALUE_HEAD, option)
+    fill_own_heads(model, folder, option)
 
 
 def export(model: SmolVLA, folder: Path) -> None:
@@ -107,22 +111,20 @@ def export(model: SmolVLA, folder: Path) -> None:
     embeddings. Statistics of any kind are written as means and standard deviations of the same map.
 
     Raises:
-        UserError: it has adapters that are not merged.
+        UserError: it has adapters that are not merged, or the folder is not empty.
     """
-    if adapted := [name for name in model.state_dict() if "lora_" in name]:
-        raise UserError(f"export: merge the adapters into the weights before ({some(adapted)})")
-    folder.mkdir(parents=True, exist_ok=True)
+    start_export(model, folder)
     weights = {
-        hub_name(name): weight.detach().cpu().contiguous()
+        hub_name(name): weight
         for name, weight in model.state_dict().items()
         if name.startswith(tuple(f"{part}." for part in PARTS))
     }
     weights[LM_HEAD] = _language_head(model)
-    _save(weights, folder / "model.safetensors")
-    _save({n: w.detach().cpu().contiguous() for n, w in model.value_head.state_dict().items()}, folder / VALUE_HEAD)
+    write_tensors(weights, folder / "model.safetensors")
+    write_own_heads(model, folder)
     _write_vlm(model, folder / VLM_FOLDER)
     config = _config(model, folder)
-    _write_json(config, folder / "config.json")
+    write_json(config, folder / "config.json")
     _write_processors(model, config, folder)
 
 
@@ -138,11 +140,9 @@ def _language_head(model: SmolVLA) -> Tensor:
 def _write_vlm(model: SmolVLA, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for source in filter(None, dict.fromkeys([model.vlm_folder, model.tokenizer_folder])):
-        for file in Path(source).glob("*.json"):
-            if not file.name.endswith(".index.json") and file.resolve() != (folder / file.name).resolve():
-                shutil.copyfile(file, folder / file.name)
+        copy_small_files(source, folder)
     config = {name: value for name, value in model.vlm_config.to_dict().items() if name not in BYTES}
-    _write_json(config | (BYTES if model.words is None else {}), folder / "config.json")
+    write_json(config | (BYTES if model.words is None else {}), folder / "config.json")
 
 
 def _config(model: SmolVLA, folder: Path) -> dict[str, Any]:
@@ -202,9 +202,9 @@ def _write_processors(model: SmolVLA, config: dict[str, Any], folder: Path) -> N
             step = {"registry_name": kind, "config": options}
             if kind.endswith("normalizer_processor"):
                 step["state_file"] = f"{name}_step_{number}_{kind}.safetensors"
-                _save(statistics, folder / step["state_file"])
+                write_tensors(statistics, folder / step["state_file"])
             written.append(step)
-        _write_json({"name": name, "steps": written}, folder / f"{name}.json")
+        write_json({"name": name, "steps": written}, folder / f"{name}.json")
 
 
 def _statistics(quantity: str, normalisation: Normalisation) -> dict[str, Tensor]:
@@ -212,12 +212,4 @@ def _statistics(quantity: str, normalisation: Normalisation) -> dict[str, Tensor
     middle, scale = normalisation.middle.cpu(), normalisation.scale.cpu()
     if not normalisation.size:
         middle, scale = torch.zeros(1), torch.ones(1)
-    return {f"{quantity}.mean": middle.contiguous(), f"{quantity}.std": scale.contiguous()}
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, {"format": "pt"})
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {f"{quantity}.mean": middle, f"{quantity}.std": scale}

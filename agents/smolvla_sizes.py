@@ -13,7 +13,6 @@ from research.schema import UserError, describe_error, did_you_mean
 
 OPTION = "policy.vla_config.model_config"
 VLM_FOLDER = "vlm"  # where an exported policy has the vision-language model's config.json and tokenizer
-BYTES = {"instruction_tokens": "bytes"}  # in that config.json, of a model without a tokenizer
 
 
 @dataclass(frozen=True)

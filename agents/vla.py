@@ -83,6 +83,8 @@ class DecidingVLA(nn.Module):
         context_keys: stage outputs and observations that `decide`, `score` and `state_value` read.
         heads: the parts that the freeze scope "backbone" leaves trainable, as dotted names; None for `action_head` and
             whatever the value alone depends on.
+        lora_targets: the layers that get adapters by default, as names, paths and globs; None for all that can carry
+            one. `policy.lora.targets` wins.
         entropy_trains: whether the entropy that `score` returns depends on the weights; where it does not, an entropy
             bonus is refused.
         ratio_levels: of which parts of a decision it can say the log-probability, see `agents.ratio_level`.
@@ -97,6 +99,7 @@ class DecidingVLA(nn.Module):
     decision_keys: tuple = (ACTION,)
     context_keys: tuple = ()
     heads: tuple[str, ...] | None = None
+    lora_targets: tuple[str, ...] | None = None
     entropy_trains: bool = True
     ratio_levels: tuple[RatioLevel, ...] = ("chunk",)
     ratio_level: RatioLevel = "chunk"

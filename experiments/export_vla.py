@@ -1,9 +1,12 @@
 """Export the weights that a training run ended with, for whoever loads the model without this project.
 
-    python experiments/export_vla.py --checkpoint=runs/<run folder> --output=my_vla.safetensors
+    python experiments/export_vla.py --checkpoint=runs/<run folder> --output=my_vla.safetensors     # a file
+    python experiments/export_vla.py --checkpoint=runs/<run folder> --output=my_vla                 # a folder
 
 Low-rank adapters are folded into their layers, so that names and shapes are those of the model's class. The file (.pt,
-or .safetensors) is what policy.vla_config.model_path takes, and `load_state_dict` of the class.
+or .safetensors) is what policy.vla_config.model_path takes, and `load_state_dict` of the class. The folder is what the
+model's family has: transformers' of pi0, LeRobot's of SmolVLA, the public layout of OpenVLA; its library reads it, and
+here the option `pretrained` of the model.
 """
 
 from __future__ import annotations
@@ -15,22 +18,33 @@ from pathlib import Path
 import packages  # noqa: F401
 
 import torch
-from building import load_trained, make_model
-from resuming import load_run
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
+from trained_policy import load_trained_model
 
-from envs import make_env
-from research.config import ExperimentConfig
-from research.options import parse_config
-from research.runs.folder import RunFolder, replacing
-from research.schema import OBSERVATION, UserError
+from research.runs.folder import replacing
+from research.schema import UserError
 from research.training.lora import merge_lora
+
+FILES = (".pt", ".safetensors")
+EPILOG = """to act with a run, in a robot's own loop (experiments/ on PYTHONPATH):
+
+    from trained_policy import load_policy
+
+    act = load_policy("runs/<run folder>")
+    action = act({"rgb": picture, "proprio": joints, "language": "put the cup on the plate"})  # numpy in, numpy out
+
+and with an exported folder, without a run: `act = serve(Pi0VLA(7, ..., pretrained="my_vla"))` of agents/serving.py
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="run folder, or a checkpoint in it")
-    parser.add_argument("--output", required=True, type=Path, help="file to write: .pt or .safetensors")
+    parser.add_argument("--output", required=True, type=Path, help="file (.pt, .safetensors), or folder (no ending)")
     parser.add_argument("--trust", action="store_true", help="run code that a run folder from elsewhere names")
     options = parser.parse_args(argv)
     try:
@@ -42,31 +56,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(checkpoint: str, output: Path, trusted: bool = False) -> int:
-    """Write the merged weights; returns how many tensors they are."""
-    if output.suffix not in (".pt", ".safetensors"):
-        raise UserError(f"--output: {output} ends in {output.suffix!r}; use .pt or .safetensors")
-    folder = RunFolder.containing(checkpoint)
-    if not folder.is_run:
-        raise UserError(f"--checkpoint: {checkpoint} is neither a run folder nor a checkpoint in one")
-    config = parse_config(ExperimentConfig, [f"--config={folder.config}"])
-    trained = load_run(checkpoint, config, trusted)
-    env = make_env(config.trainer.env, 2, config.trainer.env_config, "cpu")
-    observations, action_shape = env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[1:]
-    choices = getattr(env, "action_choices", None)
-    model = make_model(config, observations, action_shape, torch.device("cpu"), True, choices).model
-    env.close()
-    load_trained(model, trained)
-    weights = {name: weight.contiguous() for name, weight in merge_lora(model).state_dict().items()}
+    """Write the merged weights, to a file or a folder by `output`'s ending; returns how many tensors the model has."""
+    if output.suffix not in ("", *FILES) and not output.is_dir():
+        raise UserError(f"--output: {output} ends in {output.suffix!r}; use .pt or .safetensors, or none for a folder")
+    as_file = output.suffix in FILES and not output.is_dir()
+    trained = load_trained_model(checkpoint, trusted)
+    if not as_file and not hasattr(trained.model, "export"):
+        name = trained.config.policy.vla_config.model_class
+        raise UserError(f"--output: {name} has no folder of its own; name a file, .pt or .safetensors")
+    model = merge_lora(trained.model)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".pt":
-            with replacing(output, "wb") as file:
-                torch.save({"model_state_dict": weights}, file)
+        if as_file:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_file(model, output)
         else:
-            save_file(untied(weights), output)
+            model.export(output)
     except OSError as error:
         raise UserError(f"--output: cannot write {output}: {error.strerror}") from error
-    return len(weights)
+    except SafetensorError as error:  # the library's own, where a disk is full
+        raise UserError(f"--output: cannot write {output}: {error}") from error
+    return len(model.state_dict())
+
+
+def write_file(model: nn.Module, path: Path) -> None:
+    """Write a model's state dict."""
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    if path.suffix == ".pt":
+        with replacing(path, "wb") as file:
+            torch.save({"model_state_dict": weights}, file)
+    else:
+        save_file(untied(weights), path)
 
 
 def untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

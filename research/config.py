@@ -175,7 +175,8 @@ class LoRAConfig:
     alpha: PositiveFloat = 16.0
     """What an adapter adds is scaled by alpha / rank."""
     targets: str | list[str] = "auto"
-    """auto (linear and convolutional layers outside the heads), or a list of layer names, module paths and globs."""
+    """auto (what the model's `lora_targets` name, else linear and convolutional layers outside the heads), or a list of
+    layer names, module paths and globs."""
 
     def __post_init__(self) -> None:
         _refuse_beyond(self, rank=2**16)

@@ -122,9 +122,12 @@ def _adapted_layers(model: nn.Module, lora: LoRAConfig, backbone: set[nn.Paramet
     """The layers that `lora.targets` names among those whose weights are in `backbone`."""
     layers = {name: m for name, m in adaptable_layers(model).items() if m.weight in backbone}
     if lora.targets == "auto":
-        chosen = [n for n, m in layers.items() if m.weight.requires_grad and not isinstance(m, nn.Embedding)]
+        meant = getattr(model, "lora_targets", None) or ("*",)
+        layers = {n: m for n, m in layers.items() if m.weight.requires_grad and not isinstance(m, nn.Embedding)}
+        chosen = [name for name in layers if any(_matches(name, target) for target in meant)]
         if not chosen:
-            raise UserError(f"policy.freeze: lora finds no trainable layer to adapt; {_parts_line(model)}")
+            others = "; name layers in policy.lora.targets" if layers else ""
+            raise UserError(f"policy.freeze: lora finds no trainable layer to adapt{others}; {_parts_line(model)}")
         return chosen
     chosen = set()
     for target in [lora.targets] if isinstance(lora.targets, str) else lora.targets:

@@ -60,10 +60,12 @@ def add_adapters(model: nn.Module, layers: Sequence[str], rank: int, alpha: floa
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # peft matches a text as a regular expression against the whole name, but a list against the ends of names.
     names = "|".join(re.escape(name) for name in layers)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+    # Held by another module: a model whose `config` is one of transformers' would be taken for one of its models.
+    holder = nn.ModuleDict({"model": model})
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"model\.({names})")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft finds it out per layer, and says so each time
-        peft.inject_adapter_in_model(config, model)
+        peft.inject_adapter_in_model(config, holder)
     cast_adapter_dtype(model, "default")  # float32: a bfloat16 weight would swallow small updates
     for parameter in trainable:  # peft freezes all but the adapters
         parameter.requires_grad_(True)

@@ -99,15 +99,18 @@ def test_a_stochastic_step_keeps_the_distribution_of_actions():
 def test_a_chain_has_the_sum_of_its_steps_log_probabilities(counted):
     flow = FlowNoise(3, low=0.1, high=0.4, counted=counted)
     chain = flow.sample(velocity, raw_std, noise(), torch.Generator().manual_seed(2))
-    expected = torch.zeros(B, dtype=torch.float64)
+    expected, entropy = torch.zeros(B, dtype=torch.float64), torch.zeros(B, dtype=torch.float64)
     for k in range(3):
         x, t = chain.states[:, k], torch.full((B,), 1 - k / 3, dtype=torch.float64)
         std = 0.1 * 4.0 ** torch.sigmoid(raw_std(x, t))
         assert (std > 0.1).all() and (std < 0.4).all()
-        each = Normal(x - velocity(x, t) / 3, std).log_prob(chain.states[:, k + 1])
+        step = Normal(x - velocity(x, t) / 3, std)
+        each = step.log_prob(chain.states[:, k + 1])
         expected += each[:, : counted[0], : counted[1]].sum(dim=(1, 2))
+        entropy += step.entropy()[:, : counted[0], : counted[1]].sum(dim=(1, 2))
     assert torch.allclose(chain.log_prob, expected, atol=1e-9)
-    assert torch.equal(flow.log_prob(velocity, raw_std, chain.states), chain.log_prob)
+    score = flow.score(velocity, raw_std, chain.states)
+    assert torch.equal(score.log_prob, chain.log_prob) and torch.allclose(score.entropy, entropy, atol=1e-9)
     assert torch.equal(chain.action, chain.states[:, -1]) and torch.equal(chain.states[:, 0], noise())
 
 
@@ -128,7 +131,7 @@ def test_the_policy_gradient_moves_actions_towards_the_target(kind):
         else:
             flow = FlowNoise(4)
             draw = flow.sample(model, widths, start, generator)
-            log_prob = flow.log_prob(model, widths, draw.states)
+            log_prob = flow.score(model, widths, draw.states).log_prob
         reward = -(draw.action - 0.8).abs().flatten()
         loss = -((reward - reward.mean()) / reward.std() * log_prob).mean()
         optimizer.zero_grad()

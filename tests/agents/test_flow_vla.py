@@ -9,16 +9,24 @@ import torch
 from tensordict import TensorDict
 
 from agents.flow_vla import FlowVLA
+from research.schema import UserError
 
 
 class Known(FlowVLA):
     """Its velocity leads to `goal` from anywhere: at x and time t it is (x - goal) / t."""
 
     def __init__(self, goal: torch.Tensor, **options):
-        arguments = {"horizon": 4, "room": 6, "state_room": 5, "action_dim": 3, "proprio_dim": 2, "executed": 2}
+        arguments = {
+            "horizon": 4,
+            "room": 6,
+            "state_room": 5,
+            "width": 2,
+            "action_dim": 3,
+            "proprio_dim": 2,
+            "executed": 2,
+        }
         flow = {"steps": 4, "noise": 0.5, "statistics": None, "dataset": None, "normalisation": "mean_std"}
         super().__init__(["rgb", "proprio"], **{**arguments, **flow, **options})
-        self.value_head = torch.nn.Linear(2, 1)
         self.goal = goal
 
     def velocity(self, step):
@@ -51,10 +59,11 @@ def test_what_leads_to_a_goal_acts_on_it_in_the_units_of_the_data(statistics):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("noise", [0.5, (0.08, 0.16)])
 @pytest.mark.parametrize(("level", "parts"), [("chunk", ()), ("action", (2,)), ("token", (6,))])
-def test_parts_of_a_decision_have_log_probabilities_of_their_own(level, parts):
+def test_parts_of_a_decision_have_log_probabilities_of_their_own(level, parts, noise):
     torch.manual_seed(0)
-    model = Known(torch.randn(8, 4, 6))
+    model = Known(torch.randn(8, 4, 6), noise=noise)
     model.ratio_level = level
     acted = model.decide(step(), deterministic=False)
     log_prob, entropy, _ = model.score(acted)
@@ -88,3 +97,24 @@ def test_imitation_costs_nothing_where_the_velocity_leads_to_the_experts_plan(st
     torch.testing.assert_close(off, 0.01 / time.square(), rtol=1e-3, atol=1e-5)
     off.sum().backward()
     assert goal.grad.abs().min() > 0
+
+
+def test_learned_noise_has_an_entropy_that_trains_and_keeps_its_chain():
+    torch.manual_seed(0)
+    model = Known(torch.randn(8, 4, 6), noise=[0.05, 0.2])
+    assert model.decision_keys == (("decision", "states"),) and model.heads[-1] == "noise_head"
+    acted = model.decide(step(), deterministic=False)
+    assert acted["decision", "states"].shape == (8, 5, 4, 6)
+    torch.testing.assert_close(acted["action"], acted["decision", "states"][:, -1, :2, :3])
+    log_prob, entropy, _ = model.score(acted)
+    assert torch.equal(log_prob, acted["action_log_prob"]) and model.entropy_trains
+    entropy.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.noise_head.parameters())
+    assert not Known(torch.zeros(1)).entropy_trains
+    acted = model.decide(step(), deterministic=True)
+    assert acted["decision", "states"].shape == (8, 5, 4, 6) and acted["action_log_prob"].eq(0).all()
+
+
+def test_noise_is_one_number_or_two_bounds():
+    with pytest.raises(UserError, match=r"Known: noise is \[0.1, 0.2, 0.3\]; expected one number, or the two bounds"):
+        Known(torch.zeros(1), noise=[0.1, 0.2, 0.3])

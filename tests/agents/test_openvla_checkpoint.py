@@ -13,7 +13,6 @@ from worlds import ROOT
 
 from agents.openvla import OpenVLA
 from research.schema import UserError, encode_text
-from research.training.freezing import freeze
 
 TINY = json.loads((ROOT / "experiments" / "configs" / "openvla_tiny.json").read_text())
 TINY = TINY["policy"]["vla_config"]["model_config"]["config"]
@@ -179,12 +178,3 @@ def test_another_size_of_actions_and_unknown_sizes_are_refused(folder):
         OpenVLA(7, pretrained=str(folder))
     with pytest.raises(UserError, match="config: 'image_size' is not known; did you mean 'image_sizes'"):
         OpenVLA(3, config={"image_size": 32})
-
-
-def test_adapters_and_the_own_folder_are_not_exported(folder, tmp_path):
-    model = OpenVLA(3, pretrained=str(folder))
-    with pytest.raises(UserError, match="is the folder that the model came from; name another"):
-        model.export(folder)
-    freeze(model, ["vision", "lora"], heads=model.heads)
-    with pytest.raises(UserError, match="fold the adapters into their layers before; there are .*lora_A"):
-        model.export(tmp_path / "adapted")

@@ -1,4 +1,4 @@
-"""pi0: the actions of transformers' own sampler, its weights' names, units of the data, and refusals."""
+"""pi0: the actions of transformers' own sampler, what is kept of it when, gradients, units of the data, refusals."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PI0ForConditionalGeneration
 from worlds import ROOT
 
 from agents.flow import follow
-from agents.pi0 import LONGEST_PROMPT, START, Pi0VLA, hub_name
+from agents.pi0 import LONGEST_PROMPT, START, Pi0VLA
+from agents.pi0_folder import as_hub
+from agents.policy import VLAPolicy
 from agents.prompts import prompt_tokens
 from research.schema import UserError, encode_text
+from research.training.freezing import freeze
 
 TINY = json.loads((ROOT / "experiments" / "configs" / "pi0_tiny.json").read_text())
 TINY = TINY["policy"]["vla_config"]["model_config"]["config"]
@@ -39,14 +40,23 @@ def looks(cameras=("rgb",), size: int = 32) -> TensorDict:
 @pytest.mark.parametrize("cameras", [("rgb",), ("rgb", "rgb_wrist")])
 def test_without_noise_it_samples_what_transformers_samples(cameras):
     model, seen = make((*cameras, "proprio", "language")), looks(cameras)
-    hub = PI0ForConditionalGeneration(model.config).eval()
-    hub.load_state_dict({hub_name(n): w for n, w in model.state_dict().items() if not n.startswith("value_head")})
     noise = torch.randn(3, 4, 8)
-    ours = follow(model.velocity(model.run_stages(seen)), noise, model.flow.steps)
+    ours, theirs = sampled(model, seen, noise), sampled_by_hub(as_hub(model), seen, noise, cameras)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert theirs.std() > 0.1
+
+
+def sampled(model: Pi0VLA, seen: TensorDict, noise: torch.Tensor) -> torch.Tensor:
+    """What is left of a noise, `[B, H, D]`, after all denoising steps of the equation."""
+    return follow(model.velocity(model.run_stages(seen)), noise, model.flow.steps)
+
+
+def sampled_by_hub(hub: PI0ForConditionalGeneration, seen: TensorDict, noise: torch.Tensor, cameras=("rgb",)):
+    """The same, by transformers' own sampler, of instructions in bytes."""
     ids, is_token = prompt_tokens(None, seen["language"], 3, noise.device, LONGEST_PROMPT, START)
     assert is_token.sum(dim=1).tolist() == [4, 15, 2]  # a start, the bytes, a line's end
     pictures = len(cameras) * TOKENS_PER_PICTURE
-    theirs = hub.sample_actions(
+    return hub.sample_actions(
         state=F.pad(seen["proprio"], (0, 5)),
         input_ids=torch.cat([torch.full((3, pictures), TINY["vlm_config"]["image_token_id"]), ids], dim=1),
         attention_mask=torch.cat([torch.ones(3, pictures, dtype=torch.int64), is_token.long()], dim=1),
@@ -55,8 +65,6 @@ def test_without_noise_it_samples_what_transformers_samples(cameras):
         noise=noise,
         num_steps=4,
     )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    assert theirs.std() > 0.1
 
 
 def test_gradients_reach_every_part_and_the_log_probability_counts_what_is_executed():
@@ -79,6 +87,31 @@ def test_gradients_reach_every_part_and_the_log_probability_counts_what_is_execu
         assert (model.score(changed)[0] != step["action_log_prob"]).all()
 
 
+def test_checkpointed_activations_change_no_gradient_and_are_computed_again():
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model, count = make(gradient_checkpointing=checkpointing), []
+        for stack in (model.vision_tower.encoder, model.language_model, model.action_expert.transformer):
+            stack.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        torch.manual_seed(3)
+        step = model.run_stages(looks())
+        (model.imitation_loss(step, torch.ones(3, 4, 3)) + model.state_value(step)[:, 0]).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        calls.append(len(count))
+    assert gradients[0].keys() == gradients[1].keys() and calls == [3, 6]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_adapters_go_into_every_layer_of_the_language_model_and_leave_the_patches_reusable():
+    model = make()
+    freeze(model, "lora", heads=model.heads)
+    adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    parts = [*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down"))]
+    assert adapted == {f"language_model.layers.{layer}.{part}" for layer in (0, 1) for part in parts}
+    assert [key for key in VLAPolicy(model).kept_keys if isinstance(key, str)] == ["patches"]
+
+
 @torch.no_grad()
 def test_actions_and_states_are_in_the_units_of_the_data(tmp_path):
     statistics = {
@@ -96,56 +129,6 @@ def test_actions_and_states_are_in_the_units_of_the_data(tmp_path):
     torch.testing.assert_close(draws[0]["decision", "pair"], draws[1]["decision", "pair"], rtol=0, atol=1e-6)
     expected = draws[0]["action"] * torch.tensor([0.5, 2.0, 1.0]) + torch.tensor([1.0, 0.0, -1.0])
     torch.testing.assert_close(draws[1]["action"], expected, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_folder_of_transformers_is_loaded_whole(tmp_path):
-    original = make()
-    hub = PI0ForConditionalGeneration(original.config)
-    hub.save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "go": 2, "there": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(tmp_path / "tokenizer.json"))
-    loaded = make(pretrained=str(tmp_path), config=None)
-    for name, weight in loaded.state_dict().items():
-        if not name.startswith("value_head"):
-            assert torch.equal(weight, hub.state_dict()[hub_name(name)]), name
-    ids, is_token = prompt_tokens(loaded.words, looks()["language"], 3, torch.device("cpu"), LONGEST_PROMPT, START)
-    assert ids[0, is_token[0]].tolist() == [1, 2] and ids[1, is_token[1]].tolist() == [1, 0, 0, 3]
-    long = encode_text("go " * 48, 160)[None].long()
-    with pytest.raises(UserError, match=r"the instruction 'go go .* has 49 tokens, more than 48"):
-        prompt_tokens(loaded.words, long, 1, torch.device("cpu"), LONGEST_PROMPT, START)
-    as_bytes, is_byte = prompt_tokens(None, long, 1, torch.device("cpu"), LONGEST_PROMPT, START)
-    assert bytes(as_bytes[0, is_byte[0]].tolist()) == b"\x01" + ("go " * 48).encode() + b"\n"  # nothing is cut off
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("config", r"there is no .*config.json; pretrained is a folder"),
-        ("no tokenizer", r"tokenizer: there is no .*tokenizer.json; name a folder"),
-        ("tokenizer.json", "tokenizer.json cannot be read"),
-        ("weight", r"lacks action_out_proj.weight; what there is besides: other.weight"),
-        ("shape", r"does not fit its configuration: action_out_proj.*\[9, 32\] for \[8, 32\]"),
-        ("weights", "no weights of pi0 in"),
-    ],
-)
-def test_a_folder_that_lacks_something_is_refused(tmp_path, what, message):
-    PI0ForConditionalGeneration(make().config).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = load_file(file)
-    if what == "weight":
-        weights["other.weight"] = weights.pop("action_out_proj.weight")
-    if what == "shape":
-        weights["action_out_proj.weight"] = torch.zeros(9, 32)
-    save_file(weights, file, {"format": "pt"})
-    if what in ("config", "weights"):
-        (tmp_path / {"config": "config.json", "weights": "model.safetensors"}[what]).unlink()
-    if what == "tokenizer.json":
-        (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=message) as caught:
-        make(pretrained=str(tmp_path), config=None)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

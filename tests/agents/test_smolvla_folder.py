@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from record_smolvla import POLICY, RECORDED, STATISTICS, STEPS
+from record_smolvla import POLICY, RECORDED, STATISTICS
 from safetensors.torch import load_file, save_file
 from test_smolvla import CONFIG, TINY, make, observations, recorded_policy, sampled
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PI0ForConditionalGeneration
 from worlds import ROOT
 
-from agents.pi0 import pi0_config
-from agents.smolvla_folder import LM_HEAD, VALUE_HEAD, hub_name
+from agents.pi0_folder import pi0_config
+from agents.smolvla_folder import LM_HEAD, hub_name
 from research.schema import UserError
 
 WEIGHTS = "model.safetensors"
@@ -71,7 +71,7 @@ def test_an_export_has_lerobots_layout_and_is_read_back(tmp_path):
     other = recorded_policy(cameras, pretrained=str(tmp_path / "out"))
     assert torch.equal(sampled(other, seen, noise), sampled(model, seen, noise))
     assert torch.equal(other.get_value(seen), model.get_value(seen))
-    (tmp_path / "out" / VALUE_HEAD).unlink()
+    (tmp_path / "out" / "value_head.safetensors").unlink()
     torch.manual_seed(9)
     fresh = recorded_policy(cameras, pretrained=str(tmp_path / "out"))
     assert not torch.equal(fresh.get_value(seen), model.get_value(seen))
@@ -172,14 +172,6 @@ def test_weights_of_another_family_are_told(tmp_path):
         recorded_policy(pretrained=str(policy))
     with pytest.raises(UserError, match=r"config.json is of pi0, not of LeRobot's smolvla"):
         recorded_policy(pretrained=str(tmp_path / "pi0"))
-
-
-def test_adapters_are_merged_before_an_export(tmp_path):
-    model = recorded_policy(steps=STEPS)
-    model.state_proj.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(UserError, match=r"merge the adapters .*state_proj.lora_A"):
-        model.export(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_sizes_over_those_of_the_folder_are_checked_against_the_weights():

@@ -1,15 +1,23 @@
-"""What a run learned, in a file that the model's own class loads."""
+"""What a run learned: in a file that the model's own class loads, in its family's folder, and served."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import export_vla
+import numpy as np
 import ppo_vla
 import pytest
 import torch
-from worlds import all_weights, run_folder, write_config
+from trained_policy import load_policy, load_trained_model
+from worlds import ROOT, all_weights, run_folder, write_config
 
 from agents.loading import load_vla_model
+from agents.openvla import OpenVLA
+from agents.policy import VLAPolicy
 from envs.tabletop import TabletopEnv
+from research.training.rollout import Rollouts
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +50,72 @@ def test_exported_weights_are_the_trained_policy_under_the_classs_own_names(run,
     assert model(observations, deterministic=True).shape == (8, 3)
 
 
+@pytest.fixture(scope="module")
+def openvla_run(tmp_path_factory) -> tuple[Path, Path]:
+    """A run with low-rank adapters that started from a folder; and that folder."""
+    folder = tmp_path_factory.mktemp("openvla")
+    tiny = json.loads((ROOT / "experiments" / "configs" / "openvla_tiny.json").read_text())
+    numbers = {"action": {"q01": [-1.0, -1.0, -2.0], "q99": [1.0, 1.0, 2.0]}}
+    (folder / "stats.json").write_text(json.dumps(numbers))
+    vla = tiny["policy"]["vla_config"]
+    torch.manual_seed(0)
+    OpenVLA(3, **vla["model_config"], statistics=str(folder / "stats.json")).export(folder / "pretrained")
+    vla["model_config"] = {"pretrained": str(folder / "pretrained")}
+    tiny["trainer"] |= {"num_envs": 4, "buffer_size": 16, "iterations": 1, "enable_eval": False, "use_wandb": False}
+    tiny["trainer"] |= {"run_dir": str(folder / "runs"), "progress_bar": False}
+    tiny["algorithm"]["cfg"] |= {"batch_size": 8, "learning_rate": 0.01}
+    (folder / "config.json").write_text(json.dumps(tiny))
+    assert ppo_vla.main(["--config", str(folder / "config.json")]) == 0
+    return run_folder(folder), folder / "pretrained"
+
+
+def test_a_familys_folder_holds_what_was_trained_and_not_what_it_started_from(openvla_run, tmp_path):
+    run, start = openvla_run
+    assert export_vla.main([f"--checkpoint={run}", f"--output={tmp_path / 'new' / 'openvla'}"]) == 0
+    exported, before = (
+        OpenVLA(3, ("rgb", "language"), pretrained=str(f)).eval() for f in (tmp_path / "new" / "openvla", start)
+    )
+    trained = load_trained_model(str(run)).model
+    moved = {
+        name.partition(".")[0] for name, w in before.state_dict().items() if (exported.state_dict()[name] != w).any()
+    }
+    assert moved == {"projector", "language_model", "value_head"}  # the adapters', and the heads
+    assert exported.statistics == before.statistics
+    observations = TabletopEnv(4, "reach", modalities=["rgb", "language"], image_size=32).reset()["observation"]
+    assert torch.equal(exported(observations, deterministic=True), trained(observations, deterministic=True))
+    torch.testing.assert_close(exported.get_value(observations), trained.get_value(observations), rtol=0, atol=1e-5)
+
+
+def test_a_run_is_served_with_the_actions_of_its_rollouts(run):
+    act, (model, config, _) = load_policy(str(run), device="cpu"), load_trained_model(str(run))
+    rollouts = Rollouts(TabletopEnv(1, **config.trainer.env_config), VLAPolicy(model), 4)
+    torch.manual_seed(3)
+    batch = rollouts.next()
+    rows = batch.reshape(-1)
+    torch.manual_seed(3)
+    for row in range(len(rows)):
+        observation = {key: rows["observation", key][row].numpy() for key in ("rgb", "proprio")}
+        np.testing.assert_array_equal(act(observation, deterministic=False), rows["action"][row].numpy())
+    assert np.array_equal(act(observation), act(observation))
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "output", "message"),
-    [("nowhere", "x.pt", "neither a run folder"), (None, "x.bin", "use .pt or .safetensors")],
+    [
+        ("nowhere", "x.pt", "neither a run folder"),
+        (None, "x.bin", "use .pt or .safetensors, or none for a folder"),
+        (None, "folder", "agents.small_vla.SmallVLA has no folder of its own; name a file, .pt or .safetensors"),
+    ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path, capsys, checkpoint, output, message):
     assert export_vla.main([f"--checkpoint={checkpoint or run}", f"--output={tmp_path / output}"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_an_export_into_a_run_folder_is_refused(openvla_run, capsys):
+    run, _ = openvla_run
+    before = (Path(run) / "config.json").read_text()
+    assert export_vla.main([f"--checkpoint={run}", f"--output={run}"]) == 2
+    assert "is not empty; name a folder that is not there yet" in capsys.readouterr().err
+    assert (Path(run) / "config.json").read_text() == before

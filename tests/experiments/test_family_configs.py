@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import evaluate_vla
 import ppo_vla
 import pytest
 from worlds import ROOT, run_folder
 
+from research.options import flatten_dict
 from research.runs.tracking import read_metrics
 
+SIZES = {"image_size", "chunk", "num_envs", "buffer_size", "iterations", "num_eval_envs", "num_eval_episodes"}
+PATHS = {"pretrained", "statistics", "tokenizer"}
 TINY = sorted((ROOT / "experiments" / "configs").glob("*_tiny.json"))
 
 
@@ -19,6 +24,18 @@ def start(path, tmp_path, *flags: str) -> int:
 
 def test_there_are_some():
     assert [path.stem for path in TINY] == ["openvla_oft_tiny", "openvla_tiny", "pi0_tiny", "smolvla_tiny"]
+
+
+@pytest.mark.parametrize("path", TINY, ids=[path.stem for path in TINY])
+def test_the_full_size_differs_in_sizes_and_paths_alone(path):
+    full = path.with_name(path.name.replace("_tiny", ""))
+    small, large = (flatten_dict(json.loads(p.read_text())) for p in (path, full))
+    differing = {key for key in {*small, *large} if small.get(key) != large.get(key)}
+    assert {"trainer.exp_name", "trainer.env_config.image_size"} <= differing
+    for key in differing - {"trainer.exp_name", "algorithm.cfg.batch_size"}:
+        of_model = key.startswith("policy.vla_config.model_config.") and key.split(".")[3] in ("config", "vlm")
+        assert key.rpartition(".")[2] in SIZES | PATHS or of_model, key
+        assert not (of_model and {type(small.get(key)), type(large.get(key))} & {str, bool}), key
 
 
 @pytest.mark.slow

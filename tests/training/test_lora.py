@@ -267,3 +267,17 @@ def test_a_wrapped_model():
     assert all(p.requires_grad for p in [*model.value_head.parameters(), *model.model.action_head.parameters()])
     assert "model.fusion.standing" in frozen and "model.fusion.layers.0.base_layer.weight" in frozen
     assert all(torch.equal(a, b) for a, b in zip(outputs(model.model), outputs(small_model()), strict=True))
+
+
+def test_auto_means_the_layers_that_the_model_names_and_targets_win():
+    def adapted(scope="lora", **options) -> set[str]:
+        model = small_model()
+        model.lora_targets = ("fusion.layers", "vision_encoder.c*")
+        freeze(model, scope, lora=LoRAConfig(**options))
+        return adapted_layers(model)
+
+    assert adapted() == {"vision_encoder.cells", "fusion.layers.0", "fusion.layers.2"}
+    assert adapted(["vision", "lora"]) == {"fusion.layers.0", "fusion.layers.2"}
+    assert adapted(targets=["fusion.question"]) == {"fusion.question"}
+    with pytest.raises(UserError, match="no trainable layer to adapt; name layers in policy.lora.targets; SmallVLA"):
+        adapted(["vision", "fusion", "lora"])

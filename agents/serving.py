@@ -1,0 +1,89 @@
+"""One function from an observation to an action, for a robot's own loop: numpy in, numpy out.
+
+    act = serve(model)
+    action = act({"rgb": picture, "proprio": joints, "language": "put the cup on the plate"})
+
+It runs the modules that collect rollouts (`agents/policy.py`): a robot gets the action that training would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from agents.policy import VLAPolicy
+from research.schema import ACTION, DEPTH, LANGUAGE, OBSERVATION, PROPRIO, RGB, UserError, base_modality, encode_text
+
+# What a robot gives, of one moment: kind -> (is of this dtype, dimensions, in words).
+_KINDS = {
+    RGB: (lambda dtype: dtype == np.uint8, 3, "uint8 [H, W, 3], 0 to 255"),
+    DEPTH: (lambda dtype: np.issubdtype(dtype, np.floating), 2, "float [H, W], metres"),
+    PROPRIO: (lambda dtype: np.issubdtype(dtype, np.floating), 1, "float [P]"),
+}
+
+
+def serve(model: nn.Module, example: TensorDictBase | None = None, autocast: str = "off") -> Callable[..., np.ndarray]:
+    """A function that acts on observations, one at a time.
+
+    Args:
+        model: the VLA, wherever it lies; put in eval mode.
+        example: observations `[B]` as the model was trained on: others than of these shapes are then refused.
+        autocast: as in training, see `VLAPolicy`.
+    Returns:
+        `act(observation, deterministic=True)`: the action, float32 `[A]`, or `[H, A]` where H control steps are
+        executed before the next look. The observation has, for each key that the model reads, a picture uint8
+        `[H, W, 3]`, a depth float `[H, W]`, `proprio` float `[P]`, or, as `language`, a string. What is not
+        deterministic draws from torch's global generator. It raises a `UserError`, of one line that names the key,
+        where a key is missing or too many, or has another dtype or shape, or numbers that are not finite.
+    """
+    policy = VLAPolicy(model.eval(), autocast=autocast)
+    device = next(model.parameters()).device
+    keys = getattr(model, "observation_keys", None) or (None if example is None else sorted(example.keys()))
+
+    @torch.no_grad()
+    def act(observation: Mapping[str, Any], deterministic: bool = True) -> np.ndarray:
+        _check_keys(observation, keys)
+        seen = {key: _as_tensor(key, value, example) for key, value in observation.items()}
+        step = TensorDict({OBSERVATION: {key: value[None] for key, value in seen.items()}}, [1]).to(device)
+        with set_exploration_type(ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM):
+            return policy.act(step).get(ACTION)[0].float().cpu().numpy()
+
+    return act
+
+
+def _check_keys(observation: Mapping[str, Any], keys: Iterable[str] | None) -> None:
+    for key in keys or ():
+        if key not in observation:
+            raise UserError(f"observation: {key!r} is missing; the model reads {', '.join(keys)}")
+    for key in observation:
+        if (keys is not None and key not in keys) or base_modality(key) is None:
+            reads = "" if keys is None else f"; it reads {', '.join(keys)}"
+            raise UserError(f"observation: {key!r} is nothing that the model reads{reads}")
+
+
+def _as_tensor(key: str, value: Any, example: TensorDictBase | None) -> Tensor:
+    """One entry of an observation, as the schema has it but for the batch."""
+    known = None if example is None else example.get(key, None)
+    shape = None if known is None else tuple(known.shape[1:])
+    if key == LANGUAGE:
+        if not isinstance(value, str):
+            raise UserError(f"observation: {key!r} should be a string, got {type(value).__name__}")
+        return encode_text(value, max(1, len(value.encode())) if shape is None else shape[0])
+    is_kind, dimensions, words = _KINDS[base_modality(key)]
+    if not isinstance(value, np.ndarray):
+        raise UserError(f"observation: {key!r} should be a numpy array {words}, got {type(value).__name__}")
+    if not is_kind(value.dtype) or value.ndim != dimensions:
+        raise UserError(f"observation: {key!r} should be {words}, got {value.dtype} {list(value.shape)}")
+    if shape is None and value.ndim == 3 and value.shape[-1] != 3:
+        raise UserError(f"observation: {key!r} should be {words}, got {list(value.shape)}")
+    if shape is not None and value.shape != shape:
+        raise UserError(f"observation: {key!r} was {list(shape)} in training, got {list(value.shape)}")
+    if value.dtype != np.uint8 and not np.isfinite(value).all():
+        raise UserError(f"observation: {key!r} has numbers that are not finite")
+    return torch.from_numpy(np.ascontiguousarray(value if value.dtype == np.uint8 else value.astype(np.float32)))

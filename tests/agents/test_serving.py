@@ -1,0 +1,88 @@
+"""A model served: a robot gets the action that a rollout would have got, and what is no observation is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_families import FAMILIES, fresh, looks, make, world
+from worlds import ThreeMethods, small_model
+
+from agents.serving import serve
+from research.schema import UserError, decode_text
+
+ROW = 2
+
+
+def robot_sees(seen, keys) -> dict:
+    """One row of a batch of observations as a robot has it."""
+    values = {key: seen[key][ROW].numpy() for key in keys if key != "language"}
+    return values | ({"language": decode_text(seen["language"])[ROW]} if "language" in keys else {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_acts_as_in_a_rollout(family):
+    policy, seen = make(family), looks()
+    act, observation = serve(policy.model, seen), robot_sees(seen, policy.model.observation_keys)
+    step = world(1).reset().set("observation", seen[ROW : ROW + 1])
+    torch.manual_seed(7)
+    with torch.no_grad():
+        rolled = policy.act(step)["action"][0].numpy()
+    torch.manual_seed(7)
+    drawn = act(observation, deterministic=False)
+    assert drawn.dtype == np.float32 and drawn.shape == (2, 3) and np.array_equal(drawn, rolled)
+    mode = act(observation)
+    assert np.array_equal(mode, act(observation)) and not np.array_equal(mode, drawn)
+    assert np.array_equal(mode, policy.model(step["observation"], deterministic=True)[0].detach().numpy())
+
+
+def test_without_an_example_an_instruction_may_be_of_any_length():
+    act, seen = serve(fresh("pi0")), robot_sees(looks(), ("rgb", "proprio", "language"))
+    padded = serve(fresh("pi0"), looks())
+    np.testing.assert_allclose(act(seen), padded(seen), rtol=0, atol=1e-5)
+    assert np.abs(act(seen | {"language": "turn around and go " * 3}) - act(seen)).max() > 1e-6
+    assert act(seen | {"language": ""}).shape == (2, 3)
+
+
+def test_a_model_of_three_methods_is_served_too():
+    model, seen = small_model(), looks()
+    observation = robot_sees(seen, ("rgb", "proprio", "language"))
+    served, own = serve(ThreeMethods(model), seen), serve(model, seen)
+    torch.manual_seed(1)
+    action = served(observation, deterministic=False)
+    torch.manual_seed(1)
+    np.testing.assert_allclose(action, own(observation, deterministic=False), rtol=0, atol=1e-6)
+
+
+def test_float64_and_arrays_that_are_not_contiguous_are_taken():
+    act, seen = serve(fresh("small"), looks()), robot_sees(looks(), ("rgb", "proprio", "language"))
+    other = {"rgb": np.asfortranarray(seen["rgb"]), "proprio": seen["proprio"].astype(np.float64)}
+    assert np.array_equal(act(seen | other), act(seen))
+
+
+PICTURE, JOINTS = np.zeros((32, 32, 3), np.uint8), np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "example", "message"),
+    [
+        ({"proprio": None}, True, "'proprio' is missing; the model reads rgb, proprio, language"),
+        ({"depth": np.zeros((32, 32))}, True, "'depth' is nothing that the model reads; it reads rgb, proprio"),
+        ({"rgb": PICTURE / 255}, True, r"'rgb' should be uint8 \[H, W, 3\], 0 to 255, got float64 \[32, 32, 3\]"),
+        ({"rgb": PICTURE[None]}, False, r"'rgb' should be uint8 \[H, W, 3\], .* got uint8 \[1, 32, 32, 3\]"),
+        ({"rgb": PICTURE.transpose(2, 0, 1)}, False, r"'rgb' should be uint8 \[H, W, 3\], .* got \[3, 32, 32\]"),
+        ({"rgb": PICTURE[:16]}, True, r"'rgb' was \[32, 32, 3\] in training, got \[16, 32, 3\]"),
+        ({"rgb": torch.zeros(32, 32, 3)}, True, "'rgb' should be a numpy array uint8 .*, got Tensor"),
+        ({"proprio": JOINTS.astype(int)}, True, r"'proprio' should be float \[P\], got int64 \[3\]"),
+        ({"proprio": JOINTS[:2]}, True, r"'proprio' was \[3\] in training, got \[2\]"),
+        ({"proprio": JOINTS + np.nan}, True, "'proprio' has numbers that are not finite"),
+        ({"language": ["go"]}, True, "'language' should be a string, got list"),
+        ({"language": "go " * 200}, True, "has 600 bytes, more than the .* reserved for it"),
+    ],
+)
+def test_what_is_no_observation_is_refused_in_one_line(changes, example, message):
+    act = serve(fresh("small"), looks() if example else None)
+    observation = {"rgb": PICTURE, "proprio": JOINTS, "language": "go"} | changes
+    with pytest.raises(UserError, match=message) as caught:
+        act({key: value for key, value in observation.items() if value is not None})
+    assert "\n" not in str(caught.value)
