@@ -54,7 +54,7 @@ def rows_of(run: Path, window: int) -> list[dict]:
     """
     folder = RunFolder(run)
     if not folder.is_run:
-        raise UserError(f"{run} is no run folder: it has no {folder.config.name}")
+        raise UserError(f"{run} is no run folder: it lacks config.json or checkpoints")
     metrics = read_metrics(folder)
     seed, rows = json.loads(folder.config.read_text())["trainer"]["seed"], []
     for now in metrics:
