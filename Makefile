@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a virtual environment in .venv, made once and again when requirements.txt changes.
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: train train-metaworld test test-fast test-faults lint pretrain evaluate clean
@@ -17,8 +18,8 @@ pretrain: $(READY)  ## imitate as for the shipped checkpoint, into runs/imitatio
 evaluate: $(READY)  ## evaluate the shipped checkpoint
 	$(VENV)/bin/python experiments/evaluate_vla.py $(ARGS)
 
-test: $(READY)  ## all tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+test: $(READY)  ## all tests, in two processes of one thread each
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(READY)  ## mathematics, contracts and parsing: no training run, nothing compiled
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)

@@ -31,7 +31,11 @@ class FeatureBudget:
     observations: TensorDictBase
 
     def recomputed(
-        self, constant: Sequence[TensorDictModuleBase], read: set[Hashable], precision: Precision
+        self,
+        constant: Sequence[TensorDictModuleBase],
+        others: Sequence[TensorDictModuleBase],
+        context_keys: Sequence[Hashable],
+        precision: Precision,
     ) -> dict[int, str]:
         """The stages that run in the update though they are frozen, in order, by their numbers; and why.
 
@@ -39,9 +43,11 @@ class FeatureBudget:
 
         Args:
             constant: the stages whose outputs never change, in order.
-            read: keys that the other stages and the model read.
+            others: the other stages, which may read what those write, as the model does what `context_keys` name.
+            context_keys: see `agents.vla.DecidingVLA`.
             precision: in which the stages run.
         """
+        read = {*(key for stage in others for key in stage.in_keys), *context_keys}
         costs = measure(constant, self.observations, precision)
         kept = best_kept(costs, read, self.bytes_per_transition)
         return {

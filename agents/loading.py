@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from agents.fitting import fill, renamed
+from agents.memory_guard import refuse_too_large
 from agents.provided_weights import add_left_out
 from agents.weights import read_weights, some
 from research.schema import UserError, describe_error, hidden_module
@@ -128,7 +129,29 @@ def _did_you_mean(class_name: str, module: ModuleType) -> str:
     return f"the torch.nn.Module classes there: {some(models, limit=10) or 'none'}"
 
 
+def construct_on_meta(model_class: str, model_config: dict[str, Any]) -> nn.Module:
+    """`model_class(**model_config)` on torch's device "meta": what parts there are and of which sizes, without memory.
+
+    Raises:
+        UserError: as `load_vla_model`; or the constructor reads values, which there are none of: its cause is then a
+            `RuntimeError`.
+    """
+    with torch.device("meta"):
+        return _instance(import_model_class(model_class), model_config)
+
+
 def _construct(cls: type[nn.Module], config: dict[str, Any]) -> nn.Module:
+    with refuse_too_large(cls.__name__, lambda: construct_on_meta(f"{cls.__module__}.{cls.__qualname__}", config)):
+        model = _instance(cls, config)
+    if meta := [name for name, value in model.state_dict(keep_vars=True).items() if getattr(value, "is_meta", False)]:
+        raise UserError(
+            f"model_config: the constructor of {cls.__name__} leaves {some(meta)} on the device 'meta', where nothing "
+            "can be loaded; construct it on the CPU"
+        )
+    return model
+
+
+def _instance(cls: type[nn.Module], config: dict[str, Any]) -> nn.Module:
     parameters = inspect.signature(cls).parameters.values()
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     accepted = [p.name for p in by_name]
@@ -139,14 +162,8 @@ def _construct(cls: type[nn.Module], config: dict[str, Any]) -> nn.Module:
         accepts = ", ".join(accepted) or "nothing"
         raise UserError(f"model_config: {cls.__name__} {' and '.join(wrong)}; it accepts {accepts}")
     try:
-        model = cls(**config)
+        return cls(**config)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"model_config: {cls.__name__} cannot be constructed: {describe_error(error)}") from error
-    if meta := [name for name, value in model.state_dict(keep_vars=True).items() if getattr(value, "is_meta", False)]:
-        raise UserError(
-            f"model_config: the constructor of {cls.__name__} leaves {some(meta)} on the device 'meta', where nothing "
-            "can be loaded; construct it on the CPU"
-        )
-    return model

@@ -190,7 +190,7 @@ def _numbers(statistics: Mapping[str, Any], name: str) -> Tensor:
     if name not in statistics:
         raise UserError(f"statistics: no {name}; there are {', '.join(map(str, statistics)) or 'none'}")
     try:
-        numbers = torch.tensor(statistics[name], dtype=torch.float32)
+        numbers = torch.tensor(statistics[name], dtype=torch.float32, device="cpu")  # they are looked at
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"statistics: {name} is not a list of numbers") from error
     if numbers.ndim != 1 or not len(numbers) or not numbers.isfinite().all():

@@ -86,8 +86,7 @@ class VLAPolicy:
         reuse = feature_reuse == "auto"
         constant, others = split_constant(stages) if reuse else ([], stages)
         shared = [s for s in others if reuse and is_shared(s)]
-        read = {*(key for stage in others for key in stage.in_keys), *self.contract.context_keys}
-        again = budget.recomputed(constant, read, precision) if budget and constant else {}
+        again = budget.recomputed(constant, others, self.contract.context_keys, precision) if budget else {}
         blocked = [*(blocked_stages(stages) if reuse else []), *((constant[i], why) for i, why in again.items() if why)]
         self.frozen_stages = [stage_name(model, stage) for i, stage in enumerate(constant) if not again.get(i)]
         self.blocked_stages = [(stage_name(model, stage), why) for stage, why in blocked]

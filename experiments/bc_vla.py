@@ -4,6 +4,7 @@
     python experiments/bc_vla.py --stop_at=1 --output=my.pt       # imitates to the end: a better one
     python experiments/bc_vla.py --config experiments/configs/metaworld_bc.json
     python experiments/bc_vla.py --config my.json --demonstrations=path/to/a/lerobot/dataset
+    python experiments/bc_vla.py --config my.json --dry_run       # what that would need; nothing is trained
 
 Demonstrations are the environment's own, where it has an expert, or those of a LeRobot data set. The environment's
 expert acts with noise, so that the data shows how to recover; what is imitated is what it would have done without.
@@ -23,19 +24,21 @@ did not change.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import packages  # noqa: F401
 
 import torch
-from building import what_follows
+from building import constructor_arguments, what_follows
+from configuration import split_flag
+from dry_run import dry_run_imitation
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tensordict import TensorDict
 from torch import nn
@@ -43,13 +46,13 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from agents.checking import check_policy
-from agents.loading import import_model_class, load_vla_model
+from agents.loading import load_vla_model
 from agents.policy import VLAPolicy
 from agents.provided_weights import save_trained
 from envs import make_env
 from envs.demonstrating import Disturbance
 from envs.vector import VectorEnv
-from research.imitation.cloning import CloningConfig, can_imitate, clone, planned_steps, with_frozen_features
+from research.imitation.cloning import CloningConfig, can_imitate, clone, normalise, planned_steps, with_frozen_features
 from research.imitation.demonstrations import check_fits, count_by_task, only_successful, samples_of
 from research.imitation.experts import check_states, collect_rollout
 from research.imitation.lerobot import LeRobotConfig, read_dataset
@@ -170,17 +173,31 @@ def prepare(demonstrations: list[Demonstration], config: BCConfig, horizon: int)
     return data, {"demonstrations": count_by_task(demonstrations)}
 
 
+def known_samples(config: BCConfig, env: EnvBase | None, recorded: list[Demonstration]) -> int:
+    """How many samples there are to imitate; 0 where nobody knows before the expert has played."""
+    if recorded:
+        return sum(-(-len(one.actions) // one.every) for one in recorded)
+    return 0 if isinstance(env, VectorEnv) else config.samples
+
+
 def action_shape_of(config: BCConfig, action_dim: int) -> tuple[int, ...]:
     return (action_dim,) if config.executed == 1 else (config.executed, action_dim)
 
 
-def build_model(config: BCConfig, observations: TensorDict, action_dim: int, choices: Any = None) -> nn.Module:
+def build_model(
+    config: BCConfig, observations: TensorDict, action_dim: int, choices: Any = None, load: Callable = load_vla_model
+) -> nn.Module:
     """The model, fresh but for what comes from packages; what follows from the observations need not be said."""
-    named = inspect.signature(import_model_class(config.model_class).__init__).parameters
+    named = constructor_arguments(config.model_class)
     follows = what_follows(observations, action_shape_of(config, action_dim), choices, named, config.horizon)
     told = {name: value for name, value in follows.items() if name in named}
     torch.manual_seed(config.seed)
-    model = load_vla_model(None, config.model_class, told | config.model_config, config.device, expect_fresh=True)
+    model = load(None, config.model_class, told | config.model_config, config.device, expect_fresh=True)
+    if not can_imitate(model):
+        raise UserError(
+            "model_class: imitation needs stages, and action_distribution or imitation_loss, which "
+            f"{config.model_class} lacks"
+        )
     if config.freeze != "none":
         try:
             freeze(model, config.freeze)
@@ -192,17 +209,6 @@ def build_model(config: BCConfig, observations: TensorDict, action_dim: int, cho
             f"{type(model).__name__} is given are left out"
         )
     return model
-
-
-@torch.no_grad()
-def normalise(model: nn.Module, data: TensorDict) -> None:
-    """Give a model that normalises its features, or its proprioception alone, the data's mean and deviation."""
-    fusion = getattr(model, "fusion", None)
-    if hasattr(model, "fit_normalisation"):
-        model.fit_normalisation(data[OBSERVATION])
-    elif hasattr(fusion, "proprio_mean"):
-        fusion.proprio_mean.copy_(data[OBSERVATION, "proprio"].mean(dim=0))
-        fusion.proprio_std.copy_(data[OBSERVATION, "proprio"].std(dim=0).clamp(min=1e-3))
 
 
 def watched_states(config: BCConfig) -> range:
@@ -227,6 +233,7 @@ def stop_when_good_enough(env: EnvBase | None, policy: VLAPolicy, config: BCConf
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv, dry = split_flag(sys.argv[1:] if argv is None else argv, "--dry_run")
     config = parse_config(BCConfig, argv, __doc__)
     start = time.monotonic()
     recorded, facts, env = [], {}, None
@@ -239,13 +246,12 @@ def main(argv: list[str] | None = None) -> int:
         if recorded:
             check_fits(observations, action_dim, offered, offered_dim)
         observations, action_dim = offered, offered_dim
-    model = build_model(config, observations, action_dim, getattr(env, "action_choices", None))
+    build = partial(build_model, config, observations, action_dim, getattr(env, "action_choices", None))
+    if dry:
+        samples, shape = known_samples(config, env, recorded), action_shape_of(config, action_dim)
+        return dry_run_imitation(build, config, config.freeze, samples, observations, shape, config.device)
+    model = build()
     policy = VLAPolicy(model)
-    if not can_imitate(model):
-        raise UserError(
-            "model_class: imitation needs stages, and action_distribution or imitation_loss, which "
-            f"{config.model_class} lacks"
-        )
     action_shape = action_shape_of(config, action_dim)
     horizon = planned_steps(model, action_shape)
     data, more = prepare(recorded, config, horizon) if recorded else collect(env, config, horizon)

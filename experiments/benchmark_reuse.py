@@ -26,7 +26,7 @@ import packages  # noqa: F401
 import torch
 from assembling import choose_device, make_ppo, seed_everything
 from building import make_model, make_policy
-from configuration import read_experiment
+from configuration import read_experiment, split_flag
 from tensordict import TensorDictBase
 
 from agents.cost import flops_per_transition
@@ -44,10 +44,9 @@ ARMS = ("kept", "recomputed")
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, fresh = split_flag(sys.argv[1:] if argv is None else argv, "--fresh")
     try:
-        fresh, repeats, output = "--fresh" in argv, int(taken(argv, "--repeats", "3")), taken(argv, "--output", None)
-        argv = [word for word in argv if word != "--fresh"]
+        repeats, output = int(taken(argv, "--repeats", "3")), taken(argv, "--output", None)
         row = Comparison(read_experiment(ExperimentConfig, argv, __doc__), fresh).row(max(1, repeats))
         table = Path(output or "runs/throughput/reuse.csv")
         append(row, table)

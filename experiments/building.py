@@ -62,17 +62,10 @@ def make_model(
     policy, vla = config.policy, config.policy.vla_config
     if vla.model_path and not Path(vla.model_path).exists() and (HERE / vla.model_path).exists():
         vla.model_path = str(HERE / vla.model_path)
-    # A model whose constructor names such a switch is told.
-    named = inspect.signature(import_model_class(vla.model_class).__init__).parameters
-    scopes = [policy.freeze] if isinstance(policy.freeze, str) else policy.freeze
-    told = {switch: True for switch, preset in FREEZE_SWITCHES.items() if switch in named and preset in scopes}
-    # What follows from the environment need not be said; said otherwise, the model is tried and refused.
-    follows = what_follows(observations, action_shape, choices, named, policy.action_chunk.horizon)
-    told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
     model = load_vla_model(
         vla.model_path,
         vla.model_class,
-        vla.model_config | told,
+        model_arguments(config, observations, action_shape, choices),
         device,
         strict=vla.strict,
         strip_prefix=vla.strip_prefix,
@@ -81,7 +74,7 @@ def make_model(
         expect_fresh=expect_fresh,
     )
     wanted, planned = policy.action_chunk.horizon, getattr(model, "horizon", None)
-    if wanted is not None and "horizon" not in named and wanted != planned:
+    if wanted is not None and "horizon" not in constructor_arguments(vla.model_class) and wanted != planned:
         plans = f" and plans {planned} control steps" if planned else ""
         raise UserError(f"policy.action_chunk.horizon is {wanted}, but {vla.model_class} takes no horizon{plans}")
     with torch.random.fork_rng():
@@ -93,6 +86,29 @@ def make_model(
         load_adapters(model, vla.adapter_path, policy.lora.rank, policy.lora.alpha, vla.trust_checkpoint)
     refuse_half_precision(model)
     return BuiltModel(model.eval(), value_head, heads, frozen)
+
+
+def constructor_arguments(model_class: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a model's constructor, by name."""
+    return inspect.signature(import_model_class(model_class).__init__).parameters
+
+
+def model_arguments(
+    config: ExperimentConfig,
+    observations: TensorDictBase,
+    action_shape: Sequence[int],
+    choices: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """What the configured model's constructor is called with; the arguments are those of `make_model`."""
+    policy, vla = config.policy, config.policy.vla_config
+    # A model whose constructor names such a switch is told.
+    named = constructor_arguments(vla.model_class)
+    scopes = [policy.freeze] if isinstance(policy.freeze, str) else policy.freeze
+    told = {switch: True for switch, preset in FREEZE_SWITCHES.items() if switch in named and preset in scopes}
+    # What follows from the environment need not be said; said otherwise, the model is tried and refused.
+    follows = what_follows(observations, action_shape, choices, named, policy.action_chunk.horizon)
+    told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
+    return vla.model_config | told
 
 
 def what_follows(
@@ -167,11 +183,17 @@ def make_policy(
     choices: Sequence[int] | None = None,
 ) -> VLAPolicy:
     """The modules around a model that is frozen as it will be, tried out on a few observations `[B]`."""
-    trainer, room = config.trainer, config.policy.feature_memory
+    trainer = config.trainer
     policy = VLAPolicy(
         model, config.policy.feature_reuse, trainer.autocast, trainer.compile == "on", config.policy.ratio_level,
-        budget=None if room is None else FeatureBudget(room * 2**30 / trainer.buffer_size, observations),
+        budget=feature_budget(config, observations),
     )  # fmt: skip
     check_policy(policy, observations, action_shape, choices)
     check_constant(policy, observations)
     return policy
+
+
+def feature_budget(config: ExperimentConfig, observations: TensorDictBase) -> FeatureBudget | None:
+    """The room for kept features that `policy.feature_memory` leaves each transition; None: no limit."""
+    room = config.policy.feature_memory
+    return None if room is None else FeatureBudget(room * 2**30 / config.trainer.buffer_size, observations)

@@ -21,7 +21,7 @@ def read_experiment(config_class: type[C], argv: Sequence[str], description: str
     Flags win over all of them. `trainer.resume: auto` becomes the newest run of that name that has a checkpoint, or
     nothing where there is none. `--trust` lets the configuration of a run folder from elsewhere name code.
     """
-    argv, trusted = split_trust(argv)
+    argv, trusted = split_flag(argv, "--trust")
     resume = argv_value(argv, "trainer.resume")
     if resume and resume != "auto" and not names_config(argv):
         folder = run_of_checkpoint(resume)
@@ -40,9 +40,9 @@ def read_experiment(config_class: type[C], argv: Sequence[str], description: str
     return config
 
 
-def split_trust(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Arguments without `--trust`, and whether it was among them: a flag only, which no file can set."""
-    return [word for word in argv if word != "--trust"], "--trust" in argv
+def split_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
+    """Arguments without a flag that stands alone, which no file can set, and whether it was among them."""
+    return [word for word in argv if word != flag], flag in argv
 
 
 def with_default_config(argv: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ import packages  # noqa: F401
 import torch
 from assembling import choose_device
 from building import load_trained, make_model, make_policy
-from configuration import split_trust, with_default_config
+from configuration import split_flag, with_default_config
 from resuming import load_run
 from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
-    argv, trusted = split_trust(argv)
+    argv, trusted = split_flag(argv, "--trust")
     config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
     trained = None
     if config.checkpoint and (run := RunFolder.containing(config.checkpoint)).is_run:

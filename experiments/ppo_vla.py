@@ -1,12 +1,11 @@
 """The main job: fine-tune a pretrained VLA with PPO.
 
-    python experiments/ppo_vla.py                                           # the shipped checkpoint on pick_place
-    python experiments/ppo_vla.py --config my.json                          # your model, your environment
-    python experiments/ppo_vla.py --policy.freeze=vision --algorithm.cfg.learning_rate=1e-04 --trainer.seed=2
+    python experiments/ppo_vla.py                                      # the shipped checkpoint on pick_place
+    python experiments/ppo_vla.py --config my.json --trainer.seed=2    # your model, your environment; flags win
+    python experiments/ppo_vla.py --config my.json --dry_run           # what that would need; nothing is trained
 
-Without --config it starts from experiments/configs/pick_place.json; flags win over the file. Ctrl-C finishes the
-iteration, writes a checkpoint that --trainer.resume=<run folder> continues exactly, and sums up. A run folder from
-elsewhere that names code outside of this project asks for --trust.
+Without --config it starts from experiments/configs/pick_place.json. Ctrl-C finishes the iteration and writes a
+checkpoint that --trainer.resume=<run folder> continues exactly. Code of a run folder from elsewhere asks for --trust.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import sys
 import packages  # noqa: F401
 
 from assembling import Assembly, assemble
-from configuration import read_experiment
+from configuration import read_experiment, split_flag
+from dry_run import dry_run
 from opening import open_run
 from resuming import load_resumed
 from training_run import FILMED, TrainingRun
@@ -28,9 +28,9 @@ from research.training.utilisation import Stopwatch
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    argv, dry = split_flag(sys.argv[1:] if argv is None else argv, "--dry_run")
     try:
-        return train(read_experiment(ExperimentConfig, argv, __doc__))
+        return (dry_run if dry else train)(read_experiment(ExperimentConfig, argv, __doc__))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

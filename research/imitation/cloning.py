@@ -167,3 +167,14 @@ def with_frozen_features(policy: Any, data: TensorDict, batch: int = 64) -> Tens
         step = policy.frozen(TensorDict({OBSERVATION: part[OBSERVATION]}, part.batch_size))
         parts.append(step.select(*policy.kept_keys).update(part.exclude(OBSERVATION)))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def normalise(model: nn.Module, data: TensorDict) -> None:
+    """Give a model that normalises its features, or its proprioception alone, the data's mean and deviation."""
+    fusion = getattr(model, "fusion", None)
+    if hasattr(model, "fit_normalisation"):
+        model.fit_normalisation(data[OBSERVATION])
+    elif hasattr(fusion, "proprio_mean"):
+        fusion.proprio_mean.copy_(data[OBSERVATION, "proprio"].mean(dim=0))
+        fusion.proprio_std.copy_(data[OBSERVATION, "proprio"].std(dim=0).clamp(min=1e-3))

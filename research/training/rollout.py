@@ -92,21 +92,23 @@ class RolloutCollector(Collector):
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:
         """Take T steps in every environment: `[N, T]`."""
-        policy, turns, truncated = self.policy, Turns(self.env), []
-        steps, ahead = {part.start: [] for part in turns.parts}, self._ahead
+        policy, turns, truncated, rollout, ahead = self.policy, Turns(self.env), [], None, self._ahead
         seen = {} if ahead is None else {part.start: ahead[part] for part in turns.parts}
         act = lambda part, now: policy(now, seen.pop(part.start, None))  # noqa: E731
         with set_exploration_type(self.exploration_type):
             for t, part, step in turns.play(self._carrier, act, self.frames_per_batch):  # T: TorchRL has divided by N
-                after = step.get("next")
+                after, kept = step.get("next"), with_text_as(torch.uint8, step.select(*policy.kept_keys))
                 rows = (after.get("done") & ~after.get("terminated")).squeeze(-1).nonzero().squeeze(-1)
                 if len(rows):
                     truncated.append((t, rows + part.start, after.get(OBSERVATION)[rows]))
-                kept = with_text_as(torch.uint8, step.select(*policy.kept_keys))
-                steps[part.start].append(kept.set("next", after.select(*KEPT_AFTER, *self._task_id, strict=False)))
+                kept.set("next", after.select(*KEPT_AFTER, *self._task_id, strict=False))
+                if rollout is None:  # written to step by step: put together at the end, it would be there three times
+                    rollout = kept.new_empty(*self._carrier.batch_size, self.frames_per_batch)
+                    whole = list(rollout.items(include_nested=True, leaves_only=True))
+                for key, tensor in whole:
+                    tensor[part, t] = kept.get(key)
                 policy.env_steps += env_steps_in(kept)
-        self._carrier, self._ahead = turns.now, None
-        rollout = torch.cat([torch.stack(part, dim=1) for part in steps.values()]).refine_names(..., "time")
+        self._carrier, self._ahead, rollout = turns.now, None, rollout.refine_names(..., "time")
         rollout["next"].set(FINAL_VALUE, self._final_values(policy, truncated, rollout["next", "done"]))
         if policy.worker is not None:
             rollout.set(WORKER, torch.full(rollout.shape, policy.worker, dtype=torch.int16, device=rollout.device))
@@ -124,8 +126,7 @@ class RolloutCollector(Collector):
                 values[rows, t] = part
         if done[:, -1].all():
             return values
-        now = TensorDict({OBSERVATION: self._carrier.get(OBSERVATION)}, self._carrier.batch_size)
-        following, self._ahead = policy.look_ahead(now)
+        following, self._ahead = policy.look_ahead(self._carrier.select(OBSERVATION))
         values[:, -1] = torch.where(done[:, -1], values[:, -1], following)
         return values
 

@@ -102,7 +102,7 @@ HEADS = {
     "small": {"action_head", "value_head"},
 }
 # Where `lora_targets` puts adapters.
-ADAPTED = dict.fromkeys(("pi0", "pi0_noise", "smolvla"), {"language_model"})
+ADAPTED = {family: {"language_model"} for family in ("pi0", "pi0_noise", "smolvla")}
 SCOPES = ["none", "vision", "language", "backbone", "lora", ("vision", "lora")]
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import bc_vla
 import evaluate_vla
 import ppo_vla
 import pytest
 import torch
+from configuration import read_experiment, split_flag
 from worlds import ROOT
 
+from agents.loading import import_model_class
 from research.config import ExperimentConfig
 from research.options import parse_config
 from research.runs.checkpoint import load_checkpoint
@@ -55,6 +59,21 @@ def test_configurations_shown_are_accepted(page, tmp_path):
     for block in shown:
         (tmp_path / "shown.json").write_text(block)
         parse_config(ExperimentConfig, ["--config", str(tmp_path / "shown.json")])
+
+
+def test_commands_of_the_page_of_models_are_accepted(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = [line for block in blocks(ROOT / "docs" / "models.md", "") for line in block.splitlines() if line]
+    assert len(commands) >= 12
+    for command in commands:
+        script, *argv = shlex.split(command, comments=True)[1:]
+        assert (ROOT / script).is_file(), command
+        argv, _ = split_flag(argv, "--dry_run")
+        if script.endswith("bc_vla.py"):
+            parse_config(bc_vla.BCConfig, argv)
+        else:
+            config = read_experiment(ExperimentConfig, argv, "")
+            assert import_model_class(config.policy.vla_config.model_class)
 
 
 def test_files_that_the_documents_name_exist():

@@ -41,6 +41,9 @@ def test_a_row_is_an_evaluation_with_what_training_sampled_before_it(tmp_path, c
 
 
 def test_what_is_no_run_or_was_never_evaluated_is_refused(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2 and "is no run folder: it lacks config.json or checkpoints" in capsys.readouterr().err
+    assert (
+        main([str(tmp_path)]) == 2
+        and "is no run folder: it lacks config.json or checkpoints" in capsys.readouterr().err
+    )
     assert main([run_of(tmp_path / "run", 1, [{"global_step": 4}])]) == 2
     assert "no evaluation in any of them" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def test_the_full_size_differs_in_sizes_and_paths_alone(path):
     small, large = (flatten_dict(json.loads(p.read_text())) for p in (path, full))
     differing = {key for key in {*small, *large} if small.get(key) != large.get(key)}
     assert {"trainer.exp_name", "trainer.env_config.image_size"} <= differing
-    for key in differing - {"trainer.exp_name", "algorithm.cfg.batch_size"}:
+    for key in differing - {"trainer.exp_name", "algorithm.cfg.batch_size", "algorithm.cfg.micro_batch_size"}:
         of_model = key.startswith("policy.vla_config.model_config.") and key.split(".")[3] in ("config", "vlm")
         assert key.rpartition(".")[2] in SIZES | PATHS or of_model, key
         assert not (of_model and {type(small.get(key)), type(large.get(key))} & {str, bool}), key
