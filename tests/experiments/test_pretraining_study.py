@@ -9,6 +9,8 @@ import pretraining_study
 import pytest
 from pretraining_study import ARMS, MODES, Row, main, read_table, run_of, summed_up, tables
 
+from worlds import ROOT
+
 from research.schema import UserError
 from research.study.statistics import difference_interval, mean_interval
 
@@ -75,3 +77,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_left_alone(tmp_pat
     assert run_of(tmp_path, "a_ppo") is None
     (tmp_path / "a_ppo-2" / "checkpoints" / "step_000000032").mkdir(parents=True)
     assert run_of(tmp_path, "a_ppo") == tmp_path / "a_ppo-2" and run_of(tmp_path, "b_ppo") is None
+
+
+def test_the_results_are_the_table_of_the_committed_rows(capsys):
+    folder = ROOT / "experiments" / "results" / "pretraining"
+    assert main(["--show", f"--table={folder / 'runs.csv'}"]) == 0
+    shown = capsys.readouterr().out.strip()
+    assert shown in (ROOT / "experiments" / "RESULTS.md").read_text() and len(shown.splitlines()) >= 6
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["clone"]["flags"] == pretraining_study.CLONING
+    assert settings["clone"]["config"] == pretraining_study.configuration("metaworld_bc")
