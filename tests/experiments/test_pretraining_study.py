@@ -8,7 +8,6 @@ import numpy as np
 import pretraining_study
 import pytest
 from pretraining_study import ARMS, MODES, Row, main, read_table, run_of, summed_up, tables
-
 from worlds import ROOT
 
 from research.schema import UserError
