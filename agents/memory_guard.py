@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 from research.schema import UserError
 
@@ -72,14 +73,14 @@ def refuse_too_large(name: str, on_meta: Callable[[], nn.Module], look_from: int
 
     def look(module: nn.Module, parameter_name: str, parameter: nn.Parameter | None) -> None:
         nonlocal there, looked
-        if looked or parameter is None or parameter.is_meta:
+        if looked or parameter is None or parameter.is_meta or is_lazy(parameter):
             return
         there += parameter.numel() * parameter.element_size()
         if there < (LOOKED_AT_FROM if look_from is None else look_from):
             return
         looked = True
         try:
-            size = sum(p.numel() * p.element_size() for p in on_meta().parameters())
+            size = sum(p.numel() * p.element_size() for p in on_meta().parameters() if not is_lazy(p))
         except UserError:  # its constructor reads values, so that nobody can tell beforehand
             return
         if free is not None and size > free:

@@ -22,7 +22,9 @@ def describe(error: BaseException) -> str:
         return f"needs a package that is not installed: {one_line(error)}"
     if isinstance(error, ModuleNotFoundError):
         return f"needs {error.name!r}: pip install the package that provides it"
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    # W&B, once it is imported, has a function of its own in the place of sys.exit.
+    place = next((frame for frame in reversed(frames) if "wandb" not in Path(frame.filename).parts), frames[-1])
     return f"raised {type(error).__name__}: {one_line(error)} ({Path(place.filename).name}, line {place.lineno})"
 
 

@@ -16,6 +16,7 @@ from user_package import odd_envs
 from worlds import run_folder, write_config
 
 from envs import make_env
+from envs.failures import blame
 from research.runs.tracking import read_metrics
 from research.schema import NonFiniteError, SimulatorFailed, UserError, check_observation, decode_text
 from research.training.evaluation import evaluate
@@ -292,3 +293,15 @@ def test_every_one_of_them_is_tested():
     }
     source = Path(__file__).read_text()
     assert all(f'{name}"' in source for name in classes), classes
+
+
+def test_the_place_of_an_exit_is_where_the_environment_asked_for_it():
+    """W&B's sys.exit, which stands for Python's once W&B is imported, is between the environment and the exception."""
+    hook = compile("def leave(code):\n    raise SystemExit(code)\n", "/venv/lib/wandb/sdk/lib/exit_hooks.py", "exec")
+    world = compile("def step():\n    leave(3)\n", "/home/user/my_env.py", "exec")
+    names: dict = {}
+    exec(hook, names)
+    exec(world, names)
+    message = r"^drift: step raised SystemExit: 3 \(my_env.py, line 2\)$"
+    with pytest.raises(SimulatorFailed, match=message), blame("drift: step"):
+        names["step"]()

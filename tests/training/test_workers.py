@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -172,17 +173,33 @@ def test_what_a_killed_run_left_in_shared_memory_goes_with_the_next(tmp_path):
     ours.rmdir()
 
 
-def started(tmp_path: Path, **changes) -> tuple[subprocess.Popen, list[int]]:
+@pytest.fixture
+def launch():
+    """Starts scripts in process groups of their own, of which none outlives the test."""
+    groups = []
+
+    def start(*words: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-u", str(SCRIPT), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        groups.append(process.pid)
+        return process
+
+    yield start
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def started(launch, tmp_path: Path, **changes) -> tuple[subprocess.Popen, list[int]]:
     """A run whose two workers collect, once it learns."""
     config = write_config(
         tmp_path, trainer__buffer_type="vla", trainer__num_collectors=2, trainer__iterations=100000,
         trainer__save_freq=640, trainer__enable_eval=False, trainer__max_staleness=1000, **changes,
     )  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--config", str(config), "--trainer.worker_timeout=5"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = launch("--config", str(config), "--trainer.worker_timeout=5")
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         runs = list((tmp_path / "runs").glob("*/metrics.jsonl"))
@@ -195,7 +212,7 @@ def started(tmp_path: Path, **changes) -> tuple[subprocess.Popen, list[int]]:
 
 def workers_of(pid: int) -> list[int]:
     """The processes below one that were made by multiprocessing, other than its resource tracker."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    listed = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     return [int(child) for child, parent, words in rows if int(parent) == pid and "resource_tracker" not in words]
 
@@ -214,8 +231,8 @@ def mailboxes(pid: int) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_or_stopped_worker_ends_the_run_with_a_checkpoint_and_a_summary(tmp_path, kind):
-    process, workers = started(tmp_path)
+def test_a_dead_or_stopped_worker_ends_the_run_with_a_checkpoint_and_a_summary(launch, tmp_path, kind):
+    process, workers = started(launch, tmp_path)
     assert len(workers) == 2, workers
     os.kill(workers[0], kind)
     start = time.monotonic()
@@ -230,8 +247,8 @@ def test_a_dead_or_stopped_worker_ends_the_run_with_a_checkpoint_and_a_summary(t
     assert gone(workers, 10)
 
 
-def test_a_ctrl_c_of_the_whole_group_stops_as_one_of_the_main_process(tmp_path):
-    process, workers = started(tmp_path)
+def test_a_ctrl_c_of_the_whole_group_stops_as_one_of_the_main_process(launch, tmp_path):
+    process, workers = started(launch, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err
@@ -239,8 +256,8 @@ def test_a_ctrl_c_of_the_whole_group_stops_as_one_of_the_main_process(tmp_path):
     assert gone(workers, 10)
 
 
-def test_nothing_outlives_a_main_process_that_is_killed(tmp_path):
-    process, workers = started(tmp_path)
+def test_nothing_outlives_a_main_process_that_is_killed(launch, tmp_path):
+    process, workers = started(launch, tmp_path)
     assert len(mailboxes(process.pid)) == 1
     process.kill()
     process.communicate()
@@ -248,13 +265,9 @@ def test_nothing_outlives_a_main_process_that_is_killed(tmp_path):
     assert not mailboxes(process.pid)
 
 
-def test_a_ctrl_c_while_workers_start_is_clean(tmp_path):
+def test_a_ctrl_c_while_workers_start_is_clean(launch, tmp_path):
     config = write_config(tmp_path, trainer__buffer_type="vla", trainer__num_collectors=2, trainer__enable_eval=False)
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(SCRIPT), "--config", str(config)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = launch("--config", str(config))
     for line in process.stdout:
         if line.startswith("starting 2 processes that collect"):
             break
