@@ -204,11 +204,6 @@ class OpenVLA(DecidingVLA):
     def state_value(self, step: TensorDictBase) -> Tensor:
         return self._value(self._states(step))
 
-    def token_log_probs(self, step: TensorDictBase) -> Tensor:
-        """The log-probability of each stored token, `[B, executed * A]`, which `score` adds up."""
-        ids = step.get(TOKENS)
-        return self._chosen(self._log_probs(self._states(step, ids[:, :-1])[:, : ids.shape[1]]), ids)
-
     def imitation_loss(self, step: TensorDictBase, plan: Tensor) -> Tensor:
         """Cross-entropy of an expert's tokens, each seen with those before it, in the mean: `[B]`.
 

@@ -57,16 +57,14 @@ from envs.tabletop_scene import (
     COLOURS,
     HOLDING,
     OPEN,
-    PLATE_RADIUS,
     PUSHER_RADIUS,
     REACH,
-    SHAPES,
     SHUT,
     TABLE,
     State,
-    hashed_uniform,
     lowbias32,
 )
+from envs.tabletop_states import MAX_PLATES, PLACE_RADIUS, REACH_RADIUS, TabletopStates
 from research.schema import (
     ACTION,
     DEPTH,
@@ -86,16 +84,10 @@ TASKS = ("reach", "push", "pick_place")
 REWARDS = ("sparse", "milestones")
 SPLITS = ("train", "vision", "semantics", "execution")
 MAX_STEPS = {"reach": 25, "push": 80, "pick_place": 40}
-MAX_PLATES = 4
-TRIES = 16  # places considered for an object, so that it fits between the others
 
 # Metres, as in envs/tabletop_scene.py.
 STEP = 0.04
-GRIPPER_START = 0.9  # of REACH, in both directions
-CLEARANCE = 0.01
 GRASP_RADIUS = 0.025
-REACH_RADIUS = 0.02
-PLACE_RADIUS = 0.04
 HOLD_STEPS = 3  # a block held this long has been held, not touched in passing
 
 
@@ -169,13 +161,12 @@ class TabletopEnv(EnvBase):
         self.task, self.reward_kind, self.image_size, self.max_steps = task, reward, image_size, max_steps
         self.modalities, self.split = tuple(modalities), split
         self.num_blocks, self.num_plates = num_blocks, num_plates
-        self._extra_blocks = min(2, len(COLOURS) - num_blocks) if split == "semantics" else 0
-        self._extra_plates = min(1, MAX_PLATES - num_plates) if split == "semantics" else 0
-        self._instruction_table = instruction_table(task, split == "semantics", instruction_length).to(self.device)
         self._painter = Painter(image_size, RGB in modalities, DEPTH in modalities, split == "vision", self.device)
+        table = instruction_table(task, split == "semantics", instruction_length).to(self.device)
+        self._states = TabletopStates(task, num_blocks, num_plates, split, table, self._painter)
         self._make_specs(num_envs, image_size, instruction_length)
         self._rows = torch.arange(num_envs, device=self.device)
-        self._block_numbers = torch.arange(num_blocks + self._extra_blocks, device=self.device)
+        self._block_numbers = torch.arange(num_blocks + self._states.extra_blocks, device=self.device)
         self._state: State | None = None
         self._film_painter: Painter | None = None
         self._set_seed(seed)
@@ -219,159 +210,13 @@ class TabletopEnv(EnvBase):
             ids = self._next_id + torch.arange(fresh, device=self.device)
             ids = self.held_out + ids % (2**32 - self.held_out)
             self._next_id += fresh
-            made = self._make_states(ids)
+            made = self._states.make(ids)
             if left:
                 made = {key: torch.cat([self._upcoming[key], value]) for key, value in made.items()}
             self._upcoming = made
         drawn = {key: value[:count] for key, value in self._upcoming.items()}
         self._upcoming = {key: value[count:] for key, value in self._upcoming.items()}
         return drawn
-
-    def _make_states(self, ids: Tensor) -> State:
-        """Initial states for ids int64 `[M]`, every entry a function of the id alone."""
-        m, k, p = len(ids), self.num_blocks, self.num_plates
-        colours, shapes = len(COLOURS), len(SHAPES)
-        widths = [TRIES * (p + k) * 2, colours, colours, k, k, 1, 2, 4]
-        # A draw depends on the id and on its column: those of a split come last and leave the others as they are.
-        widths += {
-            "semantics": [
-                TRIES * (self._extra_plates + self._extra_blocks) * 2,
-                self._extra_blocks,
-                self._extra_blocks,
-                1,
-            ],
-            "vision": [2],
-            "execution": [TRIES * 2, TRIES * 2, 1, 5],
-        }.get(self.split, [])
-        draws = hashed_uniform(ids, sum(widths)).split(widths, dim=1)
-        layout, block_order, plate_order, shape, yaw, phrase, gripper, looks, *of_split = draws
-        centres = self._scatter(layout.view(m, TRIES, p + k, 2), [True] * p + [False] * k)
-        block_colour = block_order.argsort(dim=1, stable=True)[:, : k + self._extra_blocks]
-        plate_colour = plate_order.argsort(dim=1, stable=True)[:, : p + self._extra_plates]
-        block_shape = (shape * shapes).long()
-        phrasing = (phrase[:, 0] * len(self._instruction_table)).long()
-        zeros = torch.zeros(m, dtype=torch.int64, device=self.device)
-        state = {
-            "id": ids,
-            "gripper": (gripper * 2 - 1) * REACH * GRIPPER_START,
-            "shut": torch.full((m,), self.task == "push", device=self.device),
-            "held": zeros - 1,
-            "held_steps": zeros,
-            "steps": zeros.clone(),
-            "offset": torch.zeros(m, 2, device=self.device),
-            "potential": torch.zeros(m, device=self.device),
-            "blocks": centres[:, p:],
-            "plates": centres[:, :p],
-            "block_colour": block_colour,
-            "block_shape": block_shape,
-            "plate_colour": plate_colour,
-            "block_yaw": (yaw * Painter.YAWS).long(),
-            "looks": looks,
-            "language": self._instruction_table[phrasing, block_shape[:, 0], block_colour[:, 0], plate_colour[:, 0]],
-        }
-        if self.split == "semantics":
-            self._add_confusing_objects(state, *of_split)
-        elif self.split == "execution":
-            self._displace(state, *of_split)
-        elif self.split == "vision":
-            (state["strangeness"],) = of_split
-        # Reaching starts at a distance; otherwise some states would be solved before the first action.
-        if self.task == "reach":
-            away = (state["gripper"] - state["blocks"][:, 0]).norm(dim=-1, keepdim=True) < 2 * REACH_RADIUS
-            state["gripper"] = torch.where(away, -state["gripper"].sign() * REACH * 0.8, state["gripper"])
-        state.update(self._painter.tables(state))
-        state.update(self._painter.scenes(state))
-        state["gap"] = (state["blocks"][:, 0] - state["plates"][:, 0]).norm(dim=-1)
-        return state
-
-    def _scatter(self, uniform: Tensor, is_plate: list[bool], standing: Tensor | None = None) -> Tensor:
-        """Centres of objects put on the table one by one, each apart from all before it.
-
-        Args:
-            uniform: `[M, tries, objects, 2]` in [0, 1).
-            is_plate: for each object whether it is a plate or a block.
-            standing: `[M, T, 2]`, the plates and then the blocks that are on the table already.
-        Returns:
-            float32 `[M, T + objects, 2]`, metres.
-        """
-        radii = [] if standing is None else [PLATE_RADIUS] * self.num_plates + [BLOCK_RADIUS] * self.num_blocks
-        centres = [] if standing is None else list(standing.unbind(dim=1))
-        for j, plate in enumerate(is_plate):
-            radius = PLATE_RADIUS if plate else BLOCK_RADIUS
-            named = standing is None and j == self.num_plates
-            candidates = (uniform[:, :, j] * 2 - 1) * (self._target_span if named else REACH - radius)
-            if radii:
-                need = torch.tensor([radius + r + CLEARANCE for r in radii], device=uniform.device)
-                centres.append(self._first_with_room(candidates, torch.stack(centres, dim=1), need))
-            else:
-                centres.append(candidates[:, 0])
-            radii.append(radius)
-        return torch.stack(centres, dim=1)
-
-    @property
-    def _target_span(self) -> float:
-        """How far from the table's centre the named block starts: one to be pushed needs room on every side."""
-        return REACH - (0.085 if self.task == "push" else BLOCK_RADIUS)
-
-    @staticmethod
-    def _first_with_room(candidates: Tensor, standing: Tensor, need: Tensor) -> Tensor:
-        """The first of several tries that fits, else the roomiest one.
-
-        Args:
-            candidates: `[M, tries, 2]`, centres to choose from.
-            standing: `[M, T, 2]`, centres of what is on the table.
-            need: `[T]`, the distance to keep from each of them.
-        Returns:
-            float32 `[M, 2]`.
-        """
-        m, tries, _ = candidates.shape
-        rank = torch.arange(tries, 0, -1, device=candidates.device)
-        room = ((candidates[:, :, None] - standing[:, None]).norm(dim=-1) - need).amin(dim=-1)
-        pick = torch.where(room >= 0, rank, room.clamp(max=0) - 1).argmax(dim=1)
-        return candidates[torch.arange(m, device=candidates.device), pick]
-
-    def _add_confusing_objects(self, state: State, layout: Tensor, shape: Tensor, yaw: Tensor, twin: Tensor) -> None:
-        """The `semantics` split: more objects, and blocks that are like the named one in colour or in shape."""
-        m, p, k = len(layout), self.num_plates, self.num_blocks
-        kinds = [True] * self._extra_plates + [False] * self._extra_blocks
-        standing = torch.cat([state["plates"], state["blocks"]], dim=1)
-        added = self._scatter(layout.view(m, TRIES, len(kinds), 2), kinds, standing)[:, p + k :]
-        state["plates"] = torch.cat([state["plates"], added[:, : self._extra_plates]], dim=1)
-        state["blocks"] = torch.cat([state["blocks"], added[:, self._extra_plates :]], dim=1)
-        state["block_yaw"] = torch.cat([state["block_yaw"], (yaw * Painter.YAWS).long()], dim=1)
-        shapes = torch.cat([state["block_shape"], (shape * len(SHAPES)).long()], dim=1)
-        # The first distractor may have the named colour and then has another shape; every second one has the shape.
-        colours, target, first = state["block_colour"], shapes[:, 0], shapes[:, 1]
-        colours[:, 1] = torch.where(twin[:, 0] < 0.5, colours[:, 0], colours[:, 1])
-        shapes[:, 1] = torch.where(first == target, (first + 1) % len(SHAPES), first)
-        shapes[:, 2::2] = target[:, None]
-        state["block_shape"] = shapes
-
-    def _displace(self, state: State, near: Tensor, moved: Tensor, when: Tensor, start: Tensor) -> None:
-        """The `execution` split: an unusual place for the named block, another one soon, and for the gripper too."""
-        m, span, last = len(near), self._target_span, self.num_plates - 1
-        others = torch.cat([state["plates"], state["blocks"][:, 1:]], dim=1)
-        radii = [PLATE_RADIUS] * self.num_plates + [BLOCK_RADIUS] * (self.num_blocks - 1)
-        need = torch.tensor([BLOCK_RADIUS + r + CLEARANCE for r in radii], device=self.device)
-        moved = (moved.view(m, TRIES, 2) * 2 - 1) * span
-        state["moved_to"] = self._first_with_room(moved, others, need)
-        state["moves_at"] = 3 + (when[:, 0] * 4).long()
-        # The last plate is the goal where it is the only one; a block may lie against it, but not have arrived.
-        nearest = 0.0 if last else 1.25 * PLACE_RADIUS
-        need[last] = nearest
-        turn, distance = near.view(m, TRIES, 2).unbind(dim=-1)
-        turn, distance = 2 * math.pi * turn, nearest + (0.08 - nearest) * distance
-        around = distance[..., None] * torch.stack([turn.cos(), turn.sin()], dim=-1)
-        around = (state["plates"][:, last, None] + around).clamp(-span, span)
-        place = self._first_with_room(around, others, need)
-        state["blocks"] = torch.cat([place[:, None], state["blocks"][:, 1:]], dim=1)
-        # The gripper at the rim, further out than training starts in one direction and anywhere in the other.
-        sign, out, along, axis, shut = start.unbind(dim=1)
-        rim = torch.where(sign < 0.5, -1.0, 1.0) * (GRIPPER_START + (1 - GRIPPER_START) * out)
-        pose = torch.stack([rim, along * 2 - 1], dim=1) * REACH
-        state["gripper"] = torch.where((axis < 0.5)[:, None], pose, pose.flip(1))
-        if self.task == "pick_place":
-            state["shut"] = shut < 0.5
 
     # ---------------------------------------------------------------- reset and step
 
@@ -380,7 +225,7 @@ class TabletopEnv(EnvBase):
         mask = None if tensordict is None else tensordict.get("_reset", None)
         rows = self._rows if mask is None or self._state is None else mask.view(n).nonzero()[:, 0]
         ids = None if tensordict is None else tensordict.get(INITIAL_STATE, None)
-        fresh = self._draw_training_states(len(rows)) if ids is None else self._make_states(ids.view(n)[rows])
+        fresh = self._draw_training_states(len(rows)) if ids is None else self._states.make(ids.view(n)[rows])
         images = self._painter.frames(fresh)
         if len(rows) == n:
             self._state = fresh
@@ -591,7 +436,7 @@ class TabletopEnv(EnvBase):
         """Continue exactly where `state_dict` was taken."""
         self._next_id = state_dict["next_id"]
         upcoming = state_dict["upcoming"]
-        self._upcoming = None if upcoming is None else self._make_states(upcoming.to(self.device))
+        self._upcoming = None if upcoming is None else self._states.make(upcoming.to(self.device))
         if state_dict["state"] is not None:
             self._state = {key: value.to(self.device, copy=True) for key, value in state_dict["state"].items()}
             self._images = self._painter.frames(self._state)

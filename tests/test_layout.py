@@ -79,6 +79,7 @@ def test_from_the_environment_to_the_gradient_it_is_five_files():
 def test_every_module_has_a_test_file_of_its_own():
     tested_elsewhere = {
         "research/training/advantages.py": "tests/training/test_rollout.py",  # on scripted rollouts, by hand
+        "agents/gpt_trunks.py": "tests/agents/test_gpt_vla.py",
         "agents/flop_counter.py": "tests/agents/test_cost.py",
         "research/training/clipping.py": "tests/training/test_ppo.py",
         "research/imitation/lerobot_index.py": "tests/imitation/test_lerobot.py",
@@ -101,6 +102,7 @@ def test_every_module_has_a_test_file_of_its_own():
         "envs/tabletop_instructions.py": "tests/envs/test_tabletop.py",
         "envs/tabletop_painter.py": "tests/envs/test_tabletop.py",
         "envs/tabletop_scene.py": "tests/envs/test_tabletop.py",
+        "envs/tabletop_states.py": "tests/envs/test_tabletop.py",
     }
     parts = [f"research/{part}" for part in ("imitation", "training", "runs", "study")]
     for folder in ("agents", "envs", "research", *parts):

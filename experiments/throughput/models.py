@@ -11,7 +11,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from agents.action_heads import GaussianHead
-from agents.gpt_vla import VisionEncoder
+from agents.gpt_trunks import VisionEncoder
 from agents.loading import load_vla_model
 from agents.small_vla import Fusion, LanguageEncoder
 from agents.vla import StagedVLA

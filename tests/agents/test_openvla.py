@@ -58,7 +58,7 @@ def test_it_draws_and_scores_by_the_logits_of_transformers_llama(decoding, camer
     seen = looks(cameras)
     step = model.decide(model.run_stages(seen), deterministic=False)
     mode = model.decide(model.run_stages(seen), deterministic=True)
-    told = model.token_log_probs(step)
+    told = token_log_probs(model, step)
     log_prob, entropy, value = model.score(step)
     assert step["decision", "tokens"].shape == (3, 6) and step["action"].shape == (3, 2, 3)
     for row in range(3):
@@ -110,7 +110,7 @@ def test_cloning_raises_the_probability_of_the_experts_tokens(decoding, updates)
     plan = torch.rand(3, 2, 3) * 2 - 1
     loss = model.imitation_loss(step, plan)
     ids = model.bins.ids(plan).flatten(1)
-    told = model.token_log_probs(step.copy().set(("decision", "tokens"), ids))
+    told = token_log_probs(model, step.copy().set(("decision", "tokens"), ids))
     torch.testing.assert_close(loss, -told.mean(dim=1), rtol=0, atol=1e-6)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(updates):
@@ -138,6 +138,15 @@ def test_actions_are_in_the_units_of_the_data_and_the_gripper_in_the_environment
     torch.testing.assert_close(step["action"], model.actions.unnormalise(numbers), rtol=0, atol=0)
 
 
+def token_log_probs(model: OpenVLA, step: TensorDict) -> torch.Tensor:
+    """Of each stored token, `[B, executed * A]`."""
+    level, model.ratio_level = model.ratio_level, "token"
+    try:
+        return model.score(step)[0]
+    finally:
+        model.ratio_level = level
+
+
 def test_at_full_size_it_has_the_parameters_of_openvla_7b():
     with torch.device("meta"):
         model = OpenVLA(7, config={"text_config": {"vocab_size": 32064}})
@@ -163,7 +172,7 @@ def test_each_part_of_a_decision_can_have_its_own_probability(decoding, level, s
     log_prob, entropy, _ = model.score(step)
     assert log_prob.shape == step["action_log_prob"].shape == shape and entropy.shape == (3,)
     torch.testing.assert_close(log_prob, step["action_log_prob"], rtol=0, atol=1e-4)
-    told = model.token_log_probs(step).view(3, -1, 6 // max(1, log_prob[0].numel())).sum(-1)
+    told = token_log_probs(model, step).view(3, -1, 6 // max(1, log_prob[0].numel())).sum(-1)
     torch.testing.assert_close(log_prob.view(3, -1), told, rtol=0, atol=1e-5)
 
 

@@ -12,9 +12,6 @@ from torchrl.envs.utils import check_env_specs
 from envs import make_env
 from envs.simulator import HELD_OUT_STATES
 from envs.tabletop import (
-    GRIPPER_START,
-    PLACE_RADIUS,
-    REACH_RADIUS,
     SPLITS,
     STEP,
     TASKS,
@@ -22,6 +19,7 @@ from envs.tabletop import (
 )
 from envs.tabletop_instructions import PHRASINGS
 from envs.tabletop_scene import CAMERA, COLOURS, PLATE_TOP, REACH, SHAPES, hashed_uniform
+from envs.tabletop_states import GRIPPER_START, PLACE_RADIUS, REACH_RADIUS
 from research.schema import UserError, check_observation, decode_text
 
 STATES = ["gripper", "blocks", "plates", "block_colour", "block_shape", "plate_colour", "block_yaw", "language"]
@@ -253,7 +251,7 @@ def test_instruction_names_the_target():
 
 def test_objects_keep_apart():
     env = TabletopEnv(2, modalities=["proprio"])
-    state = env._make_states(torch.arange(2000))
+    state = env._states.make(torch.arange(2000))
     centres = torch.cat([state["plates"], state["blocks"]], dim=1)
     gap = (centres[:, :, None] - centres[:, None]).norm(dim=-1) + 10 * torch.eye(5)
     assert (gap.amin(dim=(1, 2)) > 0.055).float().mean() > 0.995
