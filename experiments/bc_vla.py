@@ -53,7 +53,7 @@ from envs import make_env
 from envs.demonstrating import Disturbance
 from envs.vector import VectorEnv
 from research.imitation.cloning import CloningConfig, can_imitate, clone, normalise, planned_steps, with_frozen_features
-from research.imitation.demonstrations import check_fits, count_by_task, only_successful, samples_of
+from research.imitation.demonstrations import check_fits, count_by_task, count_samples, only_successful, samples_of
 from research.imitation.experts import check_states, collect_rollout
 from research.imitation.lerobot import LeRobotConfig, read_dataset
 from research.imitation.pointing import learn_to_point
@@ -173,13 +173,6 @@ def prepare(demonstrations: list[Demonstration], config: BCConfig, horizon: int)
     return data, {"demonstrations": count_by_task(demonstrations)}
 
 
-def known_samples(config: BCConfig, env: EnvBase | None, recorded: list[Demonstration]) -> int:
-    """How many samples there are to imitate; 0 where nobody knows before the expert has played."""
-    if recorded:
-        return sum(-(-len(one.actions) // one.every) for one in recorded)
-    return 0 if isinstance(env, VectorEnv) else config.samples
-
-
 def action_shape_of(config: BCConfig, action_dim: int) -> tuple[int, ...]:
     return (action_dim,) if config.executed == 1 else (config.executed, action_dim)
 
@@ -248,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         observations, action_dim = offered, offered_dim
     build = partial(build_model, config, observations, action_dim, getattr(env, "action_choices", None))
     if dry:
-        samples, shape = known_samples(config, env, recorded), action_shape_of(config, action_dim)
+        unknown = 0 if isinstance(env, VectorEnv) else config.samples  # before the expert has played nobody knows
+        samples, shape = count_samples(recorded) or unknown, action_shape_of(config, action_dim)
         return dry_run_imitation(build, config, config.freeze, samples, observations, shape, config.device)
     model = build()
     policy = VLAPolicy(model)

@@ -17,7 +17,8 @@ from typing import TypeVar
 import packages  # noqa: F401
 
 import torch
-from accounting import Needs, clone_steps, model_of_shapes, needs_of_imitation, needs_of_run, offered_by, sample_of
+from accounting import Needs, model_of_shapes, needs_of_run, offered_by
+from accounting_imitation import clone_steps, needs_of_imitation, sample_of
 from assembling import Assembly, assemble, choose_device
 from tensordict import TensorDictBase
 from torch import nn

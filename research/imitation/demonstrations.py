@@ -163,3 +163,8 @@ def count_by_task(demonstrations: Sequence[Demonstration]) -> dict[str, dict[str
         count["episodes"] += 1
         count["successful"] += bool(one.success)
     return counts
+
+
+def count_samples(demonstrations: Sequence[Demonstration]) -> int:
+    """How many samples `samples_of` makes of some demonstrations."""
+    return sum(-(-len(one.actions) // one.every) for one in demonstrations)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import memory_tables
 import pytest
 import torch
-from accounting import kept_bytes, model_of_shapes, needs_of_imitation, needs_of_run, offered_by, parts_of, sample_of
+from accounting import kept_bytes, model_of_shapes, needs_of_run, offered_by, parts_of
+from accounting_imitation import needs_of_imitation, sample_of
 from building import make_model
 from torch.utils._python_dispatch import _disable_current_modes
 from worlds import ROOT, small_model

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 
 from research.imitation.demonstrations import (
     count_by_task,
+    count_samples,
     discounted_returns,
     only_successful,
     samples_of,
@@ -53,6 +54,7 @@ def test_the_next_actions_repeat_the_last_of_the_episode():
 def test_samples_of_episodes():
     whole = [episode([0, 0, 0, 0, 1], every=2, number=3), episode([0, 1], every=2, task="push", number=9)]
     data = samples_of(whole, horizon=3, executed=2, gamma=0.5)
+    assert count_samples(whole) == len(data)
     assert data.batch_size == (4,)
     assert data["action"].squeeze(-1).tolist() == [[0, 1, 2], [2, 3, 4], [4, 4, 4], [0, 1, 1]]
     assert data["observation", "proprio"].flatten().tolist() == [300, 302, 304, 900]
