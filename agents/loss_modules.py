@@ -30,9 +30,13 @@ class ScoringActor(ProbabilisticActor):
             return_log_prob=True,
         )
 
+    @property
+    def score(self) -> TensorDictModuleBase:
+        return self.module[0]
+
     def get_dist(self, tensordict: TensorDictBase) -> EvaluatedActions:
         # TorchRL's own looks for its last module among all modules of the model, at every call; see `Direct`.
-        scored = self.module[0](tensordict)
+        scored = self.score(tensordict)
         return EvaluatedActions(scored.get(EVALUATED_LOG_PROB), scored.get(EVALUATED_ENTROPY))
 
 

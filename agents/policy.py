@@ -179,10 +179,15 @@ class Score(TensorDictModuleBase):
         self.stages, self.contract, self.precision = stages, contract, precision
         self.in_keys = [*stages.in_keys, *contract.decision_keys]
         self.out_keys = [EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE]
+        self.run = self.evaluate  # or a module around it, that puts divided weights together
 
     def forward(self, stored: TensorDictBase) -> TensorDictBase:
-        step = self.stages(with_text_as(torch.int64, stored))  # a rollout keeps the instruction in bytes
-        with self.precision():
-            log_prob, entropy, value = self.contract.score(step)
+        log_prob, entropy, value = self.run(stored)
         stored.set(EVALUATED_LOG_PROB, log_prob.float()).set(EVALUATED_ENTROPY, entropy.float())
         return stored.set(EVALUATED_VALUE, value.float())
+
+    def evaluate(self, stored: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """The three in the model's own precision."""
+        step = self.stages(with_text_as(torch.int64, stored))  # a rollout keeps the instruction in bytes
+        with self.precision():
+            return self.contract.score(step)

@@ -21,7 +21,14 @@ ENVIRONMENTS = ("tabletop", *_SIMULATORS, "gym:<id or entry point>", "gym_vec:<i
 _SPLITS = {"tabletop": SPLITS}
 
 
-def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | str = "cpu", seed: int = 0) -> EnvBase:
+def make_env(
+    name: str,
+    num_envs: int,
+    env_config: dict,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> EnvBase:
     """Build a batched TorchRL environment by name.
 
     Args:
@@ -32,9 +39,16 @@ def make_env(name: str, num_envs: int, env_config: dict, device: torch.device | 
         env_config: the environment's own options.
         device: where observations are made (or moved to).
         seed: chooses the stream of training episodes.
+        share: (k, n): these are the k-th of n times as many environments, which divide the stream among them.
     Raises:
         UserError: an unknown name, or an option that the environment does not have.
     """
+    env = _make_env(name, num_envs, env_config, device, seed)
+    env.take_share(*share)
+    return env
+
+
+def _make_env(name: str, num_envs: int, env_config: dict, device: torch.device | str, seed: int) -> EnvBase:
     if name == "tabletop":
         # Of the class itself, Python 3.11 tells what its metaclass takes: anything.
         parameters = inspect.signature(TabletopEnv.__init__).parameters

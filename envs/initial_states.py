@@ -109,9 +109,13 @@ class InitialStateEnv(EnvBase):
         self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(n,), device=device)
 
     def _set_seed(self, seed: int | None) -> None:
-        self._seed = int(seed or 0)
+        self._seed, self._first_row, self._all_rows = int(seed or 0), 0, self.batch_size[0]
         self._episodes = np.zeros(self.batch_size[0], dtype=np.int64)
         self._next_ids = np.full(self.batch_size[0], -1, dtype=np.int64)  # once they have been asked for
+
+    def take_share(self, share: int, of: int) -> None:
+        """Be the `share`-th of `of` times as many rows, and draw what those would; before the first reset."""
+        self._first_row, self._all_rows = share * self.batch_size[0], of * self.batch_size[0]
 
     def _upcoming_states(self, rows: np.ndarray) -> np.ndarray:
         """The initial-state id of each row's next episode: a hash of seed, row and episode, past the held-out ids.
@@ -119,12 +123,12 @@ class InitialStateEnv(EnvBase):
         Of several tasks each has as many rows as the others, and a row that had all its own goes on with the rest.
         """
         unknown = rows[self._next_ids[rows] < 0]
-        episodes = self._episodes[unknown]
-        pairs = zip(unknown.tolist(), episodes.tolist(), strict=True)
+        episodes, places = self._episodes[unknown], unknown + self._first_row
+        pairs = zip(places.tolist(), episodes.tolist(), strict=True)
         ids = [np.random.SeedSequence((self._seed, *pair)).generate_state(1)[0] for pair in pairs]
         ids = self.held_out + np.array(ids, dtype=np.int64) % (2**31 - self.held_out)
         if (tasks := len(self.task_names)) > 1:
-            ids = ids - ids % tasks + (unknown + self.batch_size[0] * episodes) % tasks
+            ids = ids - ids % tasks + (places + self._all_rows * episodes) % tasks
             ids += tasks * (ids < self.held_out)
         self._next_ids[unknown] = ids
         return self._next_ids[rows]
@@ -206,7 +210,9 @@ class InitialStateEnv(EnvBase):
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs) -> None:
         """Continue the stream of training states where it was; reset afterwards."""
+        share = self._first_row, self._all_rows
         self._set_seed(state_dict["seed"])
+        self._first_row, self._all_rows = share
         self._episodes = state_dict["episodes"].cpu().numpy().copy()
 
 

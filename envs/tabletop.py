@@ -200,16 +200,22 @@ class TabletopEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         """Choose the stream of training states: it starts at a hash of the seed and wraps past the held-out ids."""
         self._next_id = int(lowbias32(torch.tensor((int(seed or 0) + 1) & 0xFFFFFFFF)))
+        self._share = (0, 1)
         self._upcoming: State | None = None
+
+    def take_share(self, share: int, of: int) -> None:
+        """Draw every `of`-th of the stream of training states, from the `share`-th on; before the first reset."""
+        self._share = (share, of)
 
     def _draw_training_states(self, count: int) -> State:
         """The next `count` states of the stream, made a few hundred at a time: a state costs little in bulk."""
         left = 0 if self._upcoming is None else len(self._upcoming["id"])
         if left < count:
             fresh = max(256, 2 * self.batch_size[0], count)
-            ids = self._next_id + torch.arange(fresh, device=self.device)
+            share, of = self._share
+            ids = self._next_id + share + of * torch.arange(fresh, device=self.device)
             ids = self.held_out + ids % (2**32 - self.held_out)
-            self._next_id += fresh
+            self._next_id += of * fresh
             made = self._states.make(ids)
             if left:
                 made = {key: torch.cat([self._upcoming[key], value]) for key, value in made.items()}

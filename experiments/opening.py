@@ -12,7 +12,7 @@ from research.options import flatten, to_dict
 from research.runs.checkpoint import CheckpointWriter, load_checkpoint, snapshot, write_checkpoint
 from research.runs.folder import FROZEN, RunFolder
 from research.runs.origin import sign
-from research.runs.tracking import Tracker, resolve_wandb_mode
+from research.runs.tracking import SilentTracker, Tracker, resolve_wandb_mode
 from research.schema import UserError
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation
@@ -28,21 +28,33 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
         resumed: the checkpoint of `trainer.resume`, or None. Where the agent of a sweep starts a run again after an
             interruption, its folder's own is taken.
     """
-    trainer = config.trainer
+    trainer, world = config.trainer, parts.world
     mode, reason = resolve_wandb_mode(trainer.use_wandb)
-    folder = RunFolder.containing(trainer.resume) if resumed else RunFolder.create(trainer.run_dir, trainer.exp_name)
-    restarted = not resumed and folder.metrics.exists()
+    folder = None
+    if world.leads:
+        folder = (
+            RunFolder.containing(trainer.resume) if resumed else RunFolder.create(trainer.run_dir, trainer.exp_name)
+        )
+    folder, restarted = world.leaders((folder, folder is not None and not resumed and folder.metrics.exists()))
     if restarted and folder.last_checkpoint:
         resumed, restarted = load_checkpoint(folder.path), False
-    elif restarted:
+    elif restarted and world.leads:
         folder.episodes.unlink(missing_ok=True)
     progress = Progress(trainer.iterations, max_env_steps=trainer.max_env_steps)
     writer, evaluated = CheckpointWriter(folder, trainer.keep_checkpoints), []
     if resumed:
         restore(resumed, parts, progress)  # what is written from here on goes on from there
-        writer.remove_after(progress.env_steps)
-        evaluated = evaluation_at(folder, progress.env_steps, trainer.num_eval_episodes)
-    tracker = Tracker(
+        if world.leads:
+            writer.remove_after(progress.env_steps)
+            evaluated = evaluation_at(folder, progress.env_steps, trainer.num_eval_episodes)
+        evaluated = world.leaders(evaluated)
+    run = TrainingRun(config, parts, folder, SilentTracker(), writer, progress, resumed is not None)
+    if evaluated:
+        run.result = Evaluation.from_rows(evaluated, getattr(parts.eval_env, "distinct_states", True))
+        run.evaluated_at = progress.env_steps
+    if not world.leads:
+        return run
+    run.tracker = Tracker(
         folder,
         to_dict(config),
         flatten(config)
@@ -63,8 +75,4 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
             write_checkpoint(folder.checkpoints / FROZEN, snapshot(to_dict(config), model_state_dict=frozen))
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
-    run = TrainingRun(config, parts, folder, tracker, writer, progress, resumed is not None)
-    if evaluated:
-        run.result = Evaluation.from_rows(evaluated, getattr(parts.eval_env, "distinct_states", True))
-        run.evaluated_at = progress.env_steps
     return run

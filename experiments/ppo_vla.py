@@ -3,6 +3,7 @@
     python experiments/ppo_vla.py                                      # the shipped checkpoint on pick_place
     python experiments/ppo_vla.py --config my.json --trainer.seed=2    # your model, your environment; flags win
     python experiments/ppo_vla.py --config my.json --dry_run           # what that would need; nothing is trained
+    torchrun --nproc-per-node 2 experiments/ppo_vla.py                 # the same run in two processes
 
 Without --config it starts from experiments/configs/pick_place.json. Ctrl-C finishes the iteration and writes a
 checkpoint that --trainer.resume=<run folder> continues exactly. Code of a run folder from elsewhere asks for --trust.
@@ -24,6 +25,7 @@ from training_run import FILMED, TrainingRun
 from research.config import ExperimentConfig
 from research.schema import UserError
 from research.training.algorithm import env_steps_in
+from research.training.parallel import join, let_rank_0_speak
 from research.training.utilisation import Stopwatch
 
 
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return (dry_run if dry else train)(read_experiment(ExperimentConfig, argv, __doc__))
     except UserError as error:
+        let_rank_0_speak()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -40,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(config: ExperimentConfig) -> int:
+    world = join(config.trainer.device)
     resumed = load_resumed(config)
-    parts = assemble(config)  # whatever can be refused is refused here
+    parts = assemble(config, world)  # whatever can be refused is refused here
     with open_run(config, parts, resumed) as run:
         learn(parts, run)
     return run.code  # the table of exit codes: TrainingRun
@@ -50,7 +54,7 @@ def train(config: ExperimentConfig) -> int:
 def learn(parts: Assembly, run: TrainingRun) -> None:
     trainer, progress, rollouts, algorithm = run.trainer, run.progress, parts.rollouts, parts.algorithm
     run.begin()
-    while not (progress.finished or run.interrupted):
+    while not (progress.finished or run.interrupted()):
         run.hold()
         watch = Stopwatch()
         rollout = rollouts.next()  # [N, T]
@@ -59,13 +63,13 @@ def learn(parts: Assembly, run: TrainingRun) -> None:
         watch.collected()
         metrics |= algorithm.update(batch, progress)
         rollouts.publish()
-        progress.advance(env_steps_in(rollout))
+        progress.advance(parts.world.total(env_steps_in(rollout)))
         run.log(metrics | rollouts.metrics(), rollout.numel(), *watch.seconds())
         if trainer.enable_eval and not progress.finished and progress.crossed(trainer.eval_freq):
             run.evaluate()
         if progress.finished or progress.crossed(trainer.save_freq):
             run.save()
-    if run.interrupted:
+    if run.interrupted():
         run.save()
     elif trainer.enable_eval:
         run.evaluate(film=FILMED)

@@ -18,6 +18,7 @@ from research.runs.folder import RunFolder, read_rows, replace_rows
 from research.runs.origin import is_ours
 from research.schema import OWN_PACKAGES, UserError, describe_error
 from research.training.algorithm import Progress
+from research.training.parallel import World
 
 FIXED = (  # what a run keeps for life
     "trainer.env", "trainer.env_config", "trainer.num_envs", "trainer.buffer_size", "trainer.buffer_type",
@@ -193,11 +194,24 @@ def restore(state: Mapping[str, Any], parts: Assembly, progress: Progress) -> No
         parts.audit.load_state_dict(state["audit"])
         parts.algorithm.load_state_dict(state["optimizer"])
         progress.load_state_dict(state.get("progress", state))  # earlier runs kept its entries at the top
+        own = _of_rank(state, parts.world)
         episodes = {"episodes": state["statistics"]} if "statistics" in state else {}
-        exactly = parts.rollouts.load_state_dict(episodes | state["rollouts"], progress.env_steps)
-        restore_rng(state)
+        exactly = parts.rollouts.load_state_dict(episodes | own["rollouts"], progress.env_steps)
+        if own["rng"] is not None:
+            restore_rng(own)
     if not exactly:
         print("episodes cannot be restored and start anew: the run goes on, but not bit for bit")
+
+
+def _of_rank(state: Mapping[str, Any], world: World) -> Mapping[str, Any]:
+    """Environments and generators of this process; none where the run had another number of processes."""
+    if "ranks" not in state and world.size == 1:
+        return state
+    ranks = state.get("ranks", ())
+    if len(ranks) == world.size:
+        return ranks[world.rank]
+    print(f"the checkpoint has the environments of {len(ranks) or 1} processes, and the run goes on with {world.size}")
+    return {"rollouts": {}, "rng": None}
 
 
 def evaluation_at(folder: RunFolder, step: int, episodes: int) -> list[dict[str, Any]]:

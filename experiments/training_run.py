@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 
 from assembling import Assembly, describe, measure_utilisation
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from research.config import ExperimentConfig
 from research.options import to_dict
-from research.runs.checkpoint import CheckpointWriter, snapshot
+from research.runs.checkpoint import CheckpointWriter, generators, snapshot
 from research.runs.folder import RunFolder, append_rows
 from research.runs.reporting import last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker
@@ -29,8 +30,9 @@ from research.schema import (
     one_line,
 )
 from research.training.algorithm import Progress
-from research.training.evaluation import evaluate
+from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
+from research.training.parallel import PeerEnded
 from research.training.ratio import clamped_share, describe_clamping, describe_ratio, largest_log_ratio
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ class TrainingRun:
     | a full disk                                              |           |                                           |
     | anything else is raised                                  | (raised)  | the same, and the traceback               |
 
-    Each of them leaves a summary, and `stopped_by` in it says which.
+    Each of them leaves a summary, and `stopped_by` in it says which. Of several processes all end when one does; rank 0
+    alone writes, and its exit code is everyone's.
 
     Attributes:
         progress: how far it has come.
@@ -71,7 +74,7 @@ class TrainingRun:
         resumed: bool,
     ):
         self.config, self.trainer, self.parts = config, config.trainer, parts
-        self.folder, self.tracker, self.writer = folder, tracker, writer
+        self.folder, self.tracker, self.writer, self.world = folder, tracker, writer, parts.world
         self.progress, self.resumed = progress, resumed
         self.code, self.result, self.evaluated_at = 0, None, -1
         self._ratio_is_known = False
@@ -85,9 +88,9 @@ class TrainingRun:
         self._at_exit.callback(self.parts.rollouts.shutdown)  # workers that outlive an error would hold up the exit
         return self
 
-    @property
     def interrupted(self) -> bool:
-        """Whether someone asked it to stop."""
+        """Whether someone asked it, or another process of it, to stop; all of them have to look."""
+        self._interruption.code = self.world.largest(self._interruption.code)
         return self._interruption.code != 0
 
     def begin(self) -> None:
@@ -101,7 +104,7 @@ class TrainingRun:
         self._bar = self._at_exit.enter_context(
             tqdm(
                 total=self.trainer.env_steps_planned, initial=self.progress.env_steps, unit="step",
-                unit_scale=True, disable=not self.trainer.progress_bar, dynamic_ncols=True,
+                unit_scale=True, disable=not (self.trainer.progress_bar and self.world.leads), dynamic_ncols=True,
             )
         )  # fmt: skip
 
@@ -109,26 +112,31 @@ class TrainingRun:
         """Keep a copy of where the run is: what a signal, or a failure, within the next iteration leaves behind.
 
         It may take a four-hundredth of the time, and where iterations are long, so that much would be lost, a fiftieth.
+        Of several processes it has the environments of rank 0 alone, and the others' begin anew; where they divide the
+        weights, nothing is held.
         """
         start = time.perf_counter()
+        if not self.world.leads or self.trainer.sharding != "none":
+            return
         if start - self._held_at < (50 if self._iteration_s > 10 else 400) * self._holding_s:
             return
         self._take()
         self._holding_s = self._held_at - start
 
-    def _take(self) -> dict:
-        self._held, self._held_at = self._snapshot(), time.perf_counter()
+    def _take(self, ranks: list | None = None) -> dict:
+        self._held, self._held_at = self._snapshot(ranks), time.perf_counter()
         return self._held
 
-    def _snapshot(self) -> dict:
+    def _snapshot(self, ranks: list | None) -> dict:
         parts = self.parts
         return snapshot(
             to_dict(self.config),
-            model_state_dict=parts.audit.trained_state(),
+            model_state_dict=parts.algorithm.whole(parts.audit.trained_state()),
             optimizer=parts.algorithm.state_dict(),
             progress=self.progress.state_dict(),
             rollouts=parts.rollouts.state_dict(),
             audit=parts.audit.state_dict(),
+            **({} if ranks is None else {"ranks": ranks}),
         )
 
     def _write_held(self) -> None:
@@ -141,7 +149,7 @@ class TrainingRun:
 
     def check_ratio(self, batch: TensorDictBase) -> None:
         """Warn, once, of a policy whose first decisions are not what it scores."""
-        if self._ratio_is_known:
+        if self._ratio_is_known or not self.world.leads:
             return
         self._ratio_is_known = True
         cfg, autocast = self.config.algorithm.cfg, self.trainer.autocast
@@ -156,8 +164,8 @@ class TrainingRun:
         self._iteration_s = seconds
         metrics = metrics | {"time/collect_s": collect_s, "time/update_s": update_s}
         metrics["time/env_steps_per_second"] = env_steps / seconds
-        if env_steps != decisions:
-            metrics["rollout/decisions"] = float(decisions)
+        if env_steps != decisions * self.world.size:
+            metrics["rollout/decisions"] = float(decisions * self.world.size)
         metrics["time/threads"] = float(self.trainer.threads)
         if self.progress.iteration > self.config.algorithm.cfg.value_warmup_iterations:
             metrics["time/mfu"] = self._utilisation.of(decisions, metrics["train/epochs"], seconds)
@@ -171,23 +179,29 @@ class TrainingRun:
         if self.evaluated_at == step:
             return
         result = evaluate(
-            parts.eval_env, parts.policy.act, range(trainer.num_eval_episodes), film, trainer.max_eval_steps,
-            mode=trainer.eval_mode,
+            parts.eval_env, parts.policy.act, self.world.shares(range(trainer.num_eval_episodes)),
+            film if self.world.leads else 0, trainer.max_eval_steps, mode=trainer.eval_mode,
         )  # fmt: skip
-        # In this order: where there are metrics, there are all episodes (`resuming.evaluation_at`).
-        append_rows(self.folder.episodes, result.rows(global_step=step, seed=trainer.seed))
-        self.tracker.log(result.metrics() | parts.audit.drift(), step)
-        if result.frames:
-            path = self.folder.video(step)
-            grid = video_grid(result.frames, columns=4, success=result.filmed_success, captions=result.captions)
-            write_video(grid, path, fps=10)
-            self.tracker.log_video("eval/video", path, step)
+        result = replace(result, episodes=[episode for part in self.world.gather(result.episodes) for episode in part])
+        if self.world.leads:
+            self._record(result, step)
         self.result, self.evaluated_at = result, step
         if progress.iteration == 0:
             progress.before = result.metrics()
         if result.score > progress.best:
             progress.best = result.score
             self.save(best=True)
+
+    def _record(self, result: Evaluation, step: int) -> None:
+        """Write an evaluation into the run's folder, and to W&B."""
+        # In this order: where there are metrics, there are all episodes (`resuming.evaluation_at`).
+        append_rows(self.folder.episodes, result.rows(global_step=step, seed=self.trainer.seed))
+        self.tracker.log(result.metrics() | self.parts.audit.drift(), step)
+        if result.frames:
+            path = self.folder.video(step)
+            grid = video_grid(result.frames, columns=4, success=result.filmed_success, captions=result.captions)
+            write_video(grid, path, fps=10)
+            self.tracker.log_video("eval/video", path, step)
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint that `trainer.resume` goes on from, once it is sure that frozen weights are as before.
@@ -201,7 +215,13 @@ class TrainingRun:
         when = f"at env step {self.progress.env_steps}"
         check_finite(((f"weight {n}", p) for n, p in parts.policy.model.named_parameters() if p.requires_grad), when)
         parts.audit.check(when)
-        self.writer.submit(self._take(), best)
+        ranks = None
+        if self.world.size > 1:
+            ranks = self.world.gather({"rollouts": parts.rollouts.state_dict(), "rng": generators()})
+        if self.world.leads or self.trainer.sharding != "none":  # then all have to put together what is divided
+            state = self._take(ranks)
+        if self.world.leads:
+            self.writer.submit(state, best)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -216,12 +236,15 @@ class TrainingRun:
                 self.code = 130 if isinstance(error, KeyboardInterrupt) else 1
                 reason = next((name for kind, name in STOPPED_BY.items() if isinstance(error, kind)), "error")
                 why = "stopped at once" if isinstance(error, KeyboardInterrupt) else f"error: {_said(error)}; stopped"
+                who = "" if self.world.size == 1 else f"process {self.world.rank}: "
                 where = f"at env step {self.progress.env_steps}"
-                print(f"{why} {where}, {last_checkpoint(self.folder)}", file=sys.stderr)
+                if self.world.leads or not isinstance(error, PeerEnded):  # those say it once
+                    print(f"{who}{why} {where}, {last_checkpoint(self.folder)}", file=sys.stderr)
             facts = {"exit_code": self.code, "stopped_by": reason, **self.parts.audit.summary()}
             try:
                 progress = self.progress
-                summarise(self.tracker, self.folder, progress.env_steps, progress.before, self.result, facts)
+                if self.world.leads:
+                    summarise(self.tracker, self.folder, progress.env_steps, progress.before, self.result, facts)
             except (OSError, UserError) as second:
                 print(f"error: no summary: {_said(second)}", file=sys.stderr)
                 self.code = self.code or 1
@@ -230,8 +253,19 @@ class TrainingRun:
             elif self.code > 130 and self.tracker.run:
                 self.tracker.run.mark_preempting()  # the sweep queues this run again
             self.tracker.finish(self.code)
+            if error is None:
+                self._leave_together()
         self.parts.eval_env.close()
         return known
+
+    def _leave_together(self) -> None:
+        """Wait for rank 0, and take its exit code."""
+        try:
+            self.code = self.world.leaders(self.code)
+            self.world.leave()
+        except PeerEnded as error:
+            print(f"error: {_said(error)}", file=sys.stderr)
+            self.code = 1
 
     def _finish_writing(self, error: BaseException | None) -> BaseException | None:
         """Bring all checkpoints to the disk, and what was held where the run broke; returns what ended the run."""

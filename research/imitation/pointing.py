@@ -5,35 +5,76 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from tensordict import TensorDictBase
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from research.schema import UserError
+
+
+class PlaceReader(nn.Module):
+    """Reads places off the tokens `[B, N, D]` of a model that cannot point; it is trained with it, and thrown away.
+
+    Each place has two queries, whose softmax runs over the tokens, and is a linear map of what they find.
+
+    Args:
+        key: where the model's stages write the tokens.
+        width: D.
+        count: places.
+    """
+
+    def __init__(self, key: Any, width: int, count: int):
+        super().__init__()
+        self.key, self.norm = key, nn.LayerNorm(width)
+        self.queries, self.place = nn.Linear(width, 2 * count), nn.Linear(2 * width, 2)
+
+    def forward(self, features: TensorDictBase, count: int) -> Tensor:
+        tokens = self.norm(features.get(self.key))
+        found = torch.einsum("bnq,bnd->bqd", self.queries(tokens).softmax(dim=1), tokens)
+        return self.place(found.unflatten(1, (count, 2)).flatten(2))
 
 
 def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float) -> None:
     """Regress the places that a model points at on those of the things that the instruction names, on fresh scenes.
 
     Args:
-        model: with `stages()` and `point(features, count)` `[B, count, 2]`; trained in place.
+        model: with `stages()`, and `point(features, count)` `[B, count, 2]` or a stage that writes tokens `[B, N, D]`;
+            trained in place.
         env: with `named_places()` `[B, count, 2]`; each step is a reset of all its rows.
         steps: gradient steps.
         learning_rate: of Adam.
     Raises:
         UserError: the model cannot point, or the environment names nothing.
     """
-    if not hasattr(model, "point") or not hasattr(env, "named_places"):
-        raise UserError("pointing_steps: the model has no point(), or the environment no named_places(); set it to 0")
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    if not hasattr(model, "stages") or not hasattr(env, "named_places"):
+        raise UserError("pointing_steps: the model has no stages(), or the environment no named_places(); set it to 0")
+    point, parameters = getattr(model, "point", None), list(model.parameters())
+    if point is None:
+        point = _make_reader(_seen(model, env.reset()), env.named_places().shape[1])
+        parameters += point.parameters()
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     bar = tqdm(range(steps), desc="pointing", disable=None)
     for step in bar:
-        features = env.reset()
-        for stage in model.stages():
-            features = stage(features)
-        places = env.named_places()
-        loss = (model.point(features, places.shape[1]) - places).square().mean()
+        features, places = _seen(model, env.reset()), env.named_places()
+        loss = (point(features, places.shape[1]) - places).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def _seen(model: nn.Module, features: TensorDictBase) -> TensorDictBase:
+    for stage in model.stages():
+        features = stage(features)
+    return features
+
+
+def _make_reader(features: TensorDictBase, count: int) -> PlaceReader:
+    """A reader of the tokens that the model's last such stage has written."""
+    entries = list(features.items(include_nested=True, leaves_only=True))
+    tokens = [(key, value) for key, value in entries if value.requires_grad and value.dim() == 3]
+    if not tokens:
+        raise UserError("pointing_steps: the model has no point(), and no stage writes tokens [B, N, D]; set it to 0")
+    key, value = tokens[-1]
+    return PlaceReader(key, value.shape[-1], count)

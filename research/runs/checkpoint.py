@@ -47,7 +47,12 @@ OF_A_RUN = ("model_state_dict", "optimizer", "rollouts", "audit", "rng")  # and 
 
 def snapshot(config: Mapping[str, Any], **state: Any) -> dict[str, Any]:
     """A copy of a run's state in the CPU's memory, which the run may go on changing, with all random generators'."""
-    return _copied({**state, "rng": GlobalRNGState().state_dict(), "config": dict(config)})
+    return _copied({**state, "rng": generators(), "config": dict(config)})
+
+
+def generators() -> dict[str, Any]:
+    """Where Python's, NumPy's and torch's random generators are, for `restore_rng`."""
+    return GlobalRNGState().state_dict()
 
 
 def _copied(value: Any) -> Any:

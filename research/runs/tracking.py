@@ -13,6 +13,8 @@ Metrics, the same names in every script, all against `global_step`:
 | `rollout/return`                        | reward    | mean undiscounted return of those episodes                   |
 | `rollout/episode_length`                | env steps | their mean length                                            |
 | `rollout/decisions`                     | –         | of the rollout, where each is several control steps          |
+| `rollout/worker_<i>/env_steps_per_second` | 1/s     | of one worker of Ray, while it collected its last rollout    |
+| `rollout/workers_replaced`              | –         | workers of Ray that were lost, so far                        |
 | `train/loss_objective`                  | –         | clipped PPO objective, mean over the update's minibatches    |
 | `train/loss_critic`                     | –         | value loss, same mean                                        |
 | `train/entropy`                         | nats      | entropy of the policy                                        |
@@ -306,6 +308,22 @@ class Tracker:
         else:
             code = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
         self.finish(code)
+
+
+class SilentTracker:
+    """What tracks nothing, for the processes of a run that leave it to another."""
+
+    run = None
+    stopped = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def finish(self, exit_code: int = 0) -> None: ...
+
+    def __enter__(self) -> SilentTracker:
+        return self
+
+    def __exit__(self, *_) -> None: ...
 
 
 def _timeout(name: str) -> float:

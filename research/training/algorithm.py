@@ -135,6 +135,9 @@ class Algorithm(Protocol):
     def update(self, batch: TensorDictBase, progress: Progress) -> dict[str, float]:
         """Gradient steps on a batch; returns `train/*` metrics, means over the steps."""
 
+    def whole(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Entries of the model's `state_dict`, put together where processes divide them."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -129,9 +129,10 @@ class FreezeAudit:
 
     def trained_state(self) -> dict[str, Any]:
         """What a checkpoint holds of the model: the entries of its `state_dict` that are not frozen."""
-        tensors = tensors_by_name(self.model)
+        entries = self.model.state_dict(keep_vars=True)
+        tensors = tensors_by_name(self.model)  # after it: a model that is divided takes its weights apart when asked
         frozen = {id(tensors[name]) for name in self._hashes if name in tensors}
-        return {n: v for n, v in self.model.state_dict(keep_vars=True).items() if id(v) not in frozen}
+        return {n: v for n, v in entries.items() if id(v) not in frozen}
 
     def frozen_state(self) -> dict[str, Tensor]:
         """The other entries of its `state_dict`."""

@@ -19,6 +19,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from research.schema import ENV_STEPS, INITIAL_STATE, SUCCESS, SUCCESS_NOW
+from research.training.parallel import ALONE, World
 
 PATIENCE = 100
 
@@ -31,9 +32,17 @@ class EpisodeStatistics:
         device: where rollouts are.
         task_names: where there are several tasks: the task of an initial state is `task_names[id % len(task_names)]`,
             and success is also reported of each.
+        world: the processes whose episodes are reported together.
     """
 
-    def __init__(self, num_envs: int, device: torch.device | str = "cpu", task_names: Sequence[str] = ()):
+    def __init__(
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        task_names: Sequence[str] = (),
+        world: World = ALONE,
+    ):
+        self.world = world
         self.task_names = task_names if len(task_names) > 1 else ()
         # Of the episode under way in each environment:
         self.running_return = torch.zeros(num_envs, device=device)
@@ -74,20 +83,27 @@ class EpisodeStatistics:
             columns = (began, task, torch.ones_like(began), *sums, at_end)
             self._ended.append(torch.stack([column[done].double() for column in columns], dim=-1))
 
+    def forget(self, rows: Sequence[int] | slice) -> None:
+        """Leave out the episodes under way in these environments: what would have ended them was lost."""
+        self.running_return[rows], self.running_length[rows], self.running_success[rows] = 0.0, 0.0, False
+        self.began[rows] = self._rollout
+
     def metrics(self) -> dict[str, float]:
         """Means over the episodes of the rollouts of which, since this was last asked, the last episode has ended.
 
         Empty if there is none; without success if the environment has no such notion. A task of which no episode ended
-        is left out. Ends the rollout that is being collected.
+        is left out. Ends the rollout that is being collected, in all processes.
         """
         self._add_up()
         self._rollout += 1
-        waited_for = max(self.began.min().item(), self._rollout - PATIENCE)
-        complete = [rollout for rollout in self._sums if rollout < waited_for]
-        if not complete:
-            return {}
-        by_task = torch.stack([self._sums.pop(rollout) for rollout in complete]).sum(dim=0)  # [tasks, 5]
+        waited_for = max(-self.world.largest(-int(self.began.min())), self._rollout - PATIENCE)
+        complete = [self._sums.pop(rollout) for rollout in sorted(self._sums) if rollout < waited_for]
+        none = torch.zeros(max(1, len(self.task_names)), 5, dtype=torch.float64)
+        by_task = self.world.sum(torch.stack([none, *complete]).sum(dim=0))  # [tasks, 5]
+        self._goes_on = bool(self.world.largest(self._goes_on))
         episodes, *sums = by_task.sum(dim=0).tolist()
+        if not episodes:
+            return {}
         total, length, success, success_at_end = (one / episodes for one in sums)
         metrics = {"rollout/return": total, "rollout/episode_length": length, "rollout/episodes": episodes}
         if self._has_success:

@@ -6,11 +6,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 # Ctrl-C; what schedulers send before they kill (SIGTERM; SIGUSR1, where a job asks for one); a terminal that closes.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 GRACE_S = 5.0
+SAME_S = 1.0  # launchers hand on the Ctrl-C that the terminal has sent already: one within that time is the same
 
 
 class Interruption:
@@ -41,10 +43,10 @@ class Interruption:
         return self
 
     def _on_signal(self, number: int, frame) -> None:
-        if self.code and number == signal.SIGINT:
+        if self.code and number == signal.SIGINT and time.monotonic() - self._since > SAME_S:
             raise KeyboardInterrupt
         if not self.code:
-            self.code = 128 + number
+            self.code, self._since = 128 + number, time.monotonic()
             print("\nstopping after this iteration; Ctrl-C to stop at once", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:

@@ -7,7 +7,7 @@ The critic's gradient stays in the value head (`policy.critic_gradient: head`, t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -18,6 +18,9 @@ from research.config import PPOConfig
 from research.schema import LOG_PROB, VALUE, check_finite
 from research.training.algorithm import Progress
 from research.training.clipping import GradientClipping
+from research.training.minibatches import minibatches, normalised
+from research.training.parallel import ALONE, World
+from research.training.sharding import Sharding, whole
 
 # What of the loss is reported, and as which metric; in this order in every vector of metrics.
 MEASURED = {
@@ -50,7 +53,7 @@ class PPO:
     def update(self, batch: TensorDictBase, progress: Progress) -> dict[str, float]:
         """Set the learning rates, take the gradient steps, train the value head alone while it warms up."""
         self.set_learning_rates(progress)
-        explained = explained_variance(batch[VALUE], batch["value_target"])
+        explained = explained_variance(batch[VALUE], batch["value_target"], self.policy_update.world)
         metrics = self.policy_update(batch, value_only=progress.iteration < self.cfg.value_warmup_iterations)
         return metrics | {"train/explained_variance": explained}
 
@@ -67,7 +70,17 @@ class PPO:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def state_dict(self) -> dict:
-        return self.policy_update.optimizer.state_dict()
+        """The optimizer's, whole; where weights are divided, all processes have to ask for it."""
+        return whole(self.policy_update.optimizer.state_dict())
+
+    def whole(self, weights: dict) -> dict:
+        """A model's weights, put together where processes divide them; all of those have to ask for it."""
+        sharding = self.policy_update.sharding
+        if sharding is None:
+            return weights
+        weights = whole(weights)
+        sharding.gather()  # asked for its weights, a model takes them apart
+        return weights
 
     def load_state_dict(self, state: dict) -> None:
         optimizer = self.policy_update.optimizer
@@ -87,6 +100,8 @@ class PolicyUpdate:
         value_parameters: the parameters that only the value depends on.
         critic_apart: give the critic's gradient to them alone, by a backward pass of its own. Needed where it should
             stay in the value head and does not end there by itself (`agents.critic.detach_value_head`).
+        world: the processes that take the same steps, each on its rows; `cfg.batch_size` is a rank's share.
+        shard: makes a `sharding.Sharding` of model and optimizer, at the first update; None: every process has all.
     """
 
     def __init__(
@@ -96,9 +111,12 @@ class PolicyUpdate:
         cfg: PPOConfig,
         value_parameters: Sequence[nn.Parameter] = (),
         critic_apart: bool = False,
+        world: World = ALONE,
+        shard: Callable[[], Sharding] | None = None,
     ):
-        self.loss, self.optimizer, self.cfg = loss, optimizer, cfg
+        self.loss, self.optimizer, self.cfg, self.world = loss, optimizer, cfg, world
         self.value_parameters, self.critic_apart = list(value_parameters), critic_apart
+        self.shard, self.sharding = shard, None
         self.measured = [name for name in MEASURED if name != "loss_critic" or loss.critic_network is not None]
         self.clip = GradientClipping(optimizer, self.value_parameters, cfg.max_grad_norm)
         self.names = [MEASURED[name] for name in self.measured] + self.clip.names
@@ -114,9 +132,13 @@ class PolicyUpdate:
         Raises:
             NonFiniteError: a loss or a gradient is not a number; names it, and the step, which is not taken.
         """
+        if self.shard is not None:
+            self._divide_weights()
         cfg, totals, count, steps, rows = self.cfg, 0.0, 0, 0, 0
-        for minibatch in (m for _ in range(cfg.n_epochs) for m in minibatches(batch, cfg.batch_size)):
-            measured = torch.cat([self._accumulate(minibatch, value_only), self.clip()])
+        for minibatch in (m for _ in range(cfg.n_epochs) for m in minibatches(batch, cfg.batch_size, self.world)):
+            measured = self._accumulate(minibatch, value_only)
+            measured = self.world.average_gradients(() if self.sharding else self.clip.trainable, measured)
+            measured = torch.cat([measured, self.clip()])
             if not math.isfinite(measured.sum()):  # looked at once a step, as a GPU is waited for
                 check_finite(zip(self.names, measured, strict=True), f"in gradient step {steps} of the update")
             totals, count = totals + measured, count + 1
@@ -126,19 +148,27 @@ class PolicyUpdate:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             steps, rows = steps + 1, rows + len(minibatch)
+        if self.sharding is not None:
+            self.sharding.gather()
         means = {name: total / count for name, total in zip(self.names, totals.tolist(), strict=True)}
         means |= {"train/gradient_steps": float(steps), "train/epochs": rows / len(batch)}
         return means | {f"train/learning_rate/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
 
+    def _divide_weights(self) -> None:
+        if self.sharding is not None:
+            self.sharding.divide()
+            return
+        self.sharding = self.shard()
+        self.value_parameters = self.sharding.of(self.value_parameters)
+        self.clip = GradientClipping(self.optimizer, self.value_parameters, self.cfg.max_grad_norm, self.world)
+
     def _accumulate(self, minibatch: TensorDictBase, value_only: bool) -> Tensor:
         """Gradients of one minibatch, summed over its micro-batches; returns the means of what `MEASURED` names."""
-        if self.cfg.normalize_advantage and len(minibatch) > 1:
-            advantage = minibatch["advantage"]
-            scale = advantage.std().clamp(min=1e-6)
-            minibatch = minibatch.copy().set("advantage", (advantage - advantage.mean()) / scale)
-        size, metrics = self.cfg.micro_batch_size, 0.0
+        if self.cfg.normalize_advantage:
+            minibatch = normalised(minibatch, self.world)
+        size, metrics, all_rows = self.cfg.micro_batch_size, 0.0, self.world.total(len(minibatch))
         for micro in minibatch.split(size) if size else [minibatch]:
-            share = len(micro) / len(minibatch)
+            share = len(micro) * self.world.size / all_rows  # the mean over ranks is that over all rows
             losses = self.loss(micro)
             # TorchRL's mean of -log r, as r - 1 - log r: a tenth of the spread (k3, joschu.net/blog/kl-approx.html).
             losses["kl_approx"] += losses["mean_ratio"] - 1
@@ -154,23 +184,18 @@ class PolicyUpdate:
         if not (value_only or self.critic_apart):
             (share * (policy_loss if value_loss is None else policy_loss + value_loss)).backward()
             return
+        if self.sharding is not None:  # divided weights are no leaves of the graph
+            (share * value_loss).backward()
+            for parameter in set(self.clip.trainable) - set(self.value_parameters):
+                parameter.grad = None
+            return
         torch.autograd.backward(share * value_loss, inputs=self.value_parameters, retain_graph=not value_only)
         if not value_only:
             (share * policy_loss).backward()
 
 
-def minibatches(batch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
-    """One shuffled pass; a minibatch that is the whole batch is not copied, as its order does not matter."""
-    if size >= len(batch):
-        yield batch
-        return
-    for rows in torch.randperm(len(batch), device=batch.device).split(size):
-        # As batch[rows], but rows of pictures are copied whole and not number by number: 4 times as fast on a CPU.
-        yield batch.apply(lambda tensor: tensor.index_select(0, rows), batch_size=[len(rows)])  # noqa: B023
-
-
 @torch.no_grad()
-def explained_variance(value: Tensor, target: Tensor) -> float:
+def explained_variance(value: Tensor, target: Tensor, world: World = ALONE) -> float:
     """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 no better than the mean; 0 for equal targets."""
-    variance = target.var()
-    return (1 - (target - value).var() / variance).item() if variance > 0 else 0.0
+    (_, error), (_, spread) = world.moments(target - value), world.moments(target)
+    return (1 - (error / spread).square()).item() if spread > 0 else 0.0

@@ -32,6 +32,7 @@ from research.schema import (
 )
 from research.training.algorithm import Acting, Policy, env_steps_in
 from research.training.episodes import EpisodeStatistics
+from research.training.parallel import ALONE, World
 from research.training.turns import Turns
 
 FINAL_VALUE = "final_value"  # under "next": the next state's value where no later step of the rollout holds it, else 0
@@ -138,11 +139,12 @@ class Rollouts:
         env: batch `[N]`.
         policy: see `algorithm.Policy`.
         buffer_size: transitions per rollout, N * T.
+        world: the processes that collect, each for itself; episodes are reported together.
     """
 
-    def __init__(self, env: EnvBase, policy: Policy, buffer_size: int):
+    def __init__(self, env: EnvBase, policy: Policy, buffer_size: int, world: World = ALONE):
         self.env, self.policy = env, CollectingPolicy(policy)
-        self.episodes = EpisodeStatistics(env.batch_size[0], env.device, getattr(env, "task_names", ()))
+        self.episodes = EpisodeStatistics(env.batch_size[0], env.device, getattr(env, "task_names", ()), world)
         self.collector = RolloutCollector(
             env,
             self.policy,
@@ -182,7 +184,8 @@ class Rollouts:
     def load_state_dict(self, state: dict, env_steps: int) -> bool:
         """Go on from there; False where the environment cannot, so that episodes start anew."""
         self.policy.env_steps = env_steps
-        self.env.load_state_dict(state.get("environment", {}))
+        if "environment" in state:
+            self.env.load_state_dict(state["environment"])
         exactly = self.env.resumes_exactly and "carrier" in state
         if exactly:
             carrier = TensorDict.from_dict(state["carrier"], batch_size=self.env.batch_size)

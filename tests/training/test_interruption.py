@@ -22,19 +22,28 @@ def not_ignored(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_a_request(number, capsys, not_ignored):
+def test_a_signal_is_a_request(number, capsys, not_ignored, monkeypatch):
+    monkeypatch.setattr(interruption, "SAME_S", 0.0)
     before, wakeup = signal.getsignal(number), signal.set_wakeup_fd(-1)
-    with Interruption() as interruption:
-        assert interruption.code == 0
+    with Interruption() as stop:
+        assert stop.code == 0
         os.kill(os.getpid(), number)
-        assert interruption.code == 128 + number
+        assert stop.code == 128 + number
         assert "Ctrl-C to stop at once" in capsys.readouterr().err
         os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
-        assert interruption.code == 128 + number
+        assert stop.code == 128 + number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(number) is before and signal.set_wakeup_fd(-1) == wakeup == -1
     assert "signals" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_ctrl_c_that_a_launcher_hands_on_is_the_same_ctrl_c(monkeypatch):
+    monkeypatch.setattr(interruption, "SAME_S", 60.0)
+    with Interruption() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.code == 130
 
 
 def test_a_loop_that_is_late_is_not_waited_for(monkeypatch):
@@ -59,8 +68,8 @@ def test_a_loop_that_is_in_time_is_left_alone(monkeypatch):
 def test_a_terminal_that_nohup_closed_goes_on_being_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interruption() as interruption:
+        with Interruption() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert interruption.code == 0
+            assert stop.code == 0
     finally:
         signal.signal(signal.SIGHUP, before)
