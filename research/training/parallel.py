@@ -181,7 +181,7 @@ def join(device: str) -> World:
 def let_rank_0_speak() -> None:
     """Wait a moment before saying what ended this process: where rank 0 says the same, torchrun ends this one now."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)
+        time.sleep(10)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
