@@ -17,6 +17,9 @@ EVALUATED_LOG_PROB, EVALUATED_ENTROPY, EVALUATED_VALUE = "evaluated_log_prob", "
 class ScoringActor(ProbabilisticActor):
     """An actor whose distribution knows the stored decisions alone, see `EvaluatedActions`.
 
+    Attributes:
+        evaluated: the last distribution, for terms that are added to the loss.
+
     Args:
         score: writes the three evaluated keys of a step, `[B]`.
     """
@@ -37,7 +40,8 @@ class ScoringActor(ProbabilisticActor):
     def get_dist(self, tensordict: TensorDictBase) -> EvaluatedActions:
         # TorchRL's own looks for its last module among all modules of the model, at every call; see `Direct`.
         scored = self.score(tensordict)
-        return EvaluatedActions(scored.get(EVALUATED_LOG_PROB), scored.get(EVALUATED_ENTROPY))
+        self.evaluated = EvaluatedActions(scored.get(EVALUATED_LOG_PROB), scored.get(EVALUATED_ENTROPY))
+        return self.evaluated
 
 
 class ScoringCritic(Direct, ValueOperator):

@@ -140,6 +140,12 @@ class InitialStateEnv(EnvBase):
         self._next_ids[rows] = -1
         return ids
 
+    def draw_states(self, count: int) -> Tensor:
+        """The ids of `count` next episodes of training, int64 `[count]`, row after row; they are then used up."""
+        rows = np.arange(self.batch_size[0])
+        rounds = [self._draw_training_states(rows[: count - first]) for first in range(0, count, len(rows))]
+        return torch.from_numpy(np.concatenate(rounds))
+
     def _settle(self) -> None:
         """Bring `_current` up to date; where rows are stepped apart, it may not be."""
 

@@ -207,6 +207,10 @@ class TabletopEnv(EnvBase):
         """Draw every `of`-th of the stream of training states, from the `share`-th on; before the first reset."""
         self._share = (share, of)
 
+    def draw_states(self, count: int) -> Tensor:
+        """The ids of the next `count` states of training, int64 `[count]`, which are then used up."""
+        return self._draw_training_states(count)["id"]
+
     def _draw_training_states(self, count: int) -> State:
         """The next `count` states of the stream, made a few hundred at a time: a state costs little in bulk."""
         left = 0 if self._upcoming is None else len(self._upcoming["id"])

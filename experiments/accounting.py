@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from assembling import make_ppo
+from algorithms import make_ppo
 from building import feature_budget, model_arguments
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn

@@ -6,34 +6,33 @@ clear line, before a run folder is made or anything heavy starts.
 
 from __future__ import annotations
 
+import copy
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from algorithms import make_algorithm
 from building import make_model, make_policy
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
 from agents.cost import flops_per_transition, reuse_report
-from agents.critic import detach_value_head
 from agents.policy import VLAPolicy
 from envs import make_env
 from research.config import ExperimentConfig, TrainerConfig
 from research.schema import OBSERVATION, UserError, check_observation, describe_error
-from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Algorithm, Collection
-from research.training.asynchronous import AsynchronousRollouts
+from research.training.asynchronous import AsynchronousRollouts, ProcessWorkers, Workers
 from research.training.audit import FreezeAudit
-from research.training.freezing import named_parameters_within, parameter_groups, part_names
-from research.training.loss import make_loss
-from research.training.ppo import PPO, PolicyUpdate
+from research.training.group_episodes import GroupEpisodes
+from research.training.parallel import ALONE, World
 from research.training.rollout import Rollouts
 from research.training.threads import choose_threads
 from research.training.utilisation import Utilisation, matmul_flops_per_second
-from research.training.vtrace import VTraceAdvantages
 
 
 @dataclass
@@ -48,6 +47,7 @@ class Assembly:
         algorithm: what learns.
         rollouts: where it gets its data.
         eval_env: the environments of evaluations.
+        world: the processes of the run; all else is this one's.
     """
 
     device: torch.device
@@ -57,21 +57,24 @@ class Assembly:
     algorithm: Algorithm
     rollouts: Collection
     eval_env: EnvBase
+    world: World
 
 
-def assemble(config: ExperimentConfig) -> Assembly:
+def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     """Build all parts of a training run, seeded, on its device.
 
     Raises:
         UserError: something in the configuration does not fit the environment, the model or the machine.
     """
     trainer = config.trainer
-    device = choose_device(trainer.device)
+    device = choose_device(world.device or trainer.device)
     trainer.threads, why = choose_threads(trainer.threads)  # recorded: a resumed run takes the same
     torch.set_num_threads(trainer.threads)
     print(f"threads: {trainer.threads} ({why})", flush=True)
-    seed_everything(trainer.seed)
-    env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, trainer.seed)
+    config = share_of(config, world)
+    trainer, share = config.trainer, (world.rank, world.size)
+    seed_everything(trainer.seed)  # every rank alike, so that models are
+    env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, trainer.seed, share)
     observations = env.observation_spec[OBSERVATION].zero()
     check_observation(observations, f"env {trainer.env!r}")
     few, action_shape = observations[: min(2, trainer.num_envs)], env.action_spec.shape[1:]
@@ -81,14 +84,39 @@ def assemble(config: ExperimentConfig) -> Assembly:
         )
     choices = getattr(env, "action_choices", None)
     built = make_model(config, few, action_shape, device, choices=choices)
+    world.start_alike(built.model)
     policy = make_policy(config, built.model, few, action_shape, choices)
-    algorithm = make_ppo(config, policy, built.value_head, few)
+    algorithm = make_algorithm(config, policy, built.value_head, few, world)
     run = partial(policy.values, TensorDict({OBSERVATION: observations}, observations.batch_size))
     audit = FreezeAudit(built.model, built.frozen, policy.reused_modules, built.heads, exercise=run)
-    rollouts = make_rollouts(config, env, policy, device)
-    num_eval_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
+    rollouts = make_rollouts(config, env, policy, device, world)
+    num_eval_envs = max(1, min(trainer.num_eval_envs, trainer.num_eval_episodes // world.size))
     eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
-    return Assembly(device, observations, policy, audit, algorithm, rollouts, eval_env)
+    if world.size > 1:
+        seed_everything(trainer.seed + 1_000_003 * world.rank)  # from here on ranks draw apart
+    return Assembly(device, observations, policy, audit, algorithm, rollouts, eval_env, world)
+
+
+def share_of(config: ExperimentConfig, world: World) -> ExperimentConfig:
+    """What one process of a run has to do: its part of the environments, of a rollout and of a minibatch.
+
+    Raises:
+        UserError: these cannot be divided among the processes.
+    """
+    if world.size == 1:
+        return config
+    config = copy.deepcopy(config)
+    divided = {"trainer": ["num_envs", "buffer_size"], "algorithm.cfg": ["batch_size"]}
+    if config.algorithm.name == "grpo":
+        divided = {"trainer": ["num_envs"], "algorithm.cfg": ["batch_size", "groups"]}
+    for section, names in divided.items():
+        part = config.trainer if section == "trainer" else config.algorithm.cfg
+        for name in names:
+            setattr(part, name, world.divide(getattr(part, name), f"{section}.{name}"))
+    if config.trainer.enable_eval and config.trainer.num_eval_episodes < world.size:
+        world.divide(config.trainer.num_eval_episodes, "trainer.num_eval_episodes")
+    config.trainer.num_eval_envs = math.ceil(config.trainer.num_eval_envs / world.size)
+    return config
 
 
 def choose_device(name: str) -> torch.device:
@@ -113,47 +141,33 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def make_ppo(
-    config: ExperimentConfig, policy: VLAPolicy, value_head: Sequence[str], observations: TensorDictBase
-) -> PPO:
-    """PPO around a policy; the critic's gradient reaches what `policy.critic_gradient` says."""
-    cfg, model, to_head = config.algorithm.cfg, policy.model, config.policy.critic_gradient == "head"
-    if cfg.ent_coef and not getattr(policy.contract, "entropy_trains", True):
-        raise UserError(
-            f"algorithm.cfg.ent_coef is {cfg.ent_coef:g}, but the entropy of {type(model).__name__} does not depend on "
-            "its weights: a bonus for it trains nothing; set it to 0"
-        )
-    optimizer = torch.optim.Adam(
-        parameter_groups(model, cfg.learning_rate, config.policy.learning_rates), eps=1e-5, fused=True
-    )
-    value_parameters = [p for p in named_parameters_within(model, value_head).values() if p.requires_grad]
-    if not value_parameters and (to_head or cfg.value_warmup_iterations):
-        wanted = config.policy.value_head
-        named = f"no trainable part {wanted!r}" if wanted else "no value head of its own"
-        raise UserError(
-            f"policy.value_head: {type(model).__name__} has {named} (its parts: {', '.join(part_names(model))}); "
-            "name the part that only get_value uses, or set policy.critic_gradient to 'trunk' and no value warm-up"
-        )
-    apart = to_head and not detach_value_head(model, value_parameters, observations)
-    step = PolicyUpdate(make_loss(policy.actor, policy.critic, cfg), optimizer, cfg, value_parameters, apart)
-    if config.trainer.buffer_type == "standard":
-        advantages = GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size or cfg.batch_size)
-    else:
-        advantages = VTraceAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size)
-    return PPO(advantages, step, cfg)
-
-
-def make_rollouts(config: ExperimentConfig, env: EnvBase, policy: VLAPolicy, device: torch.device) -> Collection:
+def make_rollouts(
+    config: ExperimentConfig, env: EnvBase, policy: VLAPolicy, device: torch.device, world: World = ALONE
+) -> Collection:
     """Collection by turns with the update, or from other processes while it runs; `env` is closed in that case."""
-    trainer = config.trainer
+    trainer, cfg = config.trainer, config.algorithm.cfg
+    if config.algorithm.name == "grpo":
+        return GroupEpisodes(env, policy, cfg.groups, cfg.group_size, cfg.most_draws, cfg.max_steps, world)
     if trainer.buffer_type == "standard":
-        return Rollouts(env, policy, trainer.buffer_size)
+        return Rollouts(env, policy, trainer.buffer_size, world)
     env.close()
-    print(f"starting {trainer.num_collectors} processes that collect", flush=True)
+    ray = trainer.collector == "ray"
+    print(f"starting {trainer.num_collectors} {'workers of Ray' if ray else 'processes'} that collect", flush=True)
     return AsynchronousRollouts(
         partial(make_worker_env, trainer, device), trainer.num_envs, policy, trainer.num_collectors,
         trainer.buffer_size, trainer.max_staleness, trainer.seed, trainer.worker_timeout,
+        _ray_workers(trainer.ray_address) if ray else ProcessWorkers,
     )  # fmt: skip
+
+
+def _ray_workers(address: str | None) -> Callable[..., Workers]:
+    try:
+        from research.training.ray_workers import RayWorkers  # an optional dependency
+    except ImportError as error:
+        raise UserError(
+            f"trainer.collector: ray needs Ray ({describe_error(error)}); pip install 'vla-rl[ray]'"
+        ) from error
+    return partial(RayWorkers, address=address)
 
 
 def make_worker_env(trainer: TrainerConfig, device: torch.device, worker: int) -> EnvBase:

@@ -24,7 +24,8 @@ from pathlib import Path
 import packages  # noqa: F401
 
 import torch
-from assembling import choose_device, make_ppo, seed_everything
+from algorithms import make_ppo
+from assembling import choose_device, seed_everything
 from building import make_model, make_policy
 from configuration import read_experiment, split_flag
 from tensordict import TensorDictBase

@@ -29,7 +29,7 @@ from pathlib import Path
 import packages  # noqa: F401
 
 import torch
-from assembling import make_ppo
+from algorithms import make_ppo
 from building import make_model, make_policy
 from tensordict import TensorDictBase
 

@@ -12,11 +12,14 @@ from research.config import ExperimentConfig
 from research.options import parse_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pick_place.json"
+GRPO_CONFIG = DEFAULT_CONFIG.with_name("pick_place_grpo.json")
 C = TypeVar("C", bound=ExperimentConfig)
 
 
-def read_experiment(config_class: type[C], argv: Sequence[str], description: str) -> C:
-    """The configuration of a run: of the file that is named, of the run that is resumed, or of the main job.
+def read_experiment(
+    config_class: type[C], argv: Sequence[str], description: str, default: Path = DEFAULT_CONFIG
+) -> C:
+    """The configuration of a run: of the file that is named, of the run that is resumed, or the script's default.
 
     Flags win over all of them. `trainer.resume: auto` becomes the newest run of that name that has a checkpoint, or
     nothing where there is none. `--trust` lets the configuration of a run folder from elsewhere name code.
@@ -28,7 +31,7 @@ def read_experiment(config_class: type[C], argv: Sequence[str], description: str
         config = parse_config(config_class, [f"--config={folder.config}", *argv], description)
         refuse_foreign_code(folder, config, trusted)
         return config
-    config = parse_config(config_class, with_default_config(argv), description)
+    config = parse_config(config_class, with_default_config(argv, default), description)
     if config.trainer.resume != "auto":
         return config
     newest = newest_run(config.trainer)
@@ -45,9 +48,9 @@ def split_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
     return [word for word in argv if word != flag], flag in argv
 
 
-def with_default_config(argv: Sequence[str]) -> list[str]:
-    """Arguments that start from the main job's configuration unless they name one of their own."""
-    return [*argv] if names_config(argv) else [f"--config={DEFAULT_CONFIG}", *argv]
+def with_default_config(argv: Sequence[str], default: Path = DEFAULT_CONFIG) -> list[str]:
+    """Arguments that start from a script's configuration unless they name one of their own."""
+    return [*argv] if names_config(argv) else [f"--config={default}", *argv]
 
 
 def names_config(argv: Sequence[str]) -> bool:

@@ -32,7 +32,10 @@ from research.training.utilisation import Stopwatch
 def main(argv: list[str] | None = None) -> int:
     argv, dry = split_flag(sys.argv[1:] if argv is None else argv, "--dry_run")
     try:
-        return (dry_run if dry else train)(read_experiment(ExperimentConfig, argv, __doc__))
+        config = read_experiment(ExperimentConfig, argv, __doc__)
+        if config.algorithm.name != "ppo":
+            raise UserError(f"algorithm.name: this script trains by ppo; {config.algorithm.name} is grpo_vla.py")
+        return dry_run(config) if dry else train(config)
     except UserError as error:
         let_rank_0_speak()
         print(f"error: {error}", file=sys.stderr)

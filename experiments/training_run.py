@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from types import TracebackType
 
 from assembling import Assembly, describe, measure_utilisation
@@ -182,7 +181,7 @@ class TrainingRun:
             parts.eval_env, parts.policy.act, self.world.shares(range(trainer.num_eval_episodes)),
             film if self.world.leads else 0, trainer.max_eval_steps, mode=trainer.eval_mode,
         )  # fmt: skip
-        result = replace(result, episodes=[episode for part in self.world.gather(result.episodes) for episode in part])
+        result.episodes = [episode for part in self.world.gather(result.episodes) for episode in part]
         if self.world.leads:
             self._record(result, step)
         self.result, self.evaluated_at = result, step

@@ -73,15 +73,23 @@ class TrainerConfig:
     """standard: collect, then update; vla: collect in other processes while updating, corrected for stale weights."""
     num_collectors: PositiveInt = 1
     """Processes that collect (buffer_type vla); they share num_envs."""
+    collector: Literal["local", "processes", "ray"] | None = None
+    """Where is collected: in the main process (local; what buffer_type standard does), in other processes of this
+    machine (processes), or on machines of a Ray cluster (ray), both for buffer_type vla. none = local or processes."""
+    ray_address: str | None = None
+    """Ray cluster that collector ray joins: auto (the one of this machine) or host:port; none = Ray is started here."""
     max_staleness: NonNegativeInt = 2
     """Updates that a transition's weights may lag behind (buffer_type vla); older ones are thrown away."""
     worker_timeout: PositiveFloat = 60.0
-    """Seconds in which a process that collects (buffer_type vla) takes no step before it is ended, and the run with it;
-    env_config.worker_timeout is the same for processes that simulate."""
+    """Seconds in which a process that collects (buffer_type vla) takes no step before it is ended, and the run with it,
+    or it is replaced (collector ray); env_config.worker_timeout is the same for processes that simulate."""
     autocast: Literal["off", "bf16"] = "off"
     """bf16: run the model's layers in bfloat16; log-probabilities, advantages and losses stay in float32."""
     compile: Literal["off", "on"] = "off"
     """on: torch.compile the model's stages, as CUDA graphs on a GPU; slow at first, needs a C++ compiler."""
+    sharding: Literal["none", "full"] = "none"
+    """full: weights, gradients and optimizer are divided among the processes of torchrun while they update (FSDP2);
+    needs several of them."""
     enable_eval: bool = True
     """Evaluate on fixed initial states before, during and after training."""
     num_eval_envs: PositiveInt = 64
@@ -129,6 +137,14 @@ class TrainerConfig:
         _refuse_beyond(self, max_env_steps=10**15)
         if self.num_envs % self.num_collectors:
             raise UserError(f"num_collectors: {self.num_collectors} does not divide num_envs = {self.num_envs}")
+        if self.collector is not None and (self.collector == "local") != (self.buffer_type == "standard"):
+            fitting = "local" if self.buffer_type == "standard" else "processes or ray"
+            raise UserError(
+                f"collector: {self.collector} does not go with buffer_type = {self.buffer_type}, which is {fitting}; "
+                "change one of the two, or leave collector out"
+            )
+        if self.ray_address is not None and self.collector != "ray":
+            raise UserError(f"ray_address: is for collector = ray, but that is {self.collector}")
 
     @property
     def chunk(self) -> int:
@@ -251,10 +267,10 @@ class PolicyConfig:
 
 
 @dataclass
-class PPOConfig:
-    """The PPO update."""
+class PolicyGradientConfig:
+    """Gradient steps on a policy, whatever its advantages are."""
 
-    name: ClassVar[str] = "ppo"
+    value_warmup_iterations: ClassVar[int] = 0
 
     learning_rate: PositiveFloat = 1e-5
     """Learning rate of every part that policy.learning_rates does not name."""
@@ -268,37 +284,77 @@ class PPOConfig:
     """Transitions per minibatch."""
     micro_batch_size: PositiveInt | None = None
     """Transitions per forward and backward pass; gradients accumulate over a minibatch. none = all at once."""
-    gamma: ClosedUnitInterval = 0.99
-    """Discount per decision."""
-    gae_lambda: ClosedUnitInterval = 0.95
-    """Lambda of generalized advantage estimation."""
-    clip_coef: PositiveFloat = 0.2
-    """How far the probability ratio may leave 1."""
     ent_coef: NonNegativeFloat = 0.001
     """Weight of the entropy bonus."""
-    vf_coef: NonNegativeFloat = 0.5
-    """Weight of the value loss."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest norm of the gradient; a larger one is scaled down."""
-    normalize_advantage: bool = True
-    """Give the advantages mean 0 and standard deviation 1."""
     target_kl: PositiveFloat | None = None
     """Stop an update before a step from where the policy has moved further than this (KL of a minibatch, in nats);
     none = never."""
-    value_warmup_iterations: NonNegativeInt = 0
-    """First iterations that train only the value head; the policy stays bit-identical."""
 
     def __post_init__(self) -> None:
         _refuse_beyond(self, n_epochs=10**6)
 
 
 @dataclass
+class PPOConfig(PolicyGradientConfig):
+    """The PPO update."""
+
+    name: ClassVar[str] = "ppo"
+
+    gamma: ClosedUnitInterval = 0.99
+    """Discount per decision."""
+    gae_lambda: ClosedUnitInterval = 0.95
+    """Lambda of generalized advantage estimation."""
+    clip_coef: PositiveFloat = 0.2
+    """How far the probability ratio may leave 1."""
+    vf_coef: NonNegativeFloat = 0.5
+    """Weight of the value loss."""
+    normalize_advantage: bool = True
+    """Give the advantages mean 0 and standard deviation 1."""
+    value_warmup_iterations: NonNegativeInt = 0
+    """First iterations that train only the value head; the policy stays bit-identical."""
+
+
+@dataclass
+class GRPOConfig(PolicyGradientConfig):
+    """The update of group-relative algorithms: no critic, advantages of an episode among others from the same state."""
+
+    name: ClassVar[str] = "grpo"
+    normalize_advantage: ClassVar[bool] = False  # of a minibatch: they are what `advantage` says
+
+    advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
+    """grpo: return minus the group's mean, over its standard deviation; rloo: minus the mean of the others; dr_grpo:
+    minus the group's mean."""
+    group_size: PositiveInt = 8
+    """Episodes from each initial state."""
+    groups: PositiveInt = 16
+    """Initial states of an iteration, besides those of which all episodes went alike."""
+    most_draws: PositiveInt = 4
+    """How many times as many initial states are tried, at most, where all episodes of many go alike."""
+    clip_low: PositiveFloat = 0.2
+    """How far below 1 the probability ratio may go."""
+    clip_high: PositiveFloat = 0.2
+    """How far above 1 it may go; larger than clip_low where unlikely actions should become likely sooner (DAPO)."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL divergence to the policy at the start of the run."""
+    max_steps: PositiveInt = 1000
+    """Control steps after which an episode that does not end by itself is cut off; it has the return that it has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2:
+            raise UserError(f"group_size: {self.group_size} episode has nothing to be compared with; at least 2")
+        _refuse_beyond(self, group_size=10**6, groups=10**6, most_draws=10**4, max_steps=10**7)
+
+
+@dataclass
 class AlgorithmConfig:
     """The learning algorithm."""
 
-    name: Literal["ppo"] = "ppo"
+    name: Literal["ppo", "grpo"] = "ppo"
     """Kind of algorithm; it decides what cfg holds."""
-    cfg: PPOConfig = field(default_factory=PPOConfig)
+    cfg: PPOConfig | GRPOConfig = field(default_factory=PPOConfig)
 
 
 @dataclass
@@ -317,7 +373,7 @@ class ExperimentConfig:
             raise UserError(f"policy.learning_rate_by_scope: has no rate for the scope {policy.freeze!r}, only {known}")
         if not policy.learning_rate_by_scope and policy.learning_rate_factor != 1:
             raise UserError("policy.learning_rate_factor: multiplies policy.learning_rate_by_scope, which is not set")
-        if batch_size > buffer_size:
+        if self.algorithm.name == "ppo" and batch_size > buffer_size:
             raise UserError(
                 f"algorithm.cfg.batch_size: {batch_size} is larger than trainer.buffer_size = {buffer_size}"
             )

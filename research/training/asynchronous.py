@@ -8,8 +8,9 @@ therefore a little off-policy, and is treated as such:
 - log-probabilities and values are computed anew under the current weights, and advantages are V-trace's
   (`vtrace.VTraceAdvantages`).
 
-Workers are watched: one that breaks says why, one that dies is noticed within seconds, one that takes no step for a
-stated time is killed. Either ends the run (`SimulatorFailed`), which can be resumed.
+Workers are processes of this machine (`ProcessWorkers`), or of any (`ray_workers.RayWorkers`). They are watched: one
+that breaks says why, one that dies is noticed within seconds, one that takes no step for a stated time is killed. Of
+processes, either ends the run (`SimulatorFailed`), which can be resumed; of Ray's, what is lost is replaced.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import util
+from typing import Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -36,44 +38,59 @@ from research.training.rollout import POLICY_VERSION, WORKER, CollectingPolicy, 
 from research.training.workers import WeightMailbox, WorkerWatch, end_now
 
 
-class AsynchronousRollouts:
-    """As `rollout.Rollouts`, from worker processes: a FIFO of `buffer_size` transitions.
+class Workers(Protocol):
+    """Who collects for `AsynchronousRollouts`; made by a call with what `ProcessWorkers` takes."""
+
+    def receive(self) -> tuple[TensorDictBase, bool]:
+        """The next rollout `[share, steps]` of whichever worker, and whether its episodes are cut off from the last.
+
+        Raises:
+            SimulatorFailed, NonFiniteError: a worker broke, or was lost for good; names it.
+        """
+
+    def post(self, policy: CollectingPolicy) -> None:
+        """Give workers the policy's trainable weights and version, which they take up together."""
+
+    def metrics(self) -> dict[str, float]:
+        """`rollout/*` of the workers themselves."""
+
+    def shutdown(self) -> None:
+        """End all workers."""
+
+
+class ProcessWorkers:
+    """Workers that are processes of this machine.
 
     Args:
-        make_env: worker number -> that worker's share of the N environments; runs in the worker.
-        num_envs: N.
-        policy: see `rollout.Policy`; workers get copies.
-        num_collectors: worker processes.
-        buffer_size: transitions per rollout, N * T.
-        max_staleness: updates that a transition may lag behind; older ones are thrown away.
-        seed: workers draw from streams that differ by worker and by seed.
-        timeout: seconds in which a worker that is waited for has to take a step.
+        make_env: worker number -> that worker's environments.
+        policy: what workers get copies of.
+        count: workers.
+        share: environments of each.
+        steps: T, of a rollout.
+        seed: of the first worker; the others' follow from it.
+        timeout: seconds, see `WorkerWatch`.
     """
 
     def __init__(
         self,
         make_env: Callable[[int], EnvBase],
-        num_envs: int,
-        policy: Policy,
-        num_collectors: int,
-        buffer_size: int,
-        max_staleness: int,
+        policy: CollectingPolicy,
+        count: int,
+        share: int,
+        steps: int,
         seed: int,
-        timeout: float = 60.0,
+        timeout: float,
     ):
-        self.policy = CollectingPolicy(policy)
-        self.max_staleness, self.buffer_size, self.share = max_staleness, buffer_size, num_envs // num_collectors
-        self.episodes = EpisodeStatistics(num_envs)
-        self.mailbox = WeightMailbox(self.policy, num_collectors)
-        copied = copy.deepcopy(self.policy)
+        self.mailbox = WeightMailbox(policy, count)
+        copied = copy.deepcopy(policy)
         copied.before_step = self.mailbox.deliver
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="weight_updater is None")  # the mailbox sends the weights
             self.collector = self._start(
-                [_EnvMaker(make_env, worker, self.mailbox) for worker in range(num_collectors)],
-                policy_factory=[_Copy(copied, worker) for worker in range(num_collectors)],
+                [_EnvMaker(make_env, worker, self.mailbox) for worker in range(count)],
+                policy_factory=[_Copy(copied, worker) for worker in range(count)],
                 collector_class=WorkerCollector,
-                frames_per_batch=buffer_size // num_collectors,
+                frames_per_batch=share * steps,
                 total_frames=-1,
                 trust_policy=True,
                 use_buffers=False,
@@ -83,12 +100,9 @@ class AsynchronousRollouts:
             )
         # Workers ignore SIGTERM, by which multiprocessing would end them, and wait for them.
         self._end = util.Finalize(self, end_now, args=(self.collector.procs,), exitpriority=10)
-        self.watch = WorkerWatch(self.mailbox, self.collector.procs, buffer_size // num_envs, timeout)
+        self.watch = WorkerWatch(self.mailbox, self.collector.procs, steps, timeout)
         self.collector.set_seed(seed)
-        self._staleness = torch.zeros(0)  # of the last rollout's transitions, in updates
-        self._discarded = 0
         self._arriving: Iterator[TensorDictBase] | None = None
-        self._fifo: deque[TensorDictBase] = deque()
 
     def _start(self, *arguments, **options) -> MultiAsyncCollector:
         before = multiprocessing.active_children()
@@ -106,15 +120,80 @@ class AsynchronousRollouts:
                 f"{reported or describe_error(error)}; what it printed is above"
             ) from error
 
+    def receive(self) -> tuple[TensorDictBase, bool]:
+        """The next rollout; episodes are never cut off."""
+        self._arriving = self._arriving or iter(self.collector)
+        try:
+            self.watch.wait()
+            part = next(self._arriving)
+            self.watch.received(int(part[WORKER][0, 0]))
+            return part, False
+        except Exception as error:  # torchrl says that a process has ended, in several ways
+            failure = self.watch.failure()
+            end_now(self.collector.procs)
+            raise failure from error
+
+    def post(self, policy: CollectingPolicy) -> None:
+        self.mailbox.post(policy)
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def shutdown(self) -> None:
+        self._end.cancel()
+        self.watch.stop()
+        with suppress(Exception):  # that workers which were ended do not answer
+            self.collector.shutdown()
+        end_now(self.collector.procs)
+        self.mailbox.remove()
+
+
+class AsynchronousRollouts:
+    """As `rollout.Rollouts`, from workers: a FIFO of `buffer_size` transitions.
+
+    Args:
+        make_env: worker number -> that worker's share of the N environments; runs in the worker.
+        num_envs: N.
+        policy: see `rollout.Policy`; workers get copies.
+        num_collectors: workers.
+        buffer_size: transitions per rollout, N * T.
+        max_staleness: updates that a transition may lag behind; older ones are thrown away.
+        seed: workers draw from streams that differ by worker and by seed.
+        timeout: seconds in which a worker that is waited for has to take a step.
+        start: makes the workers.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[int], EnvBase],
+        num_envs: int,
+        policy: Policy,
+        num_collectors: int,
+        buffer_size: int,
+        max_staleness: int,
+        seed: int,
+        timeout: float = 60.0,
+        start: Callable[..., Workers] = ProcessWorkers,
+    ):
+        self.policy = CollectingPolicy(policy)
+        self.max_staleness, self.buffer_size, self.share = max_staleness, buffer_size, num_envs // num_collectors
+        self.episodes = EpisodeStatistics(num_envs)
+        steps = buffer_size // num_envs
+        self.workers = start(make_env, self.policy, num_collectors, self.share, steps, seed, timeout)
+        self._staleness = torch.zeros(0)  # of the last rollout's transitions, in updates
+        self._discarded = 0
+        self._fifo: deque[TensorDictBase] = deque()
+
     def next(self) -> TensorDictBase:
         """The next rollout `[N, T]` that is fresh enough; workers go on meanwhile."""
-        self._arriving = self._arriving or iter(self.collector)
         while sum(part.numel() for part in self._fifo) < self.buffer_size:
-            part = self._receive()
+            part, cut_off = self.workers.receive()
             first = self.share * int(part[WORKER][0, 0])
-            self.episodes.observe(
-                part.select("next").to("cpu"), slice(first, first + self.share)
-            )  # also of what is thrown away
+            rows = slice(first, first + self.share)
+            if cut_off:
+                self.episodes.forget(rows)
+            self.episodes.observe(part.select("next").to("cpu"), rows)  # also of what is thrown away
             if self._lag(part).max() > self.max_staleness:
                 self._discarded += part.numel()
             else:
@@ -124,23 +203,13 @@ class AsynchronousRollouts:
         self._staleness = self._lag(rollout).float()
         return rollout
 
-    def _receive(self) -> TensorDictBase:
-        try:
-            self.watch.wait()
-            part = next(self._arriving)
-            self.watch.received(int(part[WORKER][0, 0]))
-            return part
-        except Exception as error:  # torchrl says that a process has ended, in several ways
-            failure = self.watch.failure()
-            end_now(self.collector.procs)
-            raise failure from error
-
     def metrics(self) -> dict[str, float]:
-        """Of the episodes that ended since this was last asked, and how stale the last rollout is, in updates."""
+        """Of the episodes that ended since this was last asked, of workers, and how stale the last rollout is."""
         return self.episodes.metrics() | {
             "rollout/staleness_mean": self._staleness.mean().item(),
             "rollout/staleness_max": self._staleness.max().item(),
             "rollout/discarded": float(self._discarded),
+            **self.workers.metrics(),
         }
 
     def _lag(self, rollout: TensorDictBase) -> Tensor:
@@ -149,7 +218,7 @@ class AsynchronousRollouts:
     def publish(self) -> None:
         """Give the workers the current weights, under a new version."""
         self.policy.version += 1
-        self.mailbox.post(self.policy)
+        self.workers.post(self.policy)
 
     def state_dict(self) -> dict:
         """Nothing: episodes live in the workers."""
@@ -162,12 +231,7 @@ class AsynchronousRollouts:
 
     def shutdown(self) -> None:
         """Stop the workers."""
-        self._end.cancel()
-        self.watch.stop()
-        with suppress(Exception):  # that workers which were ended do not answer
-            self.collector.shutdown()
-        end_now(self.collector.procs)
-        self.mailbox.remove()
+        self.workers.shutdown()
 
 
 class WorkerCollector(RolloutCollector):

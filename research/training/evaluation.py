@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase
@@ -171,7 +171,7 @@ def evaluate(
     kind = ExplorationType.DETERMINISTIC if mode == "mode" else ExplorationType.RANDOM
     with set_exploration_type(kind), torch.random.fork_rng():
         torch.manual_seed(0)
-        rows = _Rows(env, list(states), film, max_steps)
+        rows = EpisodeRows(env, list(states), film, max_steps)
         while rows.running.any():
             rows.step(policy)
             if rows.finished_now and on_end is not None:
@@ -181,10 +181,24 @@ def evaluate(
     return Evaluation(episodes, frames, getattr(env, "distinct_states", True))
 
 
-class _Rows:
-    """The rows of an environment in an evaluation: which episode each is in, and how it has gone so far."""
+class EpisodeRows:
+    """The rows of an environment among which episodes from given states are shared: which each is in, how it goes.
 
-    def __init__(self, env: EnvBase, states: list[int], film: int, max_steps: int):
+    Args:
+        env, states, film, max_steps: as for `evaluate`.
+        record: called at every step with `running` bool `[N]`, whose rows count, the places `[N]` of their episodes
+            in `states`, what the policy made of the step, and what that led to.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        states: list[int],
+        film: int,
+        max_steps: int,
+        record: Callable[[Tensor, Tensor, TensorDictBase, TensorDictBase], None] | None = None,
+    ):
+        self.record = record
         n, device = env.batch_size[0], env.device
         self.env, self.states, self.max_steps = env, states, max_steps
         self.task_names: Sequence[str] = getattr(env, "task_names", ())
@@ -222,6 +236,8 @@ class _Rows:
         check_finite([("action", acted.get(ACTION))], "in evaluation")
         after = self.env.step(acted).get("next")
         check_finite([("reward", after.get("reward"))], "in evaluation")
+        if self.record is not None:
+            self.record(self.running, torch.tensor(self.places, device=self.env.device), acted, after)
         self._film_between()
         running, done = self.running, after.get("done").squeeze(-1)
         self.total += torch.where(running, after.get("reward").squeeze(-1), 0.0)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives import ClipPPOLoss
 
-from research.config import PPOConfig
+from research.config import PolicyGradientConfig, PPOConfig
 from research.schema import LOG_PROB, VALUE, check_finite
 from research.training.algorithm import Progress
 from research.training.clipping import GradientClipping
 from research.training.minibatches import minibatches, normalised
 from research.training.parallel import ALONE, World
-from research.training.sharding import Sharding, whole
+from research.training.policy_gradient import PolicyGradient
+from research.training.sharding import Sharding
 
 # What of the loss is reported, and as which metric; in this order in every vector of metrics.
 MEASURED = {
@@ -34,7 +36,7 @@ APPROX_KL = list(MEASURED).index("kl_approx")
 Advantages = Callable[[TensorDictBase], tuple[TensorDictBase, dict[str, float]]]
 
 
-class PPO:
+class PPO(PolicyGradient):
     """The algorithm of `experiments/ppo_vla.py`; see `algorithm.Algorithm`.
 
     Args:
@@ -44,7 +46,8 @@ class PPO:
     """
 
     def __init__(self, advantages: Advantages, policy_update: PolicyUpdate, cfg: PPOConfig):
-        self.advantages, self.policy_update, self.cfg = advantages, policy_update, cfg
+        super().__init__(policy_update, cfg)
+        self.advantages = advantages
 
     def prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
         """The flat batch `[N * T]` with advantages and value targets, and metrics of how it was made."""
@@ -56,38 +59,6 @@ class PPO:
         explained = explained_variance(batch[VALUE], batch["value_target"], self.policy_update.world)
         metrics = self.policy_update(batch, value_only=progress.iteration < self.cfg.value_warmup_iterations)
         return metrics | {"train/explained_variance": explained}
-
-    def set_learning_rates(self, progress: Progress) -> None:
-        """Learning rates of an iteration: they rise, and fall to 0, if so configured.
-
-        They rise once the value warm-up is over, when the policy begins to move.
-        """
-        moving = progress.iteration - self.cfg.value_warmup_iterations
-        factor = 1.0 if moving < 0 else min(1.0, (moving + 1) / max(1, self.cfg.lr_warmup_iterations))
-        if self.cfg.anneal_lr:
-            factor *= 1.0 - progress.fraction
-        for group in self.policy_update.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-
-    def state_dict(self) -> dict:
-        """The optimizer's, whole; where weights are divided, all processes have to ask for it."""
-        return whole(self.policy_update.optimizer.state_dict())
-
-    def whole(self, weights: dict) -> dict:
-        """A model's weights, put together where processes divide them; all of those have to ask for it."""
-        sharding = self.policy_update.sharding
-        if sharding is None:
-            return weights
-        weights = whole(weights)
-        sharding.gather()  # asked for its weights, a model takes them apart
-        return weights
-
-    def load_state_dict(self, state: dict) -> None:
-        optimizer = self.policy_update.optimizer
-        configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, own in zip(optimizer.param_groups, configured, strict=True):
-            group.update(own, initial_lr=own.get("initial_lr", own["lr"]))  # as this run is configured
 
 
 class PolicyUpdate:
@@ -104,11 +75,13 @@ class PolicyUpdate:
         shard: makes a `sharding.Sharding` of model and optimizer, at the first update; None: every process has all.
     """
 
+    also_measured: ClassVar[dict[str, str]] = {}  # further terms of the loss, as in MEASURED
+
     def __init__(
         self,
         loss: ClipPPOLoss,
         optimizer: torch.optim.Optimizer,
-        cfg: PPOConfig,
+        cfg: PolicyGradientConfig,
         value_parameters: Sequence[nn.Parameter] = (),
         critic_apart: bool = False,
         world: World = ALONE,
@@ -117,9 +90,10 @@ class PolicyUpdate:
         self.loss, self.optimizer, self.cfg, self.world = loss, optimizer, cfg, world
         self.value_parameters, self.critic_apart = list(value_parameters), critic_apart
         self.shard, self.sharding = shard, None
-        self.measured = [name for name in MEASURED if name != "loss_critic" or loss.critic_network is not None]
+        named = MEASURED | self.also_measured
+        self.measured = [name for name in named if name != "loss_critic" or loss.critic_network is not None]
         self.clip = GradientClipping(optimizer, self.value_parameters, cfg.max_grad_norm)
-        self.names = [MEASURED[name] for name in self.measured] + self.clip.names
+        self.names = [named[name] for name in self.measured] + self.clip.names
 
     def __call__(self, batch: TensorDictBase, value_only: bool = False) -> dict[str, float]:
         """Take the gradient steps.
@@ -169,18 +143,24 @@ class PolicyUpdate:
         size, metrics, all_rows = self.cfg.micro_batch_size, 0.0, self.world.total(len(minibatch))
         for micro in minibatch.split(size) if size else [minibatch]:
             share = len(micro) * self.world.size / all_rows  # the mean over ranks is that over all rows
-            losses = self.loss(micro)
-            # TorchRL's mean of -log r, as r - 1 - log r: a tenth of the spread (k3, joschu.net/blog/kl-approx.html).
-            losses["kl_approx"] += losses["mean_ratio"] - 1
-            if micro[LOG_PROB].dim() == 2:  # the loss has means over the parts of a decision; of a decision are sums
-                for name in ("loss_objective", "kl_approx"):
-                    losses[name] = losses[name] * micro[LOG_PROB].shape[1]
+            losses = self.losses(micro)
             self._backward(losses, value_only, share)
             metrics = metrics + share * torch.stack([losses[name].detach() for name in self.measured])
         return metrics
 
+    def losses(self, micro: TensorDictBase) -> TensorDictBase:
+        """The loss's terms on some rows."""
+        losses = self.loss(micro)
+        # TorchRL's mean of -log r, as r - 1 - log r: a tenth of the spread (k3, joschu.net/blog/kl-approx.html).
+        losses["kl_approx"] += losses["mean_ratio"] - 1
+        if micro[LOG_PROB].dim() == 2:  # the loss has means over the parts of a decision; of a decision are sums
+            for name in ("loss_objective", "kl_approx"):
+                losses[name] = losses[name] * micro[LOG_PROB].shape[1]
+        return losses
+
     def _backward(self, losses: TensorDictBase, value_only: bool, share: float) -> None:
-        policy_loss, value_loss = losses["loss_objective"] + losses["loss_entropy"], losses.get("loss_critic", None)
+        policy_loss = sum(losses[n] for n in ("loss_objective", "loss_entropy", "loss_reference") if n in losses.keys())
+        value_loss = losses.get("loss_critic", None)
         if not (value_only or self.critic_apart):
             (share * (policy_loss if value_loss is None else policy_loss + value_loss)).backward()
             return

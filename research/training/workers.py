@@ -43,7 +43,7 @@ class WeightMailbox:
         home = Path(_SHARED_MEMORY if os.path.isdir(_SHARED_MEMORY) else tempfile.gettempdir())
         _remove_orphans(home)
         self.folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=home)
-        contents = {str(i): w.cpu() for i, w in enumerate(_exchanged(policy))}
+        contents = {str(i): w.cpu() for i, w in enumerate(exchanged(policy))}
         contents["steps"] = torch.zeros(workers, dtype=torch.int64)
         contents |= {"begun": torch.zeros((), dtype=torch.int64), "done": torch.zeros((), dtype=torch.int64)}
         self._contents = TensorDict(contents).memmap(self.folder)
@@ -51,7 +51,7 @@ class WeightMailbox:
     def post(self, policy: CollectingPolicy) -> None:
         """Replace the weights by the policy's."""
         self._contents["begun"].add_(1)
-        for i, weight in enumerate(_exchanged(policy)):
+        for i, weight in enumerate(exchanged(policy)):
             self._contents[str(i)].copy_(weight)
         self._contents["done"].copy_(self._contents["begun"])
 
@@ -62,7 +62,7 @@ class WeightMailbox:
         done = self._contents["done"].item()
         if done == getattr(self, "_taken", 0):
             return
-        weights = _exchanged(policy)
+        weights = exchanged(policy)
         copies = [self._contents[str(i)].clone() for i in range(len(weights))]
         if self._contents["begun"].item() != done:
             return
@@ -76,9 +76,8 @@ class WeightMailbox:
 
     def report(self, worker: int, error: Exception) -> None:
         """Leave what broke in a worker, for `reported`."""
-        kind = type(error).__name__ if isinstance(error, (NonFiniteError, SimulatorFailed, UserError)) else ""
-        text = one_line(error) if kind else describe_error(error)
-        Path(self.folder, f"broken_{worker}").write_text(json.dumps([kind, f"worker {worker}: {text}"]))
+        failure = as_failure(worker, error)
+        Path(self.folder, f"broken_{worker}").write_text(json.dumps([type(failure).__name__, str(failure)]))
 
     def reported(self) -> Exception | None:
         """What broke in a worker, as what it should end the run."""
@@ -99,6 +98,13 @@ class WeightMailbox:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def as_failure(worker: int, error: Exception) -> Exception:
+    """What broke in a worker, as what it should end the run: one line, which names the worker."""
+    known = isinstance(error, (NonFiniteError, SimulatorFailed, UserError))
+    text = f"worker {worker}: {one_line(error) if known else describe_error(error)}"
+    return NonFiniteError(text) if isinstance(error, NonFiniteError) else SimulatorFailed(text)
+
+
 def _remove_orphans(home: Path) -> None:
     """Free the memory of mailboxes whose main process was killed before it had workers, which would have freed it."""
     for folder in home.glob(f"{_PREFIX}*-*"):
@@ -107,7 +113,7 @@ def _remove_orphans(home: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _exchanged(policy: CollectingPolicy) -> list[Tensor]:
+def exchanged(policy: CollectingPolicy) -> list[Tensor]:
     """What changes from update to update: trainable weights, and the version."""
     return [*(p.data for p in policy.parameters() if p.requires_grad), policy.version]
 

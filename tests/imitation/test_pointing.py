@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from research.imitation.pointing import learn_to_point
+from research.imitation.pointing import PlaceReader, learn_to_point
 from research.schema import UserError
 
 
@@ -41,7 +41,36 @@ def test_a_model_learns_to_point():
     assert (model.points(seen)[:, :4] - scenes.places).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(("model", "scenes"), [(nn.Linear(1, 1), Scenes()), (Pointer(), None)])
-def test_who_cannot_point_or_names_nothing_is_refused(model, scenes):
-    with pytest.raises(UserError, match="pointing_steps: the model has no point"):
+class Tokens(nn.Module):
+    """Writes three tokens of what it sees, and cannot point."""
+
+    def __init__(self, dims: int = 3):
+        super().__init__()
+        self.embed, self.dims = nn.Linear(4, 24), dims
+
+    def stages(self):
+        tokens = lambda features: self.embed(features["observation", "proprio"])  # noqa: E731
+        return [lambda f: f.set("tokens", tokens(f).unflatten(1, (3, 8)) if self.dims == 3 else tokens(f))]
+
+
+def test_the_tokens_of_a_model_that_cannot_point_are_read():
+    """What the tokens have learned stays, and the reader is thrown away."""
+    model, scenes = Tokens(), Scenes()
+    before = model.embed.weight.clone()
+    learn_to_point(model, scenes, steps=600, learning_rate=0.02)
+    assert (model.embed.weight - before).norm() > 1 and [n for n, _ in model.named_children()] == ["embed"]
+    reader = PlaceReader("tokens", 8, 2)
+    assert reader(TensorDict({"tokens": torch.randn(5, 3, 8)}, [5]), 2).shape == (5, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "scenes", "said"),
+    [
+        (nn.Linear(1, 1), Scenes(), "pointing_steps: the model has no stages"),
+        (Pointer(), None, "or the environment no named_places"),
+        (Tokens(dims=2), Scenes(), r"pointing_steps: the model has no point\(\), and no stage writes tokens"),
+    ],
+)
+def test_who_cannot_point_or_names_nothing_is_refused(model, scenes, said):
+    with pytest.raises(UserError, match=said):
         learn_to_point(model, scenes, 1, 1e-3)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import ppo_vla
 import pytest
 import torch
+from collecting_worlds import prove_versions
 from tensordict import assert_close
 from worlds import reach_env, reach_policy, run_folder, write_config
 
@@ -22,39 +22,13 @@ pytestmark = pytest.mark.slow
 def asynchronous():
     policy = reach_policy()
     rollouts = AsynchronousRollouts(reach_env, 8, policy, 2, 8 * 6, max_staleness=3, seed=0)
-    rollouts.actor = policy.actor
+    rollouts.whole = policy
     yield rollouts
     rollouts.shutdown()
 
 
 def test_workers_prove_that_they_got_new_weights(asynchronous):
-    """What a transition says of the weights that acted is true: under them its action is as likely as it says."""
-    weights = {0: copy.deepcopy(asynchronous.actor)}
-    rollout = asynchronous.next()
-    assert rollout.shape == (8, 6) and (rollout["policy_version"] == 0).all()
-    assert "hidden" not in rollout.keys() and "observation" not in rollout["next"].keys()
-    # Two workers, two streams of episodes and of noise.
-    assert not torch.equal(rollout["observation", "proprio"][:4], rollout["observation", "proprio"][4:])
-    assert not torch.equal(rollout["action"][:4, 0], rollout["action"][4:, 0])
-    seen = set()
-    for version in (1, 2, 3):
-        with torch.no_grad():
-            for p in asynchronous.policy.parameters():
-                p.add_(0.1 * torch.randn_like(p))
-        weights[version] = copy.deepcopy(asynchronous.actor)
-        asynchronous.publish()
-        rollout = asynchronous.next()
-        for v in rollout["policy_version"].unique().tolist():
-            seen.add(v)
-            rows = (rollout["policy_version"] == v).reshape(-1)
-            part = rollout.reshape(-1)[rows]
-            for other, actor in weights.items():
-                score = actor.get_dist(
-                    part.select(("observation", "rgb"), ("observation", "proprio"), "action")
-                ).log_prob(part["action"])
-                error = (score - part["action_log_prob"]).abs().max().item()
-                assert (error < 1e-4) == (other == v), (v, other, error)
-    assert max(seen) >= 2  # they keep up
+    prove_versions(asynchronous, asynchronous.whole)
 
 
 def test_what_is_too_stale_is_thrown_away_and_reported(asynchronous):
@@ -73,8 +47,7 @@ def test_workers_send_what_the_update_reads_and_nothing_else():
     policy = reach_policy("backbone")
     asynchronous = AsynchronousRollouts(reach_env, 4, policy, 1, 4 * 8, max_staleness=0, seed=5)
     try:
-        arriving = iter(asynchronous.collector)
-        arrived = [next(arriving), next(arriving)]
+        arrived = [asynchronous.workers.receive()[0] for _ in range(2)]
     finally:
         asynchronous.shutdown()
     rollouts = Rollouts(reach_env(), policy, 4 * 8)

@@ -68,7 +68,7 @@ def observations(rows: int) -> TensorDict:
 
 
 def make_ppo(scope: str, changes: dict, rows: int, world: World, sharded: bool) -> tuple[PPO, VLAPolicy, FreezeAudit]:
-    """PPO as `assembling.make_ppo` wires it, with one minibatch an epoch."""
+    """PPO as `algorithms.make_ppo` wires it, with one minibatch an epoch."""
     changes = dict(changes)
     to_head = changes.pop("critic_gradient", "head") == "head"
     torch.manual_seed(0)

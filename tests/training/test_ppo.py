@@ -37,7 +37,7 @@ def make_batch(policy: VLAPolicy, size: int = 64) -> TensorDict:
 
 
 def make_ppo(model: SmallVLA, lr: float = 1e-3, critic_gradient: str = "head", **cfg) -> tuple[PPO, VLAPolicy]:
-    """PPO as `assembling.make_ppo` wires it where the critic's gradient has a backward pass of its own."""
+    """PPO as `algorithms.make_ppo` wires it where the critic's gradient has a backward pass of its own."""
     policy = VLAPolicy(model)
     cfg = PPOConfig(**{"batch_size": 16, **cfg})
     optimizer = torch.optim.Adam(parameter_groups(model, lr, {}))

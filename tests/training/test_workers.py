@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
-from worlds import ROOT, reach_env, reach_policy, run_folder, write_config
+from collecting_worlds import absent_env, breaking_env, hanging_env
+from worlds import ROOT, reach_policy, run_folder, write_config
 
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import read_json
@@ -26,36 +25,6 @@ from research.training.workers import WeightMailbox, WorkerWatch
 pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "experiments" / "ppo_vla.py"
-
-
-def env_whose_second_worker(worker: int, does: Callable[[], None]):
-    """An environment that does something else in the place of its 21st step, in worker 1."""
-    env = reach_env(worker)
-    step, taken = env._step, []
-
-    def stepped(tensordict):
-        taken.append(1)
-        if worker == 1 and len(taken) > 20:
-            does()
-        return step(tensordict)
-
-    env._step = stepped
-    return env
-
-
-def explode() -> None:
-    raise SimulatorFailed("physics exploded")
-
-
-def hang() -> None:
-    time.sleep(3600)
-
-
-breaking_env, hanging_env = (partial(env_whose_second_worker, does=does) for does in (explode, hang))
-
-
-def absent_env(worker: int):
-    raise UserError("trainer.env: no such thing")
 
 
 def dying_env(worker: int):
@@ -76,8 +45,8 @@ def collect(make_env, timeout: float = 60.0) -> None:
             rollouts.next()
     finally:
         rollouts.shutdown()
-        assert not any(process.is_alive() for process in rollouts.collector.procs)
-        assert not Path(rollouts.mailbox.folder).exists()
+        assert not any(process.is_alive() for process in rollouts.workers.collector.procs)
+        assert not Path(rollouts.workers.mailbox.folder).exists()
 
 
 def test_what_an_environment_raises_in_a_worker_is_said_here():

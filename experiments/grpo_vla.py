@@ -1,0 +1,82 @@
+"""Fine-tune a pretrained VLA by group-relative advantages, without a critic: GRPO, RLOO or Dr. GRPO.
+
+    python experiments/grpo_vla.py                                     # the shipped checkpoint on pick_place
+    python experiments/grpo_vla.py --algorithm.cfg.advantage=rloo --trainer.seed=2
+    python experiments/grpo_vla.py --config my.json                    # your model, your environment; flags win
+    torchrun --nproc-per-node 2 experiments/grpo_vla.py                # the same run in two processes
+
+Without --config it starts from experiments/configs/pick_place_grpo.json; models, environments, freezing, evaluation,
+tracking and resuming are those of ppo_vla.py. An iteration is algorithm.cfg.groups initial states with
+algorithm.cfg.group_size episodes from each; trainer.buffer_size is not read.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import packages  # noqa: F401
+
+from assembling import Assembly, assemble
+from configuration import GRPO_CONFIG, read_experiment
+from opening import open_run
+from resuming import load_resumed
+from training_run import FILMED, TrainingRun
+
+from research.config import ExperimentConfig
+from research.schema import UserError
+from research.training.parallel import join, let_rank_0_speak
+from research.training.utilisation import Stopwatch
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config = read_experiment(ExperimentConfig, argv, __doc__, GRPO_CONFIG)
+        if config.algorithm.name != "grpo":
+            raise UserError(f"algorithm.name: this script trains by grpo, and was given {config.algorithm.name!r}")
+        return train(config)
+    except UserError as error:
+        let_rank_0_speak()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before the run began", file=sys.stderr)
+        return 130
+
+
+def train(config: ExperimentConfig) -> int:
+    world = join(config.trainer.device)
+    resumed = load_resumed(config)
+    parts = assemble(config, world)  # whatever can be refused is refused here
+    with open_run(config, parts, resumed) as run:
+        learn(parts, run)
+    return run.code  # the table of exit codes: TrainingRun
+
+
+def learn(parts: Assembly, run: TrainingRun) -> None:
+    trainer, progress, episodes, algorithm = run.trainer, run.progress, parts.rollouts, parts.algorithm
+    run.begin()
+    while not (progress.finished or run.interrupted()):
+        run.hold()
+        watch = Stopwatch()
+        decisions = episodes.next()  # [M]: of whole episodes, in groups
+        batch, metrics = algorithm.prepare(decisions)  # [M], with advantages
+        run.check_ratio(batch)  # before the first update: it should be 1
+        watch.collected()
+        metrics |= algorithm.update(batch, progress)
+        episodes.publish()
+        progress.advance(parts.world.total(episodes.env_steps))  # of groups that were left out, too
+        run.log(metrics | episodes.metrics(), len(batch), *watch.seconds())
+        if trainer.enable_eval and not progress.finished and progress.crossed(trainer.eval_freq):
+            run.evaluate()
+        if progress.finished or progress.crossed(trainer.save_freq):
+            run.save()
+    if run.interrupted():
+        run.save()
+    elif trainer.enable_eval:
+        run.evaluate(film=FILMED)
+    parts.audit.check("at the end")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""experiments/grpo_vla.py: a run from end to end, resumed bit for bit, in two processes, and refused."""
+
+from __future__ import annotations
+
+import json
+
+import evaluate_vla
+import grpo_vla
+import ppo_vla
+import pytest
+from worlds import rows_without_times, run_folder, write_config
+
+from research.runs.folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+def grpo_config(folder, **changes):
+    """Four groups of four, on a task that a fresh policy fails and wins by chance."""
+    cfg = {"learning_rate": 1e-3, "groups": 4, "group_size": 4, "batch_size": 64, "n_epochs": 2, "kl_coef": 0.01}
+    path = write_config(
+        folder, trainer__env_config={"task": "reach", "modalities": ["rgb", "proprio"], "max_steps": 12},
+        trainer__iterations=4, trainer__eval_freq=400, **changes,
+    )  # fmt: skip
+    config = json.loads(path.read_text())
+    config["algorithm"] = {"name": "grpo", "cfg": cfg}
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_a_run_is_tracked_evaluated_and_goes_on_bit_for_bit(tmp_path, capsys):
+    assert grpo_vla.main(["--config", str(grpo_config(tmp_path))]) == 0
+    run = run_folder(tmp_path)
+    rows = rows_without_times(run)
+    trained = [row for row in rows if "train/approx_kl" in row]
+    assert len(trained) == 4
+    for row in trained:
+        assert row["rollout/episodes"] >= 16 and 1 <= row["train/groups"] <= 4
+        assert row["rollout/episodes"] == 4 * (row["rollout/groups_left_out"] + 4) or row["train/groups"] < 4
+        assert row["train/kl_reference"] >= 0 and "train/loss_critic" not in row
+    assert abs(trained[0]["train/approx_kl"]) < 0.1
+    steps = [row["global_step"] for row in trained]
+    means = [row["rollout/episode_length"] * row["rollout/episodes"] for row in trained]
+    assert steps == pytest.approx([sum(means[: k + 1]) for k in range(4)])
+    middle = sorted(RunFolder(run).checkpoints.glob("step_*"))[0]
+    assert int(middle.name.removeprefix("step_")) == steps[2]
+    assert grpo_vla.main([f"--trainer.resume={middle}"]) == 0, capsys.readouterr().err
+    assert rows_without_times(run) == rows
+    assert evaluate_vla.main([f"--checkpoint={run}", f"--output={tmp_path / 'out'}"]) == 0
+
+
+def test_each_script_refuses_the_others_algorithm(tmp_path, capsys):
+    config = grpo_config(tmp_path)
+    assert ppo_vla.main(["--config", str(config)]) == 2
+    assert "algorithm.name: this script trains by ppo; grpo is grpo_vla.py" in capsys.readouterr().err
+    assert grpo_vla.main(["--config", str(write_config(tmp_path))]) == 2
+    assert "algorithm.name: this script trains by grpo, and was given 'ppo'" in capsys.readouterr().err
+    for flag, said in (
+        ("--algorithm.cfg.group_size=1", "algorithm.cfg.group_size: 1 episode has nothing to be compared with"),
+        ("--algorithm.cfg.gamma=0.9", "algorithm.cfg.gamma"),
+        ("--trainer.buffer_type=vla", "trainer.buffer_type: grpo collects whole episodes"),
+    ):
+        assert grpo_vla.main(["--config", str(grpo_config(tmp_path)), flag]) == 2
+        assert said in capsys.readouterr().err
