@@ -228,7 +228,9 @@ def _hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
 def _hash(tensor: Tensor) -> str:
     tensor = tensor.detach().resolve_conj().resolve_neg()
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    # A copy: numpy() keeps a tensor's memory from being freed, as that of weights divided among processes has to be.
+    copied = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    digest.update(copied.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -118,6 +118,10 @@ def weights_after(case: str, world: World, sharded: bool) -> tuple[dict, dict, d
     metrics = [ppo.update(batch, Progress(2, iteration)) for iteration in range(2)]
     audit.check("after two iterations")
     after = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    saved = ppo.whole(audit.trained_state())
+    assert saved and all(torch.equal(weight, after[name]) for name, weight in saved.items() if name in after)
+    audit.check("after saving")
+    assert policy.act(TensorDict({"observation": observations(2)}, [2]))["action"].isfinite().all()
     return before, after, metrics, ppo.state_dict()
 
 
