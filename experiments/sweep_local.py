@@ -1,12 +1,16 @@
-"""Run a W&B sweep file on this machine, without a W&B server.
+"""Run a W&B sweep file on this machine, or on several, without a W&B server.
 
     python experiments/sweep_local.py sweeps/freeze.yaml
     python experiments/sweep_local.py sweeps/bayes.yaml --workers=2 --trials=40
+    python experiments/sweep_local.py sweeps/freeze.yaml --storage=postgresql://user@host/database
 
 Every trial is an ordinary run of the sweep's script in its own process, its folder under <trainer.run_dir>/<sweep>/.
 Optuna keeps the trials, in sweep.db there. Ctrl-C lets the runs write checkpoints and stops; started again, after that
-or after a kill, the sweep goes on where it was, each run from its own checkpoint. The same command in another terminal,
-or on another machine that sees the same folder, adds workers. Values added to a grid are run at the next start.
+or after a kill, the sweep goes on where it was, each run from its own checkpoint. The same command in another terminal
+adds workers. Values added to a grid are run at the next start.
+
+With --storage on PostgreSQL the same command on other machines adds workers (docs/scaling.md). A run whose machine died
+goes on from its checkpoint on one that sees its folder, and begins anew on one that does not.
 
 A run that crashes stays in the table as failed and is not repeated; one that its script refused is, at the next start.
 One whose simulator broke goes on from its checkpoint, a few times.
@@ -16,17 +20,16 @@ W&B is offline unless WANDB_MODE says otherwise. Workers share the GPUs that CUD
 from __future__ import annotations
 
 import argparse
-import fcntl
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import packages  # noqa: F401
 
@@ -40,12 +43,14 @@ from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 from research.schema import UserError
 from research.study.sweep_file import Sweep, check_options, load_sweep
-from research.study.trials import SweepTrials
+from research.study.sweep_locks import STOP_S, Lock
+from research.study.trials import STORAGE_LOST, SweepTrials, first_line
 from research.training.interruption import Interruption
 
 POLL_S = 0.5
 MOST_FAILURES = 3  # in a row: then more than one trial is wrong, and the sweep gives up
 MOST_STARTS = 5  # of a run that something outside keeps ending
+HOST = socket.gethostname()
 
 
 @dataclass
@@ -53,7 +58,7 @@ class Run:
     """A trial whose process runs. The process holds the lock too: where it is free, the run is over."""
 
     trial: optuna.Trial
-    lock: TextIO
+    lock: Lock
     reported: int  # values of the metric that Optuna knows
     process: subprocess.Popen | None = None
     stopped: str | None = None
@@ -78,36 +83,14 @@ class LocalSweep:
         self.runs: list[Run] = []
         self.failures, self.problem, self.exhausted = 0, "", False
 
-    def run_id(self, number: int) -> str:
-        """Id of a trial's run, in W&B and in the name of its folder."""
-        return f"{self.trials.token}_{number:03d}"
-
-    def log(self, number: int) -> Path:
-        """What a trial's process prints; also the file that it keeps locked."""
-        return self.folder / "logs" / f"{self.run_id(number)}.log"
-
-    def is_alive(self, number: int) -> bool:
-        """Whether a process, of this sweep or of an earlier start, runs the trial."""
-        if not self.log(number).exists():
-            return False
-        with self.log(number).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
-
     def start(self) -> bool:
         """Start the next run; False where there is none."""
         with self.trials.locked():
-            trial = self.trials.take(self.is_alive)
+            trial = self.trials.take()
             if trial is None:
                 return False
-            log = self.log(trial.number)
-            log.parent.mkdir(exist_ok=True)
-            lock = log.open("a")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        point, run_id = trial.user_attrs["point"], self.run_id(trial.number)
+            lock = self.trials.hold(trial.number)
+        point, run_id = trial.user_attrs["point"], self.trials.run_id(trial.number)
         extra = [f"--trainer.run_dir={self.folder}", f"--trainer.wandb_tags+={f'sweep:{self.sweep.name}'[:64]}"]
         if self.sweep.project:
             extra.append(f"--trainer.wandb_project_name={self.sweep.project}")
@@ -121,14 +104,15 @@ class LocalSweep:
         environment = defaults | os.environ | {"WANDB_RUN_ID": run_id}
         environment.pop("WANDB_SWEEP_ID", None)
         trial.set_user_attr("starts", trial.user_attrs.get("starts", 0) + 1)
+        trial.set_user_attr("host", HOST)
         run = Run(trial, lock, reported=len(self.trials.all()[trial.number].intermediate_values))
         if folder and folder.finished:  # while nobody watched
             self.conclude(run, 0)
             return True
-        with log.open("a") as output:
+        with self.trials.log(trial.number).open("a") as output:
             run.process = subprocess.Popen(
                 self.sweep.words(point, extra), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=environment, pass_fds=[lock.fileno()], start_new_session=True,  # Ctrl-C is for this process
+                env=environment, pass_fds=lock.descriptors, start_new_session=True,  # Ctrl-C is for this process
             )  # fmt: skip
         self.runs.append(run)
         self.say(trial.number)
@@ -160,10 +144,10 @@ class LocalSweep:
         elif run.stopped or (self.from_outside(number, code) and trial.user_attrs["starts"] < MOST_STARTS):
             self.trials.put_back(number)
         else:
-            lines = self.log(number).read_text(errors="replace").split("\n")
+            lines = self.trials.log(number).read_text(errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
             note = f"it logged no {self.sweep.metric}" if code == 0 else f"exit code {code}: {last}"
-            self.failures, self.problem = self.failures + 1, f"trial {number}: {note} ({self.log(number)})"
+            self.failures, self.problem = self.failures + 1, f"trial {number}: {note} ({self.trials.log(number)})"
             trial.set_user_attr("note", note[:200])
             self.trials.tell(trial, state=TrialState.FAIL)
         self.exhausted = False
@@ -179,21 +163,13 @@ class LocalSweep:
         """Work until nothing is left or a signal comes; returns the exit code."""
         with Interruption() as interruption:
             try:
-                while True:
-                    for run in list(self.runs):
-                        self.follow(run)
-                    if interruption.code:
-                        for run in self.runs:
-                            run.stop("interrupted")
-                    while not (interruption.code or self.exhausted or len(self.runs) >= self.workers):
-                        self.exhausted = self.failures >= MOST_FAILURES or not self.start()
-                    if not self.runs and (interruption.code or self.exhausted):
-                        break
-                    time.sleep(POLL_S)
-            except KeyboardInterrupt:
-                for run in self.runs:
-                    run.process.kill()
-        print(f"\n{self.table()}")
+                self.work(interruption)
+                print(f"\n{self.table()}")
+            except STORAGE_LOST as error:
+                self.stop_all()
+                print(f"error: the database that keeps the trials is gone: {first_line(error)}", file=sys.stderr)
+                print("its runs were stopped; the same command goes on from here")
+                return 1
         if interruption.code:
             print("stopped; the same command goes on from here")
         if self.failures >= MOST_FAILURES:
@@ -201,9 +177,40 @@ class LocalSweep:
         print(f"compare with: python experiments/compare_runs.py {self.folder}")
         return interruption.code or int(self.failures >= MOST_FAILURES)
 
+    def work(self, interruption: Interruption) -> None:
+        """Start runs and follow them until they are over and no more are to be started."""
+        try:
+            while True:
+                self.trials.check()
+                for run in list(self.runs):
+                    self.follow(run)
+                if interruption.code:
+                    for run in self.runs:
+                        run.stop("interrupted")
+                while not (interruption.code or self.exhausted or len(self.runs) >= self.workers):
+                    self.exhausted = self.failures >= MOST_FAILURES or not self.start()
+                if not self.runs and (interruption.code or self.exhausted):
+                    break
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            for run in self.runs:
+                run.process.kill()
+
+    def stop_all(self) -> None:
+        """End all runs before another machine may take them: each is asked to, and killed after `STOP_S` seconds."""
+        deadline = time.monotonic() + STOP_S
+        for run in self.runs:
+            run.stop("interrupted")
+        for run in self.runs:
+            try:
+                run.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+                run.process.wait()
+
     def run_folder(self, number: int) -> RunFolder | None:
         """Where a trial's run lies; None where it has not begun."""
-        return next(map(RunFolder, self.folder.glob(f"*-{self.run_id(number)}")), None)
+        return next(map(RunFolder, self.folder.glob(f"*-{self.trials.run_id(number)}")), None)
 
     def metric_values(self, number: int) -> list[float]:
         """What the run has logged of the sweep's metric, oldest first."""
@@ -218,7 +225,8 @@ class LocalSweep:
         point = trial.user_attrs.get("point", {})
         cells = [states.get(trial.state.name, "running"), *(point.get(name, "") for name in self.sweep.varied), *values]
         cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells] + [""] * (not values)
-        return [str(trial.number), *cells, trial.user_attrs.get("note", "")]
+        elsewhere = f"on {host}" if (host := trial.user_attrs.get("host", HOST)) != HOST else ""
+        return [str(trial.number), *cells, "  ".join(filter(None, [elsewhere, trial.user_attrs.get("note", "")]))]
 
     def say(self, number: int) -> None:
         """Print one line about a trial whose state has changed."""
@@ -242,15 +250,21 @@ def config_of(flags: list[str]) -> ExperimentConfig:
     return parse_config(ExperimentConfig, with_default_config(flags))
 
 
-def main(argv: list[str] | None = None) -> int:
+def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", help="W&B sweep file (YAML)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time; each gets its share of the cores")
     parser.add_argument("--trials", type=int, help="most runs of the sweep; also ends a random or Bayesian one")
-    parser.add_argument("--storage", help="database that keeps the trials, default sqlite:///<sweep's folder>/sweep.db")
+    storage = "database of the trials, default sqlite:///<sweep's folder>/sweep.db; for several machines PostgreSQL"
+    parser.add_argument("--storage", help=storage)
     options = parser.parse_args(argv)
     if options.workers < 1 or (options.trials is not None and options.trials < 1):
         parser.error("--workers and --trials must be at least 1")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = read_options(argv)
     try:
         return LocalSweep(load_sweep(options.sweep), options.workers, options.trials, options.storage).run()
     except UserError as error:

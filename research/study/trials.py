@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import optuna
@@ -14,10 +12,14 @@ from optuna.pruners import NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from research.schema import UserError
 from research.study.sweep_file import Sweep
+from research.study.sweep_locks import CONNECTION, DRIVERS, DatabaseLocks, FolderLocks, Lock
+
+STORAGE_LOST = (optuna.exceptions.StorageInternalError, SQLAlchemyError)  # what any call raises once it is gone
 
 
 class SweepTrials:
@@ -27,9 +29,10 @@ class SweepTrials:
 
     Args:
         sweep: what to vary and how.
-        folder: the sweep's folder, made if need be; its lock makes sure that a trial is handed out once.
+        folder: the sweep's folder on this machine, made if need be.
         most: upper limit on the trials, besides the grid's size and the sweep's `run_cap`; None for no other.
-        storage: URL of a database, default SQLite in the folder.
+        storage: URL of a database, default SQLite in the folder. PostgreSQL keeps the processes of many machines
+            apart, and others those of one, by files in the folder.
     Attributes:
         most: how many trials the sweep has in the end.
         token: short random name of this sweep, for ids.
@@ -44,27 +47,46 @@ class SweepTrials:
         if not limits:
             raise UserError(f"{sweep.path}: a {sweep.method} sweep has no end; give it a run_cap, or --trials=N")
         self.most = min(limits)
+        self.token = ""
         self._failed: list[int] = []
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the sweep's folder {folder}: {error.strerror}") from None
-        with self.locked():
-            self._study = self._open(storage or f"sqlite:///{folder / 'sweep.db'}")
+        url = _read_url(storage or f"sqlite:///{folder / 'sweep.db'}")
+        shown = url.render_as_string(hide_password=True)
+        try:
+            self._locks = self._make_locks(url)
+            with self.locked():
+                self._study = self._open(url)
+        except ModuleNotFoundError as error:
+            extra = ": pip install -e .[postgres]" if error.name == "psycopg" else ""
+            raise UserError(f"the storage {shown} needs the package {error.name}{extra}") from None
+        except (*STORAGE_LOST, ImportError, ValueError) as error:
+            raise UserError(f"the storage {shown} cannot be opened: {first_line(error)}") from None
         self.token = self._study.user_attrs["token"]
 
-    def _open(self, url: str) -> optuna.Study:
+    def _make_locks(self, url: URL) -> FolderLocks | DatabaseLocks:
+        files = FolderLocks(self.folder, self.log)
+        if url.get_backend_name() != "postgresql":
+            return files
+        if url.get_driver_name() not in DRIVERS:
+            shown, known = url.render_as_string(), " or ".join(f"postgresql+{driver}" for driver in DRIVERS)
+            raise UserError(f"the storage {shown}: its driver cannot hold a sweep's locks; write {known}")
+        return DatabaseLocks(url, self.sweep.name, files)
+
+    def _open(self, url: URL) -> optuna.Study:
         sweep, pruner = self.sweep, NopPruner()
         if sweep.min_iter:  # W&B's "hyperband" is one bracket of it, which is asynchronous successive halving
             pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
         # Not Optuna's Gaussian process, which learns nothing from trials that were stopped early.
         sampler = TPESampler() if sweep.method == "bayes" else RandomSampler()
-        try:
-            wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-            self._storage = RDBStorage(url, engine_kwargs=wait)
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise UserError(f"the storage {url} cannot be opened: {str(error).splitlines()[0]}") from None
+        options = {
+            "sqlite": {"connect_args": {"timeout": 60}},
+            "postgresql": {"connect_args": CONNECTION, "pool_pre_ping": True},
+        }.get(url.get_backend_name(), {})
+        self._storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=options)
         study = optuna.create_study(
             storage=self._storage, study_name=sweep.name, load_if_exists=True, sampler=sampler, pruner=pruner,
             direction="maximize" if sweep.maximize else "minimize",
@@ -78,27 +100,46 @@ class SweepTrials:
             raise UserError(f"{self.folder} has trials of another sweep; give {sweep.path} another name")
         return study
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep the other processes of this sweep out; SQLite alone would hand a trial out twice now and then."""
-        with (self.folder / "sweep.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep the other processes of this sweep out."""
+        return self._locks.exclusive()
+
+    def run_id(self, number: int) -> str:
+        """Id of a trial's run, in W&B and in the name of its folder."""
+        return f"{self.token}_{number:03d}"
+
+    def log(self, number: int) -> Path:
+        """What a trial's process prints; also the file that it keeps locked."""
+        return self.folder / "logs" / f"{self.run_id(number)}.log"
+
+    def hold(self, number: int) -> Lock:
+        """Note that this process, and any that it starts with the lock's descriptors, runs a trial."""
+        return self._locks.hold(number)
+
+    def is_alive(self, number: int) -> bool:
+        """Whether a process, of this sweep or of an earlier start, runs the trial."""
+        return self._locks.is_held(number)
+
+    def check(self) -> None:
+        """Make sure, now and then, that what this process holds is not lost.
+
+        Raises:
+            STORAGE_LOST: it is, so that another machine may run those trials.
+        """
+        self._locks.check()
 
     def all(self) -> list[FrozenTrial]:
         """Every trial so far, in order of number."""
         return self._study.get_trials(deepcopy=False)
 
-    def take(self, is_alive: Callable[[int], bool]) -> optuna.Trial | None:
+    def take(self) -> optuna.Trial | None:
         """A trial to run: one that was interrupted, or a new one; None where the sweep has no more.
 
-        Call it while the sweep is `locked`, and keep it locked until `is_alive` finds the process that runs the trial.
-
-        Args:
-            is_alive: whether a process runs the trial of this number; one that nobody runs was interrupted.
+        Call it while the sweep is `locked`, and keep it locked until the trial is held: one that nobody holds was
+        interrupted.
         """
         running = [trial.number for trial in self.all() if trial.state == TrialState.RUNNING]
-        nobodys = [number for number in running if not is_alive(number)]
+        nobodys = [number for number in running if not self.is_alive(number)]
         # Another process notes a result before it lets go of the trial: only now is it known that nobody will.
         for trial in self.all():
             if trial.number in nobodys and trial.state == TrialState.RUNNING:
@@ -139,3 +180,16 @@ class SweepTrials:
         sign = 1 if self.sweep.maximize else -1
         values = [t.value for t in trials if t.state == TrialState.COMPLETE]
         return self.sweep.target is not None and any(sign * value >= sign * self.sweep.target for value in values)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong in a database, in one line: Optuna's own words for it hide the cause."""
+    return str(error.__cause__ or error).splitlines()[0]
+
+
+def _read_url(text: str) -> URL:
+    try:
+        url = make_url(text)
+    except ArgumentError:  # not shown: it may hold a password
+        raise UserError("--storage is no database URL; write it as postgresql://user@host/database") from None
+    return url

@@ -16,6 +16,7 @@ import pytest
 import wandb_workspace
 import yaml
 from standin_wandb_server import ENTITY, StandInServer
+from sweep_worlds import children
 from worlds import ROOT, run_folder, write_config
 
 from research.runs import tracking
@@ -45,6 +46,20 @@ TINY = {
     "algorithm.cfg.n_epochs": 1,
     "algorithm.cfg.value_warmup_iterations": 0,
 }
+# What a run does with W&B, in a moment: it logs, and says that it is preempted where it is asked to end.
+PREEMPTIBLE = """
+import os, signal, sys, time, wandb
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+run = wandb.init()
+for _ in range(100 if run.config["n"] < 3 and run.step == 0 else 3):
+    run.log({"pid": os.getpid()})
+    time.sleep(0.1)
+    if asked:
+        run.mark_preempting()
+        run.finish(143)
+        sys.exit(143)
+"""
 ENDLESS = {"trainer.iterations": 10**6, "trainer.enable_eval": False}
 
 
@@ -180,6 +195,36 @@ def test_preempted_runs_go_on_from_their_checkpoint_and_early_termination_ends_t
         assert run.config["algorithm.cfg.learning_rate"] == pytest.approx(rate)
         assert run.config["policy.learning_rates.value_head"] == point["policy.learning_rates.value_head"]
     assert first.point != second.point
+
+
+def test_of_agents_at_once_one_is_killed_one_is_preempted_and_the_rest_of_the_grid_is_run(
+    server, start_agent, tmp_path
+):
+    """Agents as on three machines; the runs are a script's, as the server and the agents are what is tried."""
+    (tmp_path / "script.py").write_text(PREEMPTIBLE)
+    grid = {"n": {"values": [1, 2, 3, 4]}}
+    content = {"program": str(tmp_path / "script.py"), "method": "grid", "project": "vla-rl", "parameters": grid}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    done = subprocess.run(wandb_command("sweep", str(tmp_path / "sweep.yaml")), cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = server.sweeps
+    killed, preempted = (start_agent(sweep, "--forward-signals") for _ in range(2))
+    wait_for(lambda: len([run for run in server.of_sweep(sweep) if run.history]) == 2)
+    of_killed = children(killed.pid)
+    lost, kept = sorted(server.of_sweep(sweep), key=lambda run: run.history[0]["pid"] not in of_killed)
+    for pid in (*of_killed, killed.pid):
+        os.kill(pid, signal.SIGKILL)
+    preempted.send_signal(signal.SIGTERM)
+    assert preempted.wait() == 0  # though its run is not over: deploy/ starts another agent for it
+    wait_for(lambda: kept.exit_codes)
+    assert (kept.state, kept.exit_codes, lost.exit_codes) == ("preempted", [143], [])
+    lost.state = "crashed"  # as the server says after some minutes without a word
+
+    assert start_agent(sweep).wait() == 0
+    runs = server.of_sweep(sweep)
+    assert sorted(run.point["n"] for run in runs) == [1, 2, 3, 4]
+    assert [run.state for run in runs if run is not lost] == ["finished"] * 3
+    assert [len(run.agents) for run in runs] == [2 if run is kept else 1 for run in runs]
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])

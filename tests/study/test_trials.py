@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -19,13 +20,14 @@ RATE = "algorithm.cfg.learning_rate"
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SweepTrials, "is_alive", lambda self, number: True)
 
 
 def take_all(trials, value=0.0) -> list[dict]:
     """The points of all trials that are left, each of which ends with `value`."""
     points = []
     with trials.locked():
-        while (trial := trials.take(lambda number: True)) is not None:
+        while (trial := trials.take()) is not None:
             points.append(trial.user_attrs["point"])
             trials.tell(trial, value)
     return points
@@ -46,17 +48,17 @@ def test_a_limit_ends_a_sweep_before_its_grid_does(most, run_cap, expected):
     assert trials.most == len(take_all(trials)) == expected
 
 
-def test_what_is_put_back_comes_next_with_its_point_and_what_it_reported():
+def test_what_is_put_back_comes_next_with_its_point_and_what_it_reported(monkeypatch):
     trials = SweepTrials(load_sweep(write_sweep()), Path("runs/s"))
     with trials.locked():
-        first, second = (trials.take(lambda number: True) for _ in range(2))
+        first, second = (trials.take() for _ in range(2))
         first.report(0.25, 0)
         trials.put_back(first.number)
-        again = trials.take(lambda number: True)
+        again = trials.take()
         assert (again.number, again.user_attrs["point"]) == (first.number, first.user_attrs["point"])
         assert trials.all()[again.number].intermediate_values == {0: 0.25}
-        # Nobody runs the second one: it was interrupted.
-        assert trials.take(lambda number: number != second.number).number == second.number
+        monkeypatch.setattr(trials, "is_alive", lambda number: number != second.number)
+        assert trials.take().number == second.number  # nobody runs it: it was interrupted
 
 
 def test_a_trial_that_failed_is_not_handed_out_again_unless_its_script_refused_it():
@@ -64,7 +66,7 @@ def test_a_trial_that_failed_is_not_handed_out_again_unless_its_script_refused_i
     trials = SweepTrials(sweep, Path("runs/s"))
     with trials.locked():
         for code in (1, 2):  # a crash, and a refusal
-            trial = trials.take(lambda number: True)
+            trial = trials.take()
             trial.set_user_attr("exit_code", code)
             trials.tell(trial, state=TrialState.FAIL)
     _, refused, *others = sweep.grid()
@@ -113,17 +115,44 @@ def test_trials_are_handed_out_by_one_process_at_a_time():
     assert entered.wait(10)
 
 
-def test_a_trial_that_ends_while_another_process_looks_at_it_is_not_put_back():
+def test_a_trial_that_ends_while_another_process_looks_at_it_is_not_put_back(monkeypatch):
     sweep = load_sweep(write_sweep())
     first, second = SweepTrials(sweep, Path("runs/s")), SweepTrials(sweep, Path("runs/s"))
     with first.locked():
-        ending, interrupted = (first.take(lambda number: True) for _ in range(2))
+        ending, interrupted = (first.take() for _ in range(2))
 
     def is_alive(number: int) -> bool:  # between the look at the database and the look at the process, it is over
         if number == ending.number:
             first.tell(ending, 0.5)
         return False
 
+    monkeypatch.setattr(second, "is_alive", is_alive)
     with second.locked():
-        assert second.take(is_alive).number == interrupted.number
+        assert second.take().number == interrupted.number
     assert second.all()[ending.number].state.name == "COMPLETE"
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("postgresql://me:secret@127.0.0.1:1/sweeps", r"me:\*\*\*@127.0.0.1:1/sweeps cannot be opened: .*refused"),
+        (
+            "postgresql+pg8000://me:secret@host/sweeps",
+            r"cannot hold a sweep's locks; write postgresql\+psycopg",
+        ),
+        ("mysql+pymysql://me:secret@host/sweeps", "cannot be opened: No module named .pymysql"),
+        ("secret@host", "--storage is no database URL; write it as postgresql://user@host/database"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_named_without_its_password(storage, message):
+    if storage.startswith("postgresql:"):
+        pytest.importorskip("psycopg", reason="the extra postgres is not installed")
+    with pytest.raises(UserError, match=message) as refused:
+        SweepTrials(load_sweep(write_sweep()), Path("runs/s"), storage=storage)
+    assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_missing_driver_is_one_line_that_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UserError, match=r"needs the package psycopg: pip install -e .\[postgres\]"):
+        SweepTrials(load_sweep(write_sweep()), Path("runs/s"), storage="postgresql://me@host/sweeps")
