@@ -4,7 +4,7 @@ VENV := .venv
 WORKERS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: train train-metaworld test test-fast test-faults lint pretrain evaluate clean
+.PHONY: train train-metaworld test test-fast test-faults test-cluster lint pretrain evaluate clean
 
 train: $(READY)  ## fine-tune the shipped checkpoint with PPO: the main job
 	$(VENV)/bin/python experiments/ppo_vla.py $(ARGS)
@@ -26,6 +26,10 @@ test-fast: $(READY)  ## mathematics, contracts and parsing: no training run, not
 
 test-faults: $(READY)  ## kills, full disks, broken files, many times over: docs/reliability.md
 	$(VENV)/bin/python -m pytest -m "faults or properties" --hypothesis-profile=faults -s $(ARGS)
+
+test-cluster: $(READY)  ## workers on a Ray cluster of two nodes, one of which is killed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .[ray]
+	$(VENV)/bin/python -m pytest -m cluster -s $(ARGS)
 
 lint: $(READY)  ## what CI checks besides the tests
 	$(VENV)/bin/ruff check
