@@ -16,9 +16,7 @@ GRPO_CONFIG = DEFAULT_CONFIG.with_name("pick_place_grpo.json")
 C = TypeVar("C", bound=ExperimentConfig)
 
 
-def read_experiment(
-    config_class: type[C], argv: Sequence[str], description: str, default: Path = DEFAULT_CONFIG
-) -> C:
+def read_experiment(config_class: type[C], argv: Sequence[str], description: str, default: Path = DEFAULT_CONFIG) -> C:
     """The configuration of a run: of the file that is named, of the run that is resumed, or the script's default.
 
     Flags win over all of them. `trainer.resume: auto` becomes the newest run of that name that has a checkpoint, or

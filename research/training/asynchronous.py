@@ -33,8 +33,9 @@ from torchrl.envs import EnvBase
 
 from research.processes import children_hear_nothing, serve_the_main_process
 from research.schema import UserError, describe_error
+from research.training.collecting_policy import POLICY_VERSION, CollectingPolicy
 from research.training.episodes import EpisodeStatistics
-from research.training.rollout import POLICY_VERSION, WORKER, CollectingPolicy, Policy, RolloutCollector
+from research.training.rollout import WORKER, Policy, RolloutCollector
 from research.training.workers import WeightMailbox, WorkerWatch, end_now
 
 

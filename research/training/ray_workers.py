@@ -29,7 +29,8 @@ from torchrl.envs import EnvBase
 
 from research.schema import SimulatorFailed, UserError, describe_error
 from research.training.algorithm import env_steps_in
-from research.training.rollout import CollectingPolicy, RolloutCollector
+from research.training.collecting_policy import CollectingPolicy
+from research.training.rollout import RolloutCollector
 from research.training.workers import FIRST_S, as_failure, exchanged
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from research.schema import NonFiniteError, SimulatorFailed, UserError, describe_error, one_line
-from research.training.rollout import CollectingPolicy
+from research.training.collecting_policy import CollectingPolicy
 
 _SHARED_MEMORY = "/dev/shm"  # a folder that is memory, where there is one
 _PREFIX = "vla-weights-"  # then the main process's number

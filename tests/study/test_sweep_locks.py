@@ -56,8 +56,10 @@ def test_a_process_that_inherits_a_lock_holds_it_after_its_parent(locks):
     command = [sys.executable, "-c", WAITS_FOR_INPUT]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=lock.descriptors) as child:
         child.stdout.readline()
-        for descriptor in lock.descriptors:  # as a kill of the parent does, which tells the server nothing
-            os.close(descriptor)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in lock.descriptors:  # closed, as by a kill of the parent, which tells the server nothing;
+            os.dup2(nothing, descriptor)  # but the number stays taken: its owner will close it once more
+        os.close(nothing)
         assert theirs.is_held(1)
         child.kill()
     theirs.hold(1).close()  # it comes free

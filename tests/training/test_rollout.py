@@ -13,7 +13,8 @@ from envs.tabletop import TabletopEnv
 from research.schema import NonFiniteError
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import env_steps_in
-from research.training.rollout import CollectingPolicy, Rollouts
+from research.training.collecting_policy import CollectingPolicy
+from research.training.rollout import Rollouts
 
 GAMMA, LAMBDA = 0.9, 0.8
 

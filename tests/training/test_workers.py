@@ -19,7 +19,7 @@ from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import read_json
 from research.schema import NonFiniteError, SimulatorFailed, UserError
 from research.training.asynchronous import AsynchronousRollouts
-from research.training.rollout import CollectingPolicy
+from research.training.collecting_policy import CollectingPolicy
 from research.training.workers import WeightMailbox, WorkerWatch
 
 pytestmark = pytest.mark.slow
