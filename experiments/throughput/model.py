@@ -188,21 +188,23 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def check(measured: Path = MEASURED) -> list[dict[str, str | float]]:
     """Env steps/s of two processes, predicted from runs of one, beside what was measured.
 
-    Ranks of torchrun each do what a run of half the size does alone. Two processes that simulate or collect halve the
-    time of collecting; the update stays, after it or, where others collect, beside it.
+    Ranks of torchrun each do what a run of half the size does beside another such run. Two processes that simulate or
+    collect do so at twice the speed, less what that run loses to the other one: the cores share caches and memory.
     """
     with measured.open() as file:
         runs = {
             (row["kind"], row["run"]): {k: float(v) for k, v in list(row.items())[2:]} for row in csv.DictReader(file)
         }
     rows: list[dict[str, str | float]] = []
+    half, shared = runs["torchrun", "half"], runs["torchrun", "beside"]
+    lost = shared["env_steps_per_second"] / half["env_steps_per_second"]
     for kind in dict.fromkeys(kind for kind, _ in runs):
-        one, two, half = (runs.get((kind, name)) for name in ("one", "two", "half"))
-        if half is not None:
-            predicted = 2 * half["env_steps_per_second"]
-        else:
-            collect, update = one["collect_s"], one["update_s"]
-            predicted = one["env_steps_per_second"] * (collect + update) / (collect / 2 + update)
+        one, two = runs[kind, "one"], runs[kind, "two"]
+        collect, update = one["collect_s"], one["update_s"]
+        predicted = {
+            "torchrun": 2 * shared["env_steps_per_second"],
+            "sharded": one["env_steps_per_second"],  # the same work, and weights that are small
+        }.get(kind, one["env_steps_per_second"] * (collect + update) / (collect / (2 * lost) + update))
         got = two["env_steps_per_second"]
         rows.append({"kind": kind, "one": one["env_steps_per_second"], "predicted": predicted, "measured": got})
     return rows

@@ -8,8 +8,9 @@ median of its turns. Kinds:
 
 | kind          | what there are one or two of                                                                       |
 |---------------|----------------------------------------------------------------------------------------------------|
-| torchrun      | processes of `torchrun` on the main job, its batch divided; half a batch alone is measured, too    |
-| sharded       | the same with `trainer.sharding=full`                                                              |
+| torchrun      | processes of `torchrun` on the main job, its batch divided; `half` is one process with half of it, |
+|               | `beside` the same while another such run, which it knows nothing of, has the other core            |
+| sharded       | two processes of torchrun both times, and with `trainer.sharding=full`                             |
 | gym_workers   | processes that simulate (`env_config.workers`), 2 ms a step, while the main process waits for them |
 | processes     | processes that collect (`trainer.buffer_type=vla`), 2 ms a step; the update runs beside them       |
 | ray           | the same by Ray (`trainer.collector=ray`)                                                          |
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,10 @@ ENVS, STEPS = 32, 32  # of the runs with slow simulators
 
 
 class Kind(NamedTuple):
-    """Runs with one and with two of something: how many processes torchrun starts, and flags."""
+    """Runs with one and with two of something: how many processes torchrun starts, and flags.
+
+    `half` is one process with half of the work; it also runs twice at a time, see `beside`.
+    """
 
     one: tuple[int, dict[str, object]]
     two: tuple[int, dict[str, object]]
@@ -61,7 +66,7 @@ def elsewhere(collector: str, processes: int) -> dict[str, object]:
 
 KINDS = {
     "torchrun": Kind((1, main_job()), (2, main_job()), (1, main_job(0.5))),
-    "sharded": Kind((1, main_job()), (2, main_job(**{"trainer.sharding": "full"})), (1, main_job(0.5))),
+    "sharded": Kind((2, main_job()), (2, main_job(**{"trainer.sharding": "full"}))),
     "gym_workers": Kind(
         (1, slow_simulator(**{"trainer.env_config": '{"workers": 1}'})),
         (1, slow_simulator(**{"trainer.env_config": '{"workers": 2}'})),
@@ -97,6 +102,13 @@ def measure(processes: int, flags: dict[str, object], iterations: int) -> dict[s
     return {name: statistics.median(row[name] for row in rows) for name in MEASURED}
 
 
+def beside(run: tuple[int, dict[str, object]], iterations: int) -> dict[str, float]:
+    """The means of two equal runs that have nothing to do with each other, at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: measure(*run, iterations), range(2)))
+    return {name: statistics.mean(one[name] for one in both) for name in MEASURED}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", default=",".join(KINDS), help="which, separated by commas (all)")
@@ -107,8 +119,12 @@ def main() -> int:
     rows = []
     for kind in options.kinds.split(","):
         runs = {name: run for name, run in KINDS[kind]._asdict().items() if run is not None}
-        turns = [{name: measure(*run, options.iterations) for name, run in runs.items()} for _ in range(options.turns)]
-        for name in runs:
+        turns = []
+        for _ in range(options.turns):
+            turns.append({name: measure(*run, options.iterations) for name, run in runs.items()})
+            if KINDS[kind].half is not None:
+                turns[-1]["beside"] = beside(KINDS[kind].half, options.iterations)
+        for name in turns[0]:
             medians = {m.removeprefix("time/"): statistics.median(turn[name][m] for turn in turns) for m in MEASURED}
             rows.append({"kind": kind, "run": name, **{m: f"{value:.5g}" for m, value in medians.items()}})
             print(rows[-1], flush=True)

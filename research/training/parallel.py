@@ -83,12 +83,11 @@ class World:
         """
         if self.size == 1:
             return measured
-        having = [torch.tensor([float(p.grad is not None)], device=measured.device) for p in parameters]
-        told, *having = self._means([measured, *having])
-        wanted = [p for p, ranks in zip(parameters, having, strict=True) if ranks.item() > 0]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in wanted]
-        for parameter, mean in zip(wanted, self._means(gradients), strict=True):
-            parameter.grad = mean
+        having = measured.new_tensor([p.grad is not None for p in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        told, having, *means = self._means([measured, having, *gradients])
+        for parameter, ranks, mean in zip(parameters, having.tolist(), means, strict=True):
+            parameter.grad = mean if ranks else None
         return told
 
     def _means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -104,12 +103,18 @@ class World:
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and (unbiased) standard deviation of the numbers of all ranks."""
+        return self.moments_of_each([x])[1][0]
+
+    def moments_of_each(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
+        """Of several tensors: how many numbers all ranks have, and their mean and standard deviation; in one message."""
         if self.size == 1:
-            return x.mean(), x.std()
-        wide = x.double()
-        count, total, squares = self.sum(torch.stack([wide.new_tensor(wide.numel()), wide.sum(), wide.square().sum()]))
-        variance = (squares - total.square() / count).clamp(min=0) / (count - 1)
-        return (total / count).to(x.dtype), variance.sqrt().to(x.dtype)
+            return [x.numel() for x in tensors], [(x.mean(), x.std()) for x in tensors]
+        wide = [x.double() for x in tensors]
+        sums = self.sum(torch.stack([torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()]) for x in wide]))
+        count, total, squares = sums.unbind(dim=1)
+        deviation = ((squares - total.square() / count).clamp(min=0) / (count - 1)).sqrt()
+        told = zip((total / count).to(tensors[0].dtype), deviation.to(tensors[0].dtype), strict=True)
+        return [int(n) for n in count.tolist()], list(told)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the tensors of all ranks."""

@@ -7,7 +7,7 @@ The critic's gradient stays in the value head (`policy.critic_gradient: head`, t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from research.config import PolicyGradientConfig, PPOConfig
 from research.schema import LOG_PROB, VALUE, check_finite
 from research.training.algorithm import Progress
 from research.training.clipping import GradientClipping
-from research.training.minibatches import minibatches, normalised
+from research.training.minibatches import minibatches
 from research.training.parallel import ALONE, World
 from research.training.policy_gradient import PolicyGradient
 from research.training.sharding import Sharding
@@ -109,8 +109,8 @@ class PolicyUpdate:
         if self.shard is not None:
             self._divide_weights()
         cfg, totals, count, steps, rows = self.cfg, 0.0, 0, 0, 0
-        for minibatch in (m for _ in range(cfg.n_epochs) for m in minibatches(batch, cfg.batch_size, self.world)):
-            measured = self._accumulate(minibatch, value_only)
+        for minibatch, weight in (part for _ in range(cfg.n_epochs) for part in self._minibatches(batch)):
+            measured = self._accumulate(minibatch, value_only, weight)
             measured = self.world.average_gradients(() if self.sharding else self.clip.trainable, measured)
             measured = torch.cat([measured, self.clip()])
             if not math.isfinite(measured.sum()):  # looked at once a step, as a GPU is waited for
@@ -136,13 +136,14 @@ class PolicyUpdate:
         self.value_parameters = self.sharding.of(self.value_parameters)
         self.clip = GradientClipping(self.optimizer, self.value_parameters, self.cfg.max_grad_norm, self.world)
 
-    def _accumulate(self, minibatch: TensorDictBase, value_only: bool) -> Tensor:
+    def _minibatches(self, batch: TensorDictBase) -> Iterator[tuple[TensorDictBase, float]]:
+        return minibatches(batch, self.cfg.batch_size, self.world, self.cfg.normalize_advantage)
+
+    def _accumulate(self, minibatch: TensorDictBase, value_only: bool, weight: float = 1.0) -> Tensor:
         """Gradients of one minibatch, summed over its micro-batches; returns the means of what `MEASURED` names."""
-        if self.cfg.normalize_advantage:
-            minibatch = normalised(minibatch, self.world)
-        size, metrics, all_rows = self.cfg.micro_batch_size, 0.0, self.world.total(len(minibatch))
+        size, metrics = self.cfg.micro_batch_size, 0.0
         for micro in minibatch.split(size) if size else [minibatch]:
-            share = len(micro) * self.world.size / all_rows  # the mean over ranks is that over all rows
+            share = len(micro) / len(minibatch) * weight  # the mean over ranks is that over all rows
             losses = self.losses(micro)
             self._backward(losses, value_only, share)
             metrics = metrics + share * torch.stack([losses[name].detach() for name in self.measured])

@@ -154,7 +154,7 @@ def everything(rank: int, folder: str) -> None:
     found["shares"] = world.gather(list(world.shares(range(5))))
     found["reductions"] = [world.total(rank + 1), world.largest(-rank), world.leaders(rank)]
     found["statistics"] = episodes_of(world)
-    found["minibatches"] = world.gather([len(m) for m in minibatches(make_rows(9 if rank else 4), 3, world)])
+    found["minibatches"] = world.gather([len(m) for m, _ in minibatches(make_rows(9 if rank else 4), 3, world)])
     model = nn.BatchNorm1d(2)
     nn.init.constant_(model.weight, 1.0 + rank)
     model.running_mean += rank
@@ -170,7 +170,7 @@ def everything(rank: int, folder: str) -> None:
 
 
 def make_rows(rows: int) -> TensorDict:
-    return TensorDict({"x": torch.arange(rows)}, [rows])
+    return TensorDict({"advantage": torch.arange(float(rows))}, [rows])
 
 
 def episodes_of(world: World) -> list[dict]:

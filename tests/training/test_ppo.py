@@ -16,7 +16,8 @@ from research.schema import NonFiniteError
 from research.training.algorithm import Progress
 from research.training.freezing import parameter_groups
 from research.training.loss import make_loss
-from research.training.ppo import PPO, PolicyUpdate, explained_variance, minibatches
+from research.training.minibatches import minibatches
+from research.training.ppo import PPO, PolicyUpdate, explained_variance
 
 
 def make_model() -> SmallVLA:
@@ -160,12 +161,12 @@ def test_minibatches_are_the_shuffled_rows_of_every_tensor():
     torch.manual_seed(5)
     rows = torch.randperm(10).split(4)
     torch.manual_seed(5)
-    got = list(minibatches(batch, 4))
+    got = [minibatch for minibatch, _ in minibatches(batch, 4)]
     assert [len(m) for m in got] == [4, 4, 2]
     for minibatch, which in zip(got, rows, strict=True):
         assert minibatch.batch_size == (len(which),) and set(minibatch.keys(True)) == set(batch.keys(True))
         assert (minibatch == batch[which]).all()
-    assert next(minibatches(batch, 10)) is batch
+    assert next(minibatches(batch, 10))[0] is batch
 
 
 def test_metrics_are_means_over_the_gradient_steps():
@@ -303,7 +304,7 @@ def test_gradient_norms_are_those_before_clipping_and_means_over_the_minibatches
     metrics = update(ppo, batch)
     torch.manual_seed(3)
     expected = []
-    for minibatch in minibatches(batch, 16):
+    for minibatch, _ in minibatches(batch, 16, normalise=True):
         model.zero_grad()
         ppo.policy_update._accumulate(minibatch, value_only=False)
         gradients = {f"{n.split('.')[0]}.{n}": p.grad.clone() for n, p in model.named_parameters()}
