@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from throughput.processes import ENVS, STEP_S, STEPS
+
 GIB = 2**30
 MEASURED = Path(__file__).resolve().parents[1] / "results" / "throughput" / "processes.csv"
 
@@ -185,11 +188,17 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def shown(rows: list[dict[str, str | float]]) -> list[dict[str, str]]:
+    return [{name: v if isinstance(v, str) else f"{v:,.0f}" for name, v in row.items()} for row in rows]
+
+
 def check(measured: Path = MEASURED) -> list[dict[str, str | float]]:
     """Env steps/s of two processes, predicted from runs of one, beside what was measured.
 
-    Ranks of torchrun each do what a run of half the size does beside another such run. Two processes that simulate or
-    collect do so at twice the speed, less what that run loses to the other one: the cores share caches and memory.
+    Ranks of torchrun each do what a run of half the size does beside another such run. Two processes that collect do so
+    at twice the speed, less what that run loses to the other one: the cores share caches and memory. Two that simulate
+    share two cores with the policy, which acts on some rows while others step: its share is what a run without
+    processes takes longer than its simulators.
     """
     with measured.open() as file:
         runs = {
@@ -201,7 +210,9 @@ def check(measured: Path = MEASURED) -> list[dict[str, str | float]]:
     for kind in dict.fromkeys(kind for kind, _ in runs):
         one, two = runs[kind, "one"], runs[kind, "two"]
         collect, update = one["collect_s"], one["update_s"]
+        acting = runs["gym_workers", "zero"]["collect_s"] - ENVS * STEPS * STEP_S
         predicted = {
+            "gym_workers": ENVS * STEPS / ((ENVS * STEPS * STEP_S + acting) / 2 + update),
             "torchrun": 2 * shared["env_steps_per_second"],
             "sharded": one["env_steps_per_second"],  # the same work, and weights that are small
         }.get(kind, one["env_steps_per_second"] * (collect + update) / (collect / (2 * lost) + update))
@@ -212,8 +223,7 @@ def check(measured: Path = MEASURED) -> list[dict[str, str | float]]:
 
 def main() -> int:
     print(markdown(table()), end="\n\n")
-    checked = [{n: v if isinstance(v, str) else f"{v:,.0f}" for n, v in row.items()} for row in check()]
-    print(markdown(checked))
+    print(markdown(shown(check())))
     return 0
 
 

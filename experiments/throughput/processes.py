@@ -32,18 +32,19 @@ from typing import NamedTuple
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 TABLE = EXPERIMENTS / "results" / "throughput" / "processes.csv"
-ENVS, STEPS = 32, 32  # of the runs with slow simulators
+ENVS, STEPS, STEP_S = 32, 32, 0.002  # of the runs with slow simulators, and what a step of these takes of a core
 
 
 class Kind(NamedTuple):
     """Runs with one and with two of something: how many processes torchrun starts, and flags.
 
-    `half` is one process with half of the work; it also runs twice at a time, see `beside`.
+    `half` is one process with half of the work; it also runs twice at a time, see `beside`. `zero` has none of them.
     """
 
     one: tuple[int, dict[str, object]]
     two: tuple[int, dict[str, object]]
     half: tuple[int, dict[str, object]] | None = None
+    zero: tuple[int, dict[str, object]] | None = None
 
 
 def main_job(share: float = 1.0, **more: object) -> dict[str, object]:
@@ -70,6 +71,7 @@ KINDS = {
     "gym_workers": Kind(
         (1, slow_simulator(**{"trainer.env_config": '{"workers": 1}'})),
         (1, slow_simulator(**{"trainer.env_config": '{"workers": 2}'})),
+        zero=(1, slow_simulator(**{"trainer.env_config": '{"workers": 0}'})),
     ),
     "processes": Kind((1, elsewhere("processes", 1)), (1, elsewhere("processes", 2))),
     "ray": Kind((1, elsewhere("ray", 1)), (1, elsewhere("ray", 2))),

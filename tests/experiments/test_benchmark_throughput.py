@@ -10,6 +10,7 @@ from pathlib import Path
 import benchmark_throughput as benchmark
 import pytest
 import torch
+from throughput import model, processes
 from throughput.models import StandInEnv, build_model
 from throughput.peers import Floor
 from throughput.row import Settings, build_loop, measure
@@ -254,3 +255,48 @@ def test_the_resnet_model_has_the_parts_that_scopes_name():
     assert part_names(model) == ["vision_encoder", "language_encoder", "fusion", "action_head", "value_head"]
     assert 11e6 < sum(p.numel() for p in model.parameters()) < 12e6
     check_policy(VLAPolicy(model), StandInEnv(2).observation_spec["observation"].zero(), (3,))
+
+
+def test_two_processes_are_predicted_from_one_within_a_fifth():
+    rows = model.check()
+    assert [row["kind"] for row in rows] == ["torchrun", "sharded", "gym_workers", "processes", "ray"]
+    for row in rows:
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.2)
+
+
+def test_the_page_on_scaling_has_the_models_tables():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert model.markdown(model.table()) in text and model.markdown(model.shown(model.check())) in text
+
+
+def test_the_model_by_hand():
+    """One GPU that reads 1 GB of weights at 1 GB/s per token and does 1 TFLOP/s; two that exchange 8 bytes a weight."""
+    policy = model.Policy("p", 0.5e9, 0.25e9, 1e9, 2e9, 1, 1e6, 0.0)
+    assert policy.bytes_acting == 1.5e9 and policy.bytes_training(1, False) == 4.5e9
+    assert policy.bytes_training(3, True) == 1.5e9
+    machine = model.Machine(gpus=2, flops=1e12, memory_bandwidth=1e9, within=1e9, between=1e8)
+    job = model.Job(envs=10, decisions=4, chunk=2, epochs=3, minibatch=20, micro_batch=5, step_s=0.5, cores=8)
+    one = model.iteration(policy, job, machine, 1)
+    assert one.simulate == 40 * 2 * 0.5 / 8 and one.act == pytest.approx(4 * 2 * 1.5 + 40 * 1e9 / 1e12)
+    assert one.update == pytest.approx(3 * 40 * 2e9 / 1e12) and one.exchange == 0 and one.binds == "acting"
+    two = model.iteration(policy, job, machine, 2)
+    assert two.exchange == pytest.approx(6 * 0.5 * 8 * 0.25e9 / 1e9) and two.update == one.update / 2
+    divided = model.iteration(policy, job, machine, 2, sharded=True)
+    assert divided.exchange == pytest.approx(6 * 0.5 * (4 * 0.25e9 + 2 * 2 * 1.5e9) / 1e9)
+    elsewhere = model.iteration(policy, job, machine, 2, rollout_gpus=4)
+    assert elsewhere.seconds == pytest.approx(
+        max(one.simulate + elsewhere.act, two.update + two.exchange, 2 * 1e9 / 1e8 + 0.4)
+    )
+
+
+def test_runs_of_one_and_two_processes_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--kinds=gym_workers", "--turns=1", "--iterations=3", f"--output={tmp_path / 'p.csv'}"]
+    )
+    monkeypatch.setattr(processes, "KINDS", {"gym_workers": processes.KINDS["gym_workers"]._replace(zero=None)})
+    assert processes.main() == 0
+    one, two = benchmark.read_table(tmp_path / "p.csv")
+    assert (one["run"], two["run"]) == ("one", "two") and "two against one" in capsys.readouterr().out
+    steps = processes.ENVS * processes.STEPS
+    assert one["collect_s"] > 0.9 * steps * processes.STEP_S
+    assert one["env_steps_per_second"] == pytest.approx(steps / (one["collect_s"] + one["update_s"]), rel=0.1)
