@@ -156,7 +156,7 @@ def make_rollouts(
     return AsynchronousRollouts(
         partial(make_worker_env, trainer, device), trainer.num_envs, policy, trainer.num_collectors,
         trainer.buffer_size, trainer.max_staleness, trainer.seed, trainer.worker_timeout,
-        _ray_workers(trainer.ray_address) if ray else ProcessWorkers,
+        _ray_workers(trainer.ray_address) if ray else ProcessWorkers, world,
     )  # fmt: skip
 
 

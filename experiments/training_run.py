@@ -140,7 +140,7 @@ class TrainingRun:
 
     def _write_held(self) -> None:
         """Write what was held last, unless a checkpoint is as new."""
-        if self._held is not None and self._held["progress"]["global_step"] > self.writer.latest:
+        if self.world.leads and self._held is not None and self._held["progress"]["global_step"] > self.writer.latest:
             try:
                 self.writer.submit(self._held)
             except UserError as error:

@@ -17,6 +17,9 @@ Metrics, the same names in every script, all against `global_step`:
 | `rollout/workers_replaced`              | –         | workers of Ray that were lost, so far                        |
 | `train/loss_objective`                  | –         | clipped PPO objective, mean over the update's minibatches    |
 | `train/loss_critic`                     | –         | value loss, same mean                                        |
+| `train/kl_reference`                    | nats      | GRPO: KL to the policy of the start, by sampled decisions    |
+| `train/groups`                          | –         | GRPO: groups of episodes that were learned from              |
+| `rollout/groups_left_out`               | –         | GRPO: others, whose episodes all had the same return         |
 | `train/entropy`                         | nats      | entropy of the policy                                        |
 | `train/approx_kl`                       | nats      | KL from the collecting to the updated policy: r - 1 - log r  |
 | `train/clip_fraction`                   | 0..1      | samples whose probability ratio was clipped                  |

@@ -35,6 +35,7 @@ from research.processes import children_hear_nothing, serve_the_main_process
 from research.schema import UserError, describe_error
 from research.training.collecting_policy import POLICY_VERSION, CollectingPolicy
 from research.training.episodes import EpisodeStatistics
+from research.training.parallel import ALONE, World
 from research.training.rollout import WORKER, Policy, RolloutCollector
 from research.training.workers import WeightMailbox, WorkerWatch, end_now
 
@@ -163,6 +164,7 @@ class AsynchronousRollouts:
         seed: workers draw from streams that differ by worker and by seed.
         timeout: seconds in which a worker that is waited for has to take a step.
         start: makes the workers.
+        world: the processes of the run, each with workers of its own; episodes are reported together.
     """
 
     def __init__(
@@ -176,10 +178,12 @@ class AsynchronousRollouts:
         seed: int,
         timeout: float = 60.0,
         start: Callable[..., Workers] = ProcessWorkers,
+        world: World = ALONE,
     ):
         self.policy = CollectingPolicy(policy)
         self.max_staleness, self.buffer_size, self.share = max_staleness, buffer_size, num_envs // num_collectors
-        self.episodes = EpisodeStatistics(num_envs)
+        self.episodes = EpisodeStatistics(num_envs, world=world)
+        seed += 1_000_003 * world.rank
         steps = buffer_size // num_envs
         self.workers = start(make_env, self.policy, num_collectors, self.share, steps, seed, timeout)
         self._staleness = torch.zeros(0)  # of the last rollout's transitions, in updates
