@@ -106,7 +106,7 @@ class World:
         return self.moments_of_each([x])[1][0]
 
     def moments_of_each(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
-        """Of several tensors: how many numbers all ranks have, and their mean and standard deviation; in one message."""
+        """Of several tensors: how many numbers all ranks have, and their moments; in one message."""
         if self.size == 1:
             return [x.numel() for x in tensors], [(x.mean(), x.std()) for x in tensors]
         wide = [x.double() for x in tensors]

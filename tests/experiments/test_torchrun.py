@@ -115,17 +115,22 @@ def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint(tmp_path, torchrun):
     finished(torchrun(2, f"--trainer.resume={folder}", f"--trainer.iterations={done + 1}"))
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_iteration(tmp_path, torchrun):
+@pytest.mark.parametrize("whom", ["one rank", "torchrun"])
+def test_a_signal_stops_all_ranks_after_the_iteration_and_auto_goes_on(tmp_path, torchrun, whom):
+    """A scheduler signals torchrun, which hands it on to all of its processes."""
     process, ranks = started(torchrun, tmp_path, "--trainer.sharding=full")
-    os.kill(ranks[1], signal.SIGUSR1)
+    os.kill(*((ranks[1], signal.SIGUSR1) if whom == "one rank" else (process.pid, signal.SIGTERM)))
     _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
     folder = RunFolder(run_folder(tmp_path))
     assert folder.stopped_by == "signal", err
     state = load_checkpoint(folder.path)
-    assert (
-        len(state["ranks"]) == 2
-        and state["progress"]["global_step"] == rows_without_times(folder.path)[-1]["global_step"]
-    )
+    assert len(state["ranks"]) == 2
+    assert state["progress"]["global_step"] == rows_without_times(folder.path)[-1]["global_step"]
+    if whom == "torchrun":
+        more = f"--trainer.iterations={state['progress']['iteration'] + 1}"
+        out = finished(torchrun(2, f"--config={tmp_path / 'config.json'}", "--trainer.resume=auto", more))
+        assert "start anew" not in out and len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_the_error_of_one_rank_is_said_once_and_ends_all(tmp_path, torchrun):
