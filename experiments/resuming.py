@@ -195,15 +195,17 @@ def restore(state: Mapping[str, Any], parts: Assembly, progress: Progress) -> No
         parts.algorithm.load_state_dict(state["optimizer"])
         progress.load_state_dict(state.get("progress", state))  # earlier runs kept its entries at the top
         own = _of_rank(state, parts.world)
-        episodes = {"episodes": state["statistics"]} if "statistics" in state else {}
-        exactly = parts.rollouts.load_state_dict(episodes | own["rollouts"], progress.env_steps)
-        if own["rng"] is not None:
+        if own is None:
+            exactly = parts.rollouts.load_state_dict(None, progress.env_steps)
+        else:
+            episodes = {"episodes": state["statistics"]} if "statistics" in state else {}
+            exactly = parts.rollouts.load_state_dict(episodes | own["rollouts"], progress.env_steps)
             restore_rng(own)
     if not exactly:
         print("episodes cannot be restored and start anew: the run goes on, but not bit for bit")
 
 
-def _of_rank(state: Mapping[str, Any], world: World) -> Mapping[str, Any]:
+def _of_rank(state: Mapping[str, Any], world: World) -> Mapping[str, Any] | None:
     """Environments and generators of this process; none where the run had another number of processes."""
     if "ranks" not in state and world.size == 1:
         return state
@@ -211,7 +213,7 @@ def _of_rank(state: Mapping[str, Any], world: World) -> Mapping[str, Any]:
     if len(ranks) == world.size:
         return ranks[world.rank]
     print(f"the checkpoint has the environments of {len(ranks) or 1} processes, and the run goes on with {world.size}")
-    return {"rollouts": {}, "rng": None}
+    return None
 
 
 def evaluation_at(folder: RunFolder, step: int, episodes: int) -> list[dict[str, Any]]:

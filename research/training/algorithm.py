@@ -119,8 +119,8 @@ class Collection(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any], env_steps: int) -> bool:
-        """Go on from there, after so many env steps; False where episodes have to start anew."""
+    def load_state_dict(self, state: dict[str, Any] | None, env_steps: int) -> bool:
+        """Go on from there, after so many env steps; False where episodes have to start anew, as without a state."""
 
     def shutdown(self) -> None:
         """Close environments and end processes."""

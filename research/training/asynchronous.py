@@ -229,7 +229,7 @@ class AsynchronousRollouts:
         """Nothing: episodes live in the workers."""
         return {}
 
-    def load_state_dict(self, state: dict, env_steps: int) -> bool:
+    def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
         """False: episodes start anew."""
         self.publish()  # the weights that were loaded
         return False

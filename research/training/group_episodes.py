@@ -130,10 +130,11 @@ class GroupEpisodes:
         """The place in the stream of initial states; no episode is under way."""
         return {"environment": self.env.state_dict()}
 
-    def load_state_dict(self, state: dict, env_steps: int) -> bool:
-        if "environment" in state:
+    def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
+        """Go on from there; False where there is no state, and the stream begins anew."""
+        if state is not None:
             self.env.load_state_dict(state["environment"])
-        return "environment" in state
+        return state is not None
 
     def shutdown(self) -> None:
         self.env.close()

@@ -142,11 +142,12 @@ class Rollouts:
             "episodes": self.episodes.state_dict(),
         }
 
-    def load_state_dict(self, state: dict, env_steps: int) -> bool:
-        """Go on from there; False where the environment cannot, so that episodes start anew."""
+    def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
+        """Go on from there; False where the environment cannot, or there is no state, so that episodes start anew."""
         self.policy.env_steps = env_steps
-        if "environment" in state:
-            self.env.load_state_dict(state["environment"])
+        if state is None:
+            return False
+        self.env.load_state_dict(state.get("environment", {}))
         exactly = self.env.resumes_exactly and "carrier" in state
         if exactly:
             carrier = TensorDict.from_dict(state["carrier"], batch_size=self.env.batch_size)

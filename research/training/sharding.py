@@ -48,13 +48,13 @@ class Sharding:
     """
 
     def __init__(self, model: nn.Module, score: Callable, try_out: Callable[[], Any], optimizer: torch.optim.Optimizer):
-        whole = dict(model.named_parameters())
-        device = next(iter(whole.values())).device
+        before = dict(model.named_parameters())
+        device = next(iter(before.values())).device
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         for block in blocks_that_run(model, try_out):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         self.root, self.optimizer = fully_shard(Root(model, score), mesh=mesh, reshard_after_forward=True), optimizer
-        self.parts = {id(whole[name]): part for name, part in model.named_parameters()}
+        self.parts = {id(before[name]): part for name, part in model.named_parameters()}
         for group in optimizer.param_groups:
             group["params"] = [self.parts[id(p)] for p in group["params"]]
         state, optimizer.state = dict(optimizer.state), type(optimizer.state)(dict)

@@ -135,14 +135,14 @@ def test_a_signal_stops_all_ranks_after_the_iteration_and_auto_goes_on(tmp_path,
 
 def test_the_error_of_one_rank_is_said_once_and_ends_all(tmp_path, torchrun):
     config = write_config(
-        tmp_path, trainer__env="gym:user_package.odd_envs:BreaksInRank1", trainer__env_config={"success_return": 1e9},
+        tmp_path, trainer__env="gym:user_package.breaking:BreaksInRank1", trainer__env_config={"success_return": 1e9},
         trainer__iterations=50, policy__action_dim=1,
         policy__vla_config={"model_config": {"modalities": ["proprio"], "hidden_size": 16}},
     )  # fmt: skip
     process = torchrun(2, "--config", str(config))
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert err.count("process 1: error: gym:user_package.odd_envs:BreaksInRank1") == 1 and "the gripper is loose" in err
+    assert err.count("process 1: error: gym:user_package.breaking:BreaksInRank1") == 1 and "the gripper is loose" in err
     assert err.count("error: another process of this run has ended") == 1
 
 

@@ -5,7 +5,6 @@ All observe three numbers, unless they say otherwise: the id modulo 97 over 97, 
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
 import gymnasium
@@ -50,15 +49,6 @@ class Terminates(Truncates):
 
 class Long(Truncates):
     length = 2000
-
-
-class BreaksInRank1(Long):
-    """In the second process of torchrun alone."""
-
-    def info(self, end: bool):
-        if os.environ.get("RANK") == "1" and self.t > 20:
-            raise RuntimeError("the gripper is loose")
-        return {}
 
 
 class RewardArray(Truncates):
