@@ -207,7 +207,9 @@ def check(measured: Path = MEASURED) -> list[dict[str, str | float]]:
     rows: list[dict[str, str | float]] = []
     half, shared = runs["torchrun", "half"], runs["torchrun", "beside"]
     lost = shared["env_steps_per_second"] / half["env_steps_per_second"]
-    for kind in dict.fromkeys(kind for kind, _ in runs):
+    for kind in dict.fromkeys(
+        kind for kind, _ in runs if kind != "threads"
+    ):  # nothing to predict: two ways of one thing
         one, two = runs[kind, "one"], runs[kind, "two"]
         collect, update = one["collect_s"], one["update_s"]
         acting = runs["gym_workers", "zero"]["collect_s"] - ENVS * STEPS * STEP_S

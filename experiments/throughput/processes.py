@@ -3,13 +3,14 @@
     python experiments/throughput/processes.py                          # a quarter of an hour, on two quiet cores
     python experiments/throughput/processes.py --kinds=torchrun,gym_workers --turns=1
 
-Every process computes on one thread. Measured are iterations after the first two, by turns; a row of the table is the
-median of its turns. Kinds:
+Every process computes on one thread, where nothing else is said. Measured are iterations after the first two, by turns;
+a row of the table is the median of its turns. Kinds:
 
 | kind          | what there are one or two of                                                                       |
 |---------------|----------------------------------------------------------------------------------------------------|
 | torchrun      | processes of `torchrun` on the main job, its batch divided; `half` is one process with half of it, |
 |               | `beside` the same while another such run, which it knows nothing of, has the other core            |
+| threads       | one process with two threads, and two processes of torchrun                                        |
 | sharded       | two processes of torchrun both times, and with `trainer.sharding=full`                             |
 | gym_workers   | processes that simulate (`env_config.workers`), 2 ms a step, while the main process waits for them |
 | processes     | processes that collect (`trainer.buffer_type=vla`), 2 ms a step; the update runs beside them       |
@@ -67,6 +68,7 @@ def elsewhere(collector: str, processes: int) -> dict[str, object]:
 
 KINDS = {
     "torchrun": Kind((1, main_job()), (2, main_job()), (1, main_job(0.5))),
+    "threads": Kind((1, main_job(**{"trainer.threads": 2})), (2, main_job())),
     "sharded": Kind((2, main_job()), (2, main_job(**{"trainer.sharding": "full"}))),
     "gym_workers": Kind(
         (1, slow_simulator(**{"trainer.env_config": '{"workers": 1}'})),
@@ -93,7 +95,7 @@ def measure(processes: int, flags: dict[str, object], iterations: int) -> dict[s
         launcher = (
             [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         )
-        words = [f"--{name}={value}" for name, value in {**flags, **always}.items()]
+        words = [f"--{name}={value}" for name, value in {**always, **flags}.items()]
         command = [sys.executable, *launcher, str(EXPERIMENTS / "ppo_vla.py"), "--config", str(config), *words]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
