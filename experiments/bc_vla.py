@@ -3,23 +3,21 @@
     python experiments/bc_vla.py                                  # as the checkpoint of the repository was made
     python experiments/bc_vla.py --stop_at=1 --output=my.pt       # imitates to the end: a better one
     python experiments/bc_vla.py --config experiments/configs/metaworld_bc.json
-    python experiments/bc_vla.py --config my.json --demonstrations=path/to/a/lerobot/dataset
+    python experiments/bc_vla.py --config my.json --demonstrations=path/to/a/lerobot/dataset --model_path=pretrained.pt
     python experiments/bc_vla.py --config my.json --dry_run       # what that would need; nothing is trained
 
 Demonstrations are the environment's own, where it has an expert, or those of a LeRobot data set. The environment's
 expert acts with noise, so that the data shows how to recover; what is imitated is what it would have done without.
 
 By default, first the model learns to point at what an instruction names, on many scenes without actions, as the
-vision-language models inside of large VLAs have; then it imitates the expert, and stops half-way: reinforcement
-learning is to do the rest. (Success jumps from a tenth to nine tenths within a few hundred steps, so it is watched, on
-states of its own.)
+vision-language models within large VLAs have; then it imitates the expert, and stops half-way: reinforcement learning
+is to do the rest. (Success jumps to nine tenths within a few hundred steps, so it is watched, on states of its own.)
 
 Ids of initial states below 10000 are never drawn in training. Of these, evaluation takes those from 0 on, what watches
 imitation those from 5000 on, and an expert that plays whole episodes those from `first_state` on.
 
-Writes the weights, and beside them, as JSON, the configuration, the seed and the success that was measured, and the
-episodes of that as .jsonl. A model whose encoders come from elsewhere is written as .safetensors, without those that
-did not change.
+Writes the weights, and beside them the configuration and the success that was measured, and its episodes as .jsonl. A
+model whose encoders come from elsewhere is written as .safetensors, without those that did not change.
 """
 
 from __future__ import annotations
@@ -80,6 +78,8 @@ class BCConfig(CloningConfig):
     """Dotted path of the model's class."""
     model_config: dict[str, Any] = field(default_factory=lambda: {"action_dim": 3})
     """Keyword arguments of the model's class, free-form."""
+    model_path: str | None = None
+    """Checkpoint to start from, as of policy.vla_config.model_path; none = fresh weights."""
     freeze: str | list[str] = "none"
     """Parts whose weights stay, as of policy.freeze; what they make of the data is computed once."""
     horizon: PositiveInt | None = None
@@ -132,8 +132,10 @@ class BCConfig(CloningConfig):
             raise UserError("env_config.chunk: give it as executed, which the model and the environment are both told")
         if self.horizon is not None and self.horizon < self.executed:
             raise UserError(f"horizon: {self.horizon} steps are planned and executed = {self.executed} are executed")
-        if "lora" in ([self.freeze] if isinstance(self.freeze, str) else self.freeze):
-            raise UserError("freeze: adapters are made for reinforcement learning; name the parts whose weights stay")
+        if {"lora", "residual"} & {*([self.freeze] if isinstance(self.freeze, str) else self.freeze)}:
+            raise UserError(
+                "freeze: adapters are made for reinforcement learning, and residuals; name the parts whose weights stay"
+            )
         if self.demonstrations is None and not self.eval_episodes:
             raise UserError("eval_episodes: 0 makes no environment, whose expert is imitated; give demonstrations")
 
@@ -180,12 +182,12 @@ def action_shape_of(config: BCConfig, action_dim: int) -> tuple[int, ...]:
 def build_model(
     config: BCConfig, observations: TensorDict, action_dim: int, choices: Any = None, load: Callable = load_vla_model
 ) -> nn.Module:
-    """The model, fresh but for what comes from packages; what follows from the observations need not be said."""
+    """The model as it starts; what follows from the observations need not be said."""
     named = constructor_arguments(config.model_class)
     follows = what_follows(observations, action_shape_of(config, action_dim), choices, named, config.horizon)
     told = {name: value for name, value in follows.items() if name in named}
     torch.manual_seed(config.seed)
-    model = load(None, config.model_class, told | config.model_config, config.device, expect_fresh=True)
+    model = load(config.model_path, config.model_class, told | config.model_config, config.device, expect_fresh=True)
     if not can_imitate(model):
         raise UserError(
             "model_class: imitation needs stages, and action_distribution or imitation_loss, which "
@@ -250,10 +252,11 @@ def main(argv: list[str] | None = None) -> int:
     horizon = planned_steps(model, action_shape)
     data, more = prepare(recorded, config, horizon) if recorded else collect(env, config, horizon)
     check_policy(policy, data[OBSERVATION][:2], action_shape)
-    normalise(model, data)
+    if not config.model_path:  # which has statistics
+        normalise(model, data)
     if config.pointing_steps:
         scenes = open_env(config, config.batch_size, seed=config.seed + 1)
-        learn_to_point(model, scenes, config.pointing_steps, config.learning_rate)
+        learn_to_point(model, scenes, config.pointing_steps, config.learning_rate, config.schedule)
     data = with_frozen_features(policy, data)
     clone(model, policy.rest, data, config, stop_when_good_enough(env, policy, config))
     settings = to_dict(config) | {"output": Path(config.output).name}  # not where on this machine

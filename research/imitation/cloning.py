@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 from research.imitation.demonstrations import RETURN
@@ -33,7 +34,8 @@ class CloningConfig:
     learning_rate: PositiveFloat = 1e-3
     """Learning rate of AdamW: of all steps, or the highest of a cycle."""
     schedule: Literal["constant", "one_cycle"] = "constant"
-    """constant, or one_cycle: up to the learning rate in the first tenth of the steps, then down to nothing."""
+    """constant, or one_cycle: up to the learning rate in the first tenth of the steps, then down to nothing; of
+    imitation, and of pointing before it."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of AdamW."""
     loss: Literal["head", "smooth_l1"] = "head"
@@ -71,9 +73,7 @@ def clone(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.steps or config.epochs * max(1, len(data) // config.batch_size)
-    cycle = None
-    if config.schedule == "one_cycle":
-        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, pct_start=RISING)
+    rates = scheduled(optimizer, config.schedule, steps)
     rows = iter(())
     for step in tqdm(range(1, steps + 1), desc="imitation", disable=None):
         chosen = next(rows, None)
@@ -95,10 +95,17 @@ def clone(
         if config.max_grad_norm:
             nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
-        if cycle is not None:
-            cycle.step()
+        rates.step()
         if stop(step, action_loss.item()):
             break
+
+
+def scheduled(optimizer: torch.optim.Optimizer, schedule: str, steps: int) -> LRScheduler:
+    """What sets the learning rates of so many gradient steps, see `CloningConfig.schedule`."""
+    if schedule == "one_cycle":
+        highest = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, highest, steps, pct_start=RISING)
+    return ConstantLR(optimizer, factor=1.0)
 
 
 def can_imitate(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from research.imitation.cloning import scheduled
 from research.schema import UserError
 
 
@@ -34,7 +35,7 @@ class PlaceReader(nn.Module):
         return self.place(found.unflatten(1, (count, 2)).flatten(2))
 
 
-def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float) -> None:
+def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float, schedule: str = "constant") -> None:
     """Regress the places that a model points at on those of the things that the instruction names, on fresh scenes.
 
     Args:
@@ -42,7 +43,7 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float)
             trained in place.
         env: with `named_places()` `[B, count, 2]`; each step is a reset of all its rows.
         steps: gradient steps.
-        learning_rate: of Adam.
+        learning_rate, schedule: of Adam, as of `cloning.CloningConfig`.
     Raises:
         UserError: the model cannot point, or the environment names nothing.
     """
@@ -53,6 +54,7 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float)
         point = _make_reader(_seen(model, env.reset()), env.named_places().shape[1])
         parameters += point.parameters()
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    rates = scheduled(optimizer, schedule, steps)
     bar = tqdm(range(steps), desc="pointing", disable=None)
     for step in bar:
         features, places = _seen(model, env.reset()), env.named_places()
@@ -60,6 +62,7 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        rates.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
 

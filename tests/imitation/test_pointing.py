@@ -41,6 +41,22 @@ def test_a_model_learns_to_point():
     assert (model.points(seen)[:, :4] - scenes.places).abs().max() < 0.05
 
 
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 0.02), ("one_cycle", 0.0)])
+def test_the_learning_rate_of_pointing_follows_the_schedule(schedule, last):
+    """By how far Adam's steps move a weight: never more than about its rate."""
+    weights, model = [], Pointer()
+
+    class Watched(Scenes):
+        def reset(self):
+            weights.append(model.points.bias.detach().clone())
+            return super().reset()
+
+    learn_to_point(model, Watched(), 40, 0.02, schedule)
+    moved = [(b - a).abs().max().item() for a, b in zip(weights, [*weights[1:], model.points.bias], strict=True)]
+    assert moved[10] > 0.002 and max(moved) < 0.03
+    assert moved[-1] > 0.002 if last else moved[-1] < 1e-5
+
+
 class Tokens(nn.Module):
     """Writes three tokens of what it sees, and cannot point."""
 
