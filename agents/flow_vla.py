@@ -113,21 +113,23 @@ class FlowVLA(DecidingVLA):
         return F.pad(state, (0, self.state_room - state.shape[-1]))
 
     def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
-        """Denoise a chunk; the mode is where the equation leads from no noise at all."""
+        """Denoise a chunk; `deterministic` is where the equation leads, without noise on the way.
+
+        What is denoised is drawn in either case. Noise of zeros, or the same noise at every decision, leads to worse
+        actions than fresh noise, by far after reinforcement learning: such a policy gets stuck beside its goal.
+        """
         velocity, hidden = self.velocity(step), step.get(PREFIX_HIDDEN)
-        shape = (len(hidden), self.horizon, self.room)
+        noise = torch.randn(len(hidden), self.horizon, self.room, device=hidden.device)
         if deterministic:
             with torch.no_grad():
-                x = follow(velocity, torch.zeros(shape, device=hidden.device), self.flow.steps)
+                x = follow(velocity, noise, self.flow.steps)
             states = [x] * (2 if isinstance(self.flow, FlowSDE) else self.flow.steps.count + 1)
             drawn = (torch.stack(states, dim=1), torch.zeros(len(x), dtype=torch.int64, device=x.device))
             log_prob = at_level(x.new_zeros(len(x), self.executed, self.action_dim), self.ratio_level)
+        elif isinstance(self.flow, FlowSDE):
+            x, *drawn, log_prob = self.flow.sample(velocity, noise, level=self.ratio_level)
         else:
-            noise = torch.randn(shape, device=hidden.device)
-            if isinstance(self.flow, FlowSDE):
-                x, *drawn, log_prob = self.flow.sample(velocity, noise, level=self.ratio_level)
-            else:
-                x, *drawn, log_prob = self.flow.sample(velocity, self._raw_std(step), noise, level=self.ratio_level)
+            x, *drawn, log_prob = self.flow.sample(velocity, self._raw_std(step), noise, level=self.ratio_level)
         action = self.actions.unnormalise(x[:, : self.executed, : self.action_dim])
         step.set(ACTION, action[:, 0] if self.executed == 1 else action)
         step.update(dict(zip(self.decision_keys, drawn, strict=False)))

@@ -39,8 +39,9 @@ def serve(model: nn.Module, example: TensorDictBase | None = None, autocast: str
         `act(observation, deterministic=True)`: the action, float32 `[A]`, or `[H, A]` where H control steps are
         executed before the next look. The observation has, for each key that the model reads, a picture uint8
         `[H, W, 3]`, a depth float `[H, W]`, `proprio` float `[P]`, or, as `language`, a string. What is not
-        deterministic draws from torch's global generator. It raises a `UserError`, of one line that names the key,
-        where a key is missing or too many, or has another dtype or shape, or numbers that are not finite.
+        deterministic draws from torch's global generator; a flow draws what it denoises in either case. It raises a
+        `UserError`, of one line that names the key, where a key is missing or too many, or has another dtype or shape,
+        or numbers that are not finite.
     """
     policy = VLAPolicy(model.eval(), autocast=autocast)
     device = next(model.parameters()).device

@@ -164,7 +164,8 @@ def evaluate(
         max_steps: control steps after which an episode that does not end by itself is cut off: it counts as a failure,
             whatever it did.
         on_end: called with the number of episodes done, whenever some have ended.
-        mode: "mode" asks the policy for its mode; "sample" lets it draw as in training, from a generator of its own.
+        mode: "mode" asks the policy for its mode; "sample" lets it draw as in training. What is drawn, even for the
+            mode of a flow, is from a generator of its own.
     Returns:
         episodes in the order of `states`. The same weights and states give the same episodes, bit for bit on CPU.
     """

@@ -60,6 +60,22 @@ def test_what_leads_to_a_goal_acts_on_it_in_the_units_of_the_data(statistics):
 
 @torch.no_grad()
 @pytest.mark.parametrize("noise", [0.5, (0.08, 0.16)])
+def test_without_noise_on_the_way_a_decision_is_what_the_drawn_noise_leads_to(noise):
+    """By Euler steps in numbers: x goes from the noise at time 1 to time 0 along a velocity that depends on both."""
+    model = Known(torch.zeros(8, 4, 6), noise=noise)
+    model.velocity = lambda step: lambda x, time: torch.sin(3 * x) + time[:, None, None]
+    torch.manual_seed(4)
+    acted = model.decide(step(), deterministic=True)
+    torch.manual_seed(4)
+    step()
+    x, count = torch.randn(8, 4, 6), model.flow.steps.count
+    for k in range(count):
+        x = x - (torch.sin(3 * x) + (1 - k / count)) / count
+    torch.testing.assert_close(acted["action"], x[:, :2, :3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", [0.5, (0.08, 0.16)])
 @pytest.mark.parametrize(("level", "parts"), [("chunk", ()), ("action", (2,)), ("token", (6,))])
 def test_parts_of_a_decision_have_log_probabilities_of_their_own(level, parts, noise):
     torch.manual_seed(0)
