@@ -16,41 +16,16 @@ import sys
 
 import packages  # noqa: F401
 
-from assembling import Assembly, assemble
-from configuration import GRPO_CONFIG, read_experiment
-from opening import open_run
-from resuming import load_resumed
+from assembling import Assembly
+from configuration import GRPO_CONFIG
+from starting import run_script
 from training_run import FILMED, TrainingRun
 
-from research.config import ExperimentConfig
-from research.schema import UserError
-from research.training.parallel import join, let_rank_0_speak
 from research.training.utilisation import Stopwatch
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        config = read_experiment(ExperimentConfig, argv, __doc__, GRPO_CONFIG)
-        if config.algorithm.name != "grpo":
-            raise UserError(f"algorithm.name: this script trains by grpo, and was given {config.algorithm.name!r}")
-        return train(config)
-    except UserError as error:
-        let_rank_0_speak()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before the run began", file=sys.stderr)
-        return 130
-
-
-def train(config: ExperimentConfig) -> int:
-    world = join(config.trainer.device)
-    resumed = load_resumed(config)
-    parts = assemble(config, world)  # whatever can be refused is refused here
-    with open_run(config, parts, resumed) as run:
-        learn(parts, run)
-    return run.code  # the table of exit codes: TrainingRun
+    return run_script("grpo", learn, __doc__, argv, GRPO_CONFIG)
 
 
 def learn(parts: Assembly, run: TrainingRun) -> None:

@@ -15,43 +15,16 @@ import sys
 
 import packages  # noqa: F401
 
-from assembling import Assembly, assemble
-from configuration import read_experiment, split_flag
-from dry_run import dry_run
-from opening import open_run
-from resuming import load_resumed
+from assembling import Assembly
+from starting import run_script
 from training_run import FILMED, TrainingRun
 
-from research.config import ExperimentConfig
-from research.schema import UserError
 from research.training.algorithm import env_steps_in
-from research.training.parallel import join, let_rank_0_speak
 from research.training.utilisation import Stopwatch
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv, dry = split_flag(sys.argv[1:] if argv is None else argv, "--dry_run")
-    try:
-        config = read_experiment(ExperimentConfig, argv, __doc__)
-        if config.algorithm.name != "ppo":
-            raise UserError(f"algorithm.name: this script trains by ppo; {config.algorithm.name} is grpo_vla.py")
-        return dry_run(config) if dry else train(config)
-    except UserError as error:
-        let_rank_0_speak()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before the run began", file=sys.stderr)
-        return 130
-
-
-def train(config: ExperimentConfig) -> int:
-    world = join(config.trainer.device)
-    resumed = load_resumed(config)
-    parts = assemble(config, world)  # whatever can be refused is refused here
-    with open_run(config, parts, resumed) as run:
-        learn(parts, run)
-    return run.code  # the table of exit codes: TrainingRun
+    return run_script("ppo", learn, __doc__, argv)
 
 
 def learn(parts: Assembly, run: TrainingRun) -> None:
