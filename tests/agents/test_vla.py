@@ -118,7 +118,9 @@ def test_reuse_changes_neither_actions_nor_gradients():
         actions.append(batch["action"])
         gradients.append(gradients_of(policy, batch))
     assert torch.equal(*actions)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    # A stage that runs for more rows at once may round otherwise, on some machines.
+    for kept, anew in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, anew, rtol=1e-5, atol=1e-8)
 
 
 def test_tokens_that_were_good_become_likelier():

@@ -1,7 +1,8 @@
 """The first iterations of small runs, as numbers: what a refactor must not change without saying so.
 
-Rounding differs between machines, and grows from iteration to iteration, hence few of them and a tolerance. To change
-the numbers on purpose, say why in LOG.md. Nothing is said of episodes (nan) until all of a rollout have ended.
+Rounding differs between machines, and grows from iteration to iteration, hence few of them and a tolerance that grows,
+too (an Intel Xeon wrote the numbers; on an AMD EPYC the largest deviation was 0.0022 of a number, in the third row). To
+change the numbers on purpose, say why in LOG.md. Nothing is said of episodes (nan) until all of a rollout have ended.
 """
 
 from __future__ import annotations
@@ -51,5 +52,5 @@ def test_the_first_iterations_are_those_of_the_day_this_was_written(tmp_path, sc
     assert ppo_vla.main(["--config", str(config)]) == 0
     rows = [row for row in rows_without_times(run_folder(tmp_path)) if "train/approx_kl" in row]
     assert len(rows) == 3
-    for row, expected in zip(rows, GOLDEN[scope], strict=True):
-        assert [row.get(name, nan) for name in METRICS] == pytest.approx(expected, rel=2e-3, abs=1e-4, nan_ok=True)
+    for row, expected, rel in zip(rows, GOLDEN[scope], (2e-3, 2e-3, 5e-3), strict=True):
+        assert [row.get(name, nan) for name in METRICS] == pytest.approx(expected, rel=rel, abs=1e-4, nan_ok=True)
