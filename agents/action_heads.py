@@ -292,7 +292,7 @@ class ActionTokens(Distribution):
     support = constraints.independent(constraints.real, 1)
 
     def __init__(self, logits: Tensor, low: float = -1.0, high: float = 1.0, event_dim: int = 1):
-        self.tokens = Categorical(logits=logits, validate_args=False)
+        self.tokens, self.logits = Categorical(logits=logits, validate_args=False), logits
         self.low, self.high, self.bins = low, high, logits.shape[-1]
         self._event = tuple(range(-event_dim, 0))
         batch = logits.shape[: -1 - event_dim]

@@ -1,4 +1,4 @@
-"""Normalisation of actions and states by the statistics of the data that a VLA was pretrained on.
+"""Normalisation of actions and states: by statistics of the data that a VLA was pretrained on, or of what it has seen.
 
 A pretrained VLA speaks of actions in numbers of about unit size; what a robot wants are metres and radians. The policy
 keeps what it drew, and its log-probability, in its own numbers: only what goes to the environment is brought back.
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchrl.modules import RunningValueNorm
 
 from research.schema import UserError, did_you_mean, one_line
 
@@ -31,6 +32,7 @@ FIELDS: dict[str, tuple[str, str]] = {
 OTHER_NAMES = {"proprio": "observation.state"}  # OpenVLA's name of a quantity -> LeRobot's
 POLICY_FILE = "policy_preprocessor_step_*_normalizer_processor.safetensors"  # of a LeRobot policy
 SMALLEST = 1e-8  # a number that does not vary in the data is normalised to its middle
+LARGEST = 10.0  # what is normalised by running statistics lies within, as in Stable-Baselines3's VecNormalize
 
 
 class Normalisation(nn.Module):
@@ -105,6 +107,42 @@ class Normalisation(nn.Module):
                 f"statistics: {FIELDS[kind][1]} has a number below {FIELDS[kind][0] if kind != 'mean_std' else 0}"
             )
         return cls(middle, scale, mask)
+
+
+class RunningNormalisation(RunningValueNorm):
+    """Each number of an input to mean 0 and deviation 1, by the statistics of all inputs that `update` was shown.
+
+    A model that holds one passes `proprio` through it, and `algorithm.cfg.normalize_proprio` shows it those of every
+    batch, between two rollouts; without that it stands still. Its buffers are saved with the model's weights. Until it
+    has been shown something it changes nothing.
+
+    Args:
+        size: P of inputs `[..., P]`.
+    """
+
+    follows = True  # what reads this changes between updates, without a gradient: it cannot be computed once and kept
+
+    def __init__(self, size: int):
+        super().__init__(shape=size, epsilon=1e-8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.count > 0, self.normalize(x).clamp(-LARGEST, LARGEST), x)
+
+
+def find_running_normalisation(model: nn.Module) -> RunningNormalisation:
+    """The one that a model holds.
+
+    Raises:
+        UserError: it holds none, or several.
+    """
+    found = [module for module in model.modules() if isinstance(module, RunningNormalisation)]
+    if len(found) != 1:
+        number = f"{len(found)} RunningNormalisations" if found else "no RunningNormalisation"
+        raise UserError(
+            f"algorithm.cfg.normalize_proprio: {type(model).__name__} has {number} (agents.normalisation), and needs "
+            "one that proprio passes through, as agents.state_mlp.StateMLP has; or leave the option out"
+        )
+    return found[0]
 
 
 def read_statistics(path: str | Path, quantity: str = "action", dataset: str | None = None) -> dict[str, Any]:

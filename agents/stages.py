@@ -172,8 +172,12 @@ def is_shared(stage: TensorDictModuleBase) -> bool:
 
 
 def trains(stage: TensorDictModuleBase) -> bool:
-    """Whether a stage has trainable weights, or may have: nobody can see which weights a function uses."""
-    return is_opaque(stage) or any(p.requires_grad for p in _parameters(stage))
+    """Whether a stage changes as a run goes on: by training, or following what it sees.
+
+    Or may change: nobody can see which weights a function uses.
+    """
+    follows = any(getattr(m, "follows", False) for m in module_of(stage).modules())
+    return is_opaque(stage) or follows or any(p.requires_grad for p in _parameters(stage))
 
 
 def _parameters(stage: TensorDictModuleBase) -> Iterator[nn.Parameter]:

@@ -35,6 +35,7 @@ from torch.distributions import Distribution
 
 from agents.action_heads import entropy_of, mode_of
 from agents.ratio_level import LEVELS, RatioLevel, log_prob_at
+from agents.residual import pretrained_stage, residual_distribution, residual_of
 from agents.stages import run_stage
 from research.schema import (
     ACTION,
@@ -115,7 +116,7 @@ class DecidingVLA(nn.Module):
 
         Writes `action` `[B, A]` or `[B, H, A]`, `action_log_prob` `[B]` (of L parts `[B, L]`, where `ratio_level` says
         so), `state_value` `[B, 1]` and `decision_keys` into `step`, and returns it. Draws from torch's global
-        generator, unless `deterministic`.
+        generator, unless `deterministic`, which asks for the likeliest action or what comes nearest to it.
         """
 
     @abstractmethod
@@ -171,9 +172,14 @@ class StagedVLA(DecidingVLA):
     def value(self, hidden: Tensor) -> Tensor:
         """The state value at `hidden` `[B, D]`: `[B, 1]`."""
 
+    def distribution_at(self, step: TensorDictBase) -> Distribution:
+        """The policy, with the residual of the freeze scope of that name, at a step whose stages have run."""
+        if residual_of(self) is None:
+            return self.action_distribution(step.get(HIDDEN))
+        return residual_distribution(self, step)
+
     def decide(self, step: TensorDictBase, deterministic: bool) -> TensorDictBase:
-        hidden = step.get(HIDDEN)
-        distribution = self.action_distribution(hidden)
+        distribution = self.distribution_at(step)
         if deterministic:
             action = mode_of(distribution)
         else:
@@ -181,13 +187,12 @@ class StagedVLA(DecidingVLA):
         # Choices are drawn as integers; an action is float32 for every environment, and whole numbers are exact in it.
         step.set(ACTION, action if action.is_floating_point() else action.float())
         log_prob = log_prob_at(distribution, action, self.ratio_level)
-        return step.set(LOG_PROB, log_prob).set(VALUE, self.value(hidden).float())
+        return step.set(LOG_PROB, log_prob).set(VALUE, self.state_value(step))
 
     def score(self, step: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = step.get(HIDDEN)
-        distribution = self.action_distribution(hidden)
+        distribution = self.distribution_at(step)
         log_prob = log_prob_at(distribution, step.get(ACTION), self.ratio_level)
-        return log_prob, entropy_of(distribution), self.value(hidden).float()
+        return log_prob, entropy_of(distribution), self.state_value(step)
 
     def state_value(self, step: TensorDictBase) -> Tensor:
         return self.value(step.get(HIDDEN)).float()
@@ -202,6 +207,8 @@ class StagedVLA(DecidingVLA):
 
 def contract_of(model: nn.Module) -> Contract:
     """The one contract, as this model fulfils it: the model itself, or an adapter around its methods."""
+    if residual_of(model) is not None:
+        return _WithResidual(model)
     if all(hasattr(model, m) for m in DECIDING_METHODS):
         return model
     if all(hasattr(model, m) for m in STAGED_METHODS):
@@ -216,9 +223,28 @@ class _Staged:
     decision_keys, context_keys = StagedVLA.decision_keys, StagedVLA.context_keys
     ratio_levels, ratio_level, score_is_exact = LEVELS, StagedVLA.ratio_level, StagedVLA.score_is_exact
     decide, score, state_value = StagedVLA.decide, StagedVLA.score, StagedVLA.state_value
+    distribution_at = StagedVLA.distribution_at
 
     def __init__(self, model: nn.Module):
         self.stages, self.action_distribution, self.value = model.stages, model.action_distribution, model.value
+
+
+class _WithResidual(_Staged):
+    """A staged model with a residual policy (`agents/residual.py`): a stage writes what the frozen policy says."""
+
+    def __init__(self, model: nn.Module):
+        for method in ("decide", "score", "state_value"):
+            if getattr(type(model), method, None) not in (None, getattr(StagedVLA, method)):
+                raise UserError(
+                    f"policy.freeze: residual adds to action_distribution, past which {type(model).__name__}.{method} "
+                    "goes its own way; use backbone or lora"
+                )
+        self.model, self.residual = model, residual_of(model)
+        self.action_distribution, self.value = model.action_distribution, model.value
+        self.context_keys = (HIDDEN, *self.residual.keys)
+
+    def stages(self) -> list[TensorDictModuleBase]:
+        return [*self.model.stages(), pretrained_stage(self.model)]
 
 
 class _ThreeMethods:

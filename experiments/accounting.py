@@ -9,30 +9,34 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from algorithms import make_ppo
-from building import feature_budget, model_arguments
+from building import feature_budget, freeze_as_configured, model_arguments
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from agents.critic import find_value_head
 from agents.live_bytes import LiveBytes, bytes_of
 from agents.loading import construct_on_meta, load_vla_model
 from agents.policy import VLAPolicy
+from agents.residual import policy_at
 from agents.shapes_only import look_nothing_up, rows_like, shapes_only, without_values
 from agents.weights import some
 from envs import make_env
 from research.config import ExperimentConfig
 from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, UserError, with_text_as
-from research.training.freezing import HEADS, freeze, part_names
+from research.training.freezing import part_names
 from research.training.rollout import KEPT_AFTER
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 VALUE_HEAD = "value_head"
 ROWS = 2  # of the environment that is made, and of the observations on which a model is tried
@@ -110,8 +114,7 @@ def needs_of_run(config: ExperimentConfig, offered: Offered, device: torch.devic
     trainer, cfg, vla = config.trainer, config.algorithm.cfg, config.policy.vla_config
     model = model_of_shapes(None, vla.model_class, model_arguments(config, *offered[:3]))
     value_head = value_head_of(model, config.policy.value_head, offered.observations)
-    heads = getattr(model, "heads", None) or list(dict.fromkeys([*HEADS, *value_head]))
-    freeze(model, config.policy.freeze, heads=heads, lora=config.policy.lora)
+    freeze_as_configured(model, config.policy, value_head, lambda: policy_of_shapes(model, offered.observations))
     with shapes_only():
         few = rows_like(offered.observations, ROWS, device)
         without_values(model, device).eval()
@@ -210,9 +213,18 @@ def value_head_of(model: nn.Module, named: str | None, observations: TensorDictB
     """
     if named or VALUE_HEAD in (getattr(model, "heads", None) or ()):
         return [named or VALUE_HEAD]
+    return _of_a_copy(find_value_head, model, observations)
+
+
+def policy_of_shapes(model: nn.Module, observations: TensorDictBase) -> tuple[Tensor, Distribution]:
+    """As `agents.residual.policy_at`, of a model without values."""
+    return _of_a_copy(policy_at, model, observations)
+
+
+def _of_a_copy(ask: Callable[[nn.Module, TensorDictBase], T], model: nn.Module, observations: TensorDictBase) -> T:
     model, cpu = copy.deepcopy(model), torch.device("cpu")
     with shapes_only():
-        return find_value_head(without_values(model, cpu), rows_like(observations, ROWS, cpu))
+        return ask(without_values(model, cpu), rows_like(observations, ROWS, cpu))
 
 
 def parts_of(model: nn.Module) -> list[Part]:

@@ -8,9 +8,10 @@ import torch
 from tensordict import TensorDictBase
 
 from agents.critic import detach_value_head, scores
+from agents.normalisation import find_running_normalisation
 from agents.policy import VLAPolicy
 from research.config import ExperimentConfig
-from research.schema import UserError
+from research.schema import OBSERVATION, PROPRIO, UserError
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Algorithm
 from research.training.freezing import named_parameters_within, parameter_groups, part_names
@@ -18,6 +19,7 @@ from research.training.grpo import GRPO, GRPOUpdate, StartingPolicy
 from research.training.loss import make_loss
 from research.training.parallel import ALONE, World
 from research.training.ppo import PPO, PolicyUpdate
+from research.training.running_statistics import ProprioStatistics, RewardScaling
 from research.training.sharding import Sharding
 from research.training.vtrace import VTraceAdvantages
 
@@ -70,7 +72,35 @@ def make_ppo(
         advantages = GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size or cfg.batch_size)
     else:
         advantages = VTraceAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size)
-    return PPO(advantages, step, cfg)
+    scaling, proprio = make_reward_scaling(config, world), make_proprio_statistics(config, policy, world)
+    return PPO(advantages, step, cfg, scaling, proprio)
+
+
+def make_reward_scaling(config: ExperimentConfig, world: World = ALONE) -> RewardScaling | None:
+    """The statistics of `algorithm.cfg.normalize_reward`, or None without it."""
+    cfg, trainer = config.algorithm.cfg, config.trainer
+    if not cfg.normalize_reward:
+        return None
+    return RewardScaling(cfg.gamma, trainer.num_envs, trainer.num_envs // trainer.num_collectors, world)
+
+
+def make_proprio_statistics(
+    config: ExperimentConfig, policy: VLAPolicy, world: World = ALONE
+) -> ProprioStatistics | None:
+    """What follows observations with `algorithm.cfg.normalize_proprio`, or None without it.
+
+    Raises:
+        UserError: the model has no such module, or reads `proprio` in frozen parts alone.
+    """
+    if not config.algorithm.cfg.normalize_proprio:
+        return None
+    normaliser = find_running_normalisation(policy.model)
+    if not {OBSERVATION, (OBSERVATION, PROPRIO)} & set(policy.kept_keys):
+        raise UserError(
+            "algorithm.cfg.normalize_proprio: the update does not read proprio, which frozen parts of "
+            f"{type(policy.model).__name__} alone do; leave the option out, or do not freeze them (policy.freeze)"
+        )
+    return ProprioStatistics(normaliser, world)
 
 
 def make_grpo(

@@ -7,10 +7,10 @@
     python experiments/benchmark_throughput.py --device=cuda                # 1,024 envs, 224 pixels, 381 M parameters
 
 A row is loop/freeze/precision/buffer, as in ours/backbone/bf16/standard. Loops are `sb3`, `torchrl`, `ours`, and the
-`floor` of each row of ours: the least that must be computed, timed alternating with it. `freeze` is none, vision, or
-backbone (all but the heads); the precision fp32 or bf16, either also -compiled; the buffer `trainer.buffer_type`.
-Peers, which offer nothing else, and the buffer vla run in fp32. Every row has the same environment, sizes and initial
-weights, and a process of its own.
+`floor` of each row of ours: the least that must be computed, timed alternating with it. `freeze` is none, vision,
+backbone (all but the heads), or residual, of ours alone; the precision fp32 or bf16, either also -compiled; the buffer
+`trainer.buffer_type`. Peers, which offer nothing else, and the buffer vla run in fp32. Every row has the same
+environment, sizes and initial weights, and a process of its own.
 
 Into --output, by default runs/throughput in the working directory, go <model>-<env>-<device>.csv and .png, or
 scaling-<env>-<device>.csv and .png, after every row. The tables that RESULTS.md shows are committed in
@@ -129,7 +129,7 @@ def settings_of(options: argparse.Namespace, row: str) -> Settings:
 
 def compare(options: argparse.Namespace) -> int:
     names = [f"{loop}/{scope}/fp32/standard" for loop in ("sb3", "torchrl") for scope in FREEZE]
-    names += [f"ours/{scope}/{precision}/standard" for scope in FREEZE for precision in PRECISIONS]
+    names += [f"ours/{scope}/{precision}/standard" for scope in (*FREEZE, "residual") for precision in PRECISIONS]
     names += [f"ours/{scope}/fp32/vla" for scope in FREEZE]
     chosen = [name for name in names if any(fnmatchcase(name, glob) for glob in options.rows.split(","))]
     if not chosen:

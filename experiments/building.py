@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
-from torch import nn
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from agents.adapters import load_adapters
 from agents.checking import check_model, check_policy
@@ -18,7 +19,8 @@ from agents.critic import find_value_head
 from agents.feature_budget import FeatureBudget
 from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
-from research.config import FREEZE_SWITCHES, ExperimentConfig
+from agents.residual import RESIDUAL, add_residual, policy_at
+from research.config import FREEZE_SWITCHES, ExperimentConfig, PolicyConfig
 from research.runs.checkpoint import frozen_weights
 from research.schema import PROPRIO, RGB, UserError, base_modality, one_line
 from research.training.audit import load_trained_state
@@ -34,7 +36,7 @@ class BuiltModel(NamedTuple):
     value_head: list[str]
     """Names of the modules and parameters that only the value depends on."""
     heads: list[str]
-    """Parts that the scopes "backbone" and "lora" leave."""
+    """Parts that the scope leaves, of those that leave some: "backbone", "lora", "residual"."""
     frozen: list[str]
     """Names of the parameters that the scope froze."""
 
@@ -80,12 +82,34 @@ def make_model(
     with torch.random.fork_rng():
         check_model(model.eval(), observations, action_shape, choices)
     value_head = [policy.value_head] if policy.value_head else find_value_head(model, observations)
-    heads = getattr(model, "heads", None) or list(dict.fromkeys([*HEADS, *value_head]))
-    frozen = freeze(model, policy.freeze, heads=heads, lora=policy.lora)
+    heads, frozen = freeze_as_configured(model, policy, value_head, lambda: policy_at(model, observations))
     if vla.adapter_path:
         load_adapters(model, vla.adapter_path, policy.lora.rank, policy.lora.alpha, vla.trust_checkpoint)
     refuse_half_precision(model)
     return BuiltModel(model.eval(), value_head, heads, frozen)
+
+
+def freeze_as_configured(
+    model: nn.Module,
+    policy: PolicyConfig,
+    value_head: Sequence[str],
+    try_out: Callable[[], tuple[Tensor, Distribution]],
+) -> tuple[list[str], list[str]]:
+    """Freeze a model whose pretrained weights are loaded; adds what the scope adds.
+
+    Args:
+        model: changed in place.
+        policy: what is frozen.
+        value_head: names of the modules and parameters that only the value depends on.
+        try_out: `agents.residual.policy_at` of the model; called where a residual is added.
+    Returns:
+        the parts that the scope leaves; names of the frozen parameters.
+    """
+    if policy.freeze == "residual":
+        add_residual(model, *try_out(), policy.residual.units)
+        return [RESIDUAL, *value_head], freeze(model, policy.freeze, heads=value_head)
+    heads = getattr(model, "heads", None) or list(dict.fromkeys([*HEADS, *value_head]))
+    return heads, freeze(model, policy.freeze, heads=heads, lora=policy.lora)
 
 
 def constructor_arguments(model_class: str) -> Mapping[str, inspect.Parameter]:

@@ -22,8 +22,8 @@ from research.training.parallel import World
 
 FIXED = (  # what a run keeps for life
     "trainer.env", "trainer.env_config", "trainer.num_envs", "trainer.buffer_size", "trainer.buffer_type",
-    "trainer.seed", "policy.freeze", "policy.lora", "policy.vla_config.adapter_path", "policy.vla_config.model_class",
-    "policy.vla_config.model_config", "policy.action_chunk", "algorithm.name",
+    "trainer.seed", "policy.freeze", "policy.lora", "policy.residual", "policy.vla_config.adapter_path",
+    "policy.vla_config.model_class", "policy.vla_config.model_config", "policy.action_chunk", "algorithm.name",
 )  # fmt: skip
 UNTOLD = (
     "trainer.resume",

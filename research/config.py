@@ -16,7 +16,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from research.schema import UserError
 
 # What policy.freeze takes by itself; which parts of a model each of them names is in training/freezing.py.
-FREEZE_PRESETS = ("none", "vision", "language", "backbone", "lora")
+FREEZE_PRESETS = ("none", "vision", "language", "backbone", "lora", "residual")
 # Entries of model_config that mean the same as a preset, whatever the model.
 FREEZE_SWITCHES = {"freeze_vision_encoder": "vision", "freeze_language_model": "language"}
 
@@ -97,7 +97,8 @@ class TrainerConfig:
     num_eval_episodes: PositiveInt = 256
     """Episodes, each from its own initial state, per evaluation."""
     eval_mode: Literal["mode", "sample"] = "mode"
-    """mode: an evaluation asks the policy for its likeliest action; sample: it draws, as in training."""
+    """mode: an evaluation asks the policy for its likeliest action (a flow draws what it denoises, and nothing on the
+    way); sample: it draws, as in training."""
     max_eval_steps: PositiveInt = 1000
     """Control steps after which an evaluation episode that does not end by itself is cut off, without success."""
     eval_freq: NonNegativeInt = 20000
@@ -199,6 +200,17 @@ class LoRAConfig:
 
 
 @dataclass
+class ResidualConfig:
+    """The network that is added to the frozen policy, where policy.freeze is residual."""
+
+    units: PositiveInt = 512
+    """Units of its one hidden layer."""
+
+    def __post_init__(self) -> None:
+        _refuse_beyond(self, units=2**16)
+
+
+@dataclass
 class ActionChunk:
     """Several actions per decision."""
 
@@ -224,9 +236,11 @@ class PolicyConfig:
     """Numbers per action; none = the environment's, which it must equal."""
     action_chunk: ActionChunk = field(default_factory=ActionChunk)
     freeze: str | list[str] = "none"
-    """none, vision, language, backbone (all but the heads), lora (backbone, with low-rank adapters in it), or a list of
-    these, part names, module paths and globs."""
+    """none, vision, language, backbone (all but the heads), lora (backbone, with low-rank adapters in it), residual
+    (all but the value head, and a small network adds to the actions), or a list of the others, part names, module paths
+    and globs."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
     learning_rates: dict[str, PositiveFloat] = field(default_factory=dict)
     """Learning rate per named part or module path; the others use algorithm.cfg.learning_rate."""
     learning_rate_by_scope: dict[str, PositiveFloat] = field(default_factory=dict)
@@ -256,6 +270,8 @@ class PolicyConfig:
                 f"name parts of the model in a list, as in [{self.freeze}]"
             )
         scopes = [self.freeze] if isinstance(self.freeze, str) else self.freeze
+        if "residual" in scopes and self.freeze != "residual":
+            raise UserError(f"freeze: residual freezes all there is by itself; give it alone, not {self.freeze!r}")
         if self.vla_config.adapter_path is not None and "lora" not in scopes:
             raise UserError(f"vla_config.adapter_path: is for policy.freeze=lora, not {self.freeze!r}")
         self.freeze, self.vla_config.model_config = split_switches(self.freeze, self.vla_config.model_config)
@@ -310,10 +326,38 @@ class PPOConfig(PolicyGradientConfig):
     """How far the probability ratio may leave 1."""
     vf_coef: NonNegativeFloat = 0.5
     """Weight of the value loss."""
+    dual_clip: PositiveFloat | None = None
+    """Bound the loss of a bad action at this many times its advantage, however likely it has become (3 in dual-clip
+    PPO); above 1. none = unbounded."""
+    clip_value: PositiveFloat | None = None
+    """How far a value may leave the one it had while collecting before its loss stops falling; in units of the return
+    (scaled, with normalize_reward). none = any distance."""
+    huber_delta: PositiveFloat | None = None
+    """Value errors from which the value loss is linear (Huber); below them it is half the squared error. none = the
+    squared error."""
     normalize_advantage: bool = True
     """Give the advantages mean 0 and standard deviation 1."""
+    normalize_reward: bool = False
+    """Divide rewards by the running standard deviation of their discounted sum, and clip them at 10;
+    rollout/return and evaluations have them as they are."""
+    normalize_proprio: bool = False
+    """Give each number of proprio mean 0 and standard deviation 1 by running statistics, and clip it at 10; for
+    training from scratch, with a model that has a RunningNormalisation (StateMLP)."""
     value_warmup_iterations: NonNegativeInt = 0
     """First iterations that train only the value head; the policy stays bit-identical."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise UserError(f"dual_clip: {self.dual_clip:g} would bound actions that are as likely as before; above 1")
+        for name in ("clip_value", "huber_delta"):
+            if getattr(self, name) is not None and not self.vf_coef:
+                raise UserError(f"{name}: is of the value loss, which vf_coef = 0 leaves out; leave out one of the two")
+        if self.normalize_proprio and self.value_warmup_iterations:
+            raise UserError(
+                "normalize_proprio: changes what the policy does in every iteration, and value_warmup_iterations = "
+                f"{self.value_warmup_iterations} keeps it as it is; leave out one of the two"
+            )
 
 
 @dataclass
@@ -431,7 +475,7 @@ def split_switches(
     """
     kept = {key: value for key, value in model_config.items() if key not in FREEZE_SWITCHES}
     wanted = [preset for switch, preset in FREEZE_SWITCHES.items() if model_config.get(switch)]
-    if not wanted or scope == "backbone":
+    if not wanted or scope in ("backbone", "residual"):
         return scope, kept
     if len(wanted) == 1 and scope in ("none", wanted[0]):
         return wanted[0], kept

@@ -253,10 +253,21 @@ BAD_FLAGS = [
     (["--trainer.collector=ray"], "trainer.collector: ray", "buffer_type = standard, which is local"),
     (["--trainer.collector=local", "--trainer.buffer_type=vla"], "trainer.collector: local", "processes or ray"),
     (["--trainer.ray_address=auto"], "trainer.ray_address", "collector = ray"),
+    (["--algorithm.cfg.dual_clip=1"], "algorithm.cfg.dual_clip: 1 would bound", "above 1"),
+    *[
+        ([f"--algorithm.cfg.{n}=1", "--algorithm.cfg.vf_coef=0"], f"algorithm.cfg.{n}: is of the value loss", "vf_coef")
+        for n in ("clip_value", "huber_delta")
+    ],
+    (
+        ["--algorithm.cfg.normalize_proprio=true", "--algorithm.cfg.value_warmup_iterations=2"],
+        "algorithm.cfg.normalize_proprio: changes what the policy does",
+        "value_warmup_iterations = 2",
+    ),
     (["--trainer.exp_name=a/b"], "trainer.exp_name: 'a/b'", ""),
     (["--trainer.exp_name="], "trainer.exp_name: ''", ""),
     (["--policy.freeze=vison"], "policy.freeze: 'vison'", "none, vision, language, backbone"),
     (["--policy.vla_config.adapter_path=x"], "policy.vla_config.adapter_path", "freeze=lora, not 'none'"),
+    (["--policy.freeze=[vision,residual]"], "policy.freeze", "give it alone, not ['vision', 'residual']"),
     (["--policy.vla_config.adapter_path=x", "--policy.freeze=[vision]"], "vla_config.adapter_path", "not ['vision']"),
 ]
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from agents.action_heads import GaussianHead
 from agents.policy import VLAPolicy
+from agents.residual import add_residual, policy_at
 from agents.small_vla import SmallVLA
 from agents.vla import StagedVLA
 from envs.tabletop import TabletopEnv
@@ -190,6 +191,13 @@ def gradients_of(policy: VLAPolicy, batch: TensorDict) -> list[torch.Tensor]:
     losses = total_loss(policy, batch)
     (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
     return [losses["loss_objective"].detach(), *(p.grad.clone() for p in policy.model.parameters() if p.requires_grad)]
+
+
+def freeze_with_residual(model: nn.Module, observations: TensorDict, units: int = 16) -> list[str]:
+    """As a run with `policy.freeze: residual`; names of what is frozen."""
+    torch.manual_seed(2)
+    add_residual(model, *policy_at(model, observations), units)
+    return freeze(model, "residual", heads=["value_head"])
 
 
 def reach_policy(scope: str = "none") -> VLAPolicy:

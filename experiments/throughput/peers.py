@@ -77,8 +77,8 @@ class Floor:
                 torch.autograd.grad(score, self.parameters, allow_unused=True)
 
     def _heads(self, step: TensorDictBase):
-        hidden = self.trained(step).get(HIDDEN)
-        return self.model.action_distribution(hidden), self.model.value(hidden)
+        step = self.trained(step)
+        return self.model.distribution_at(step), self.model.value(step.get(HIDDEN))
 
     def bytes_per_transition(self) -> float:
         return self.batch.bytes() / self.batch.numel()

@@ -24,12 +24,13 @@ from torchrl.envs import EnvBase
 from agents.critic import detach_value_head
 from agents.flop_counter import FlopCounter
 from agents.policy import VLAPolicy
-from research.config import PPOConfig
+from agents.residual import RESIDUAL, add_residual, policy_at
+from research.config import PPOConfig, ResidualConfig
 from research.schema import OBSERVATION, UserError
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Progress
 from research.training.asynchronous import AsynchronousRollouts
-from research.training.freezing import freeze, named_parameters_within, parameter_groups
+from research.training.freezing import HEADS, freeze, named_parameters_within, parameter_groups
 from research.training.loss import make_loss
 from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
@@ -162,7 +163,12 @@ def build_loop(settings: Settings, cfg: PPOConfig) -> Loop:
     """The row's loop around a model with the same initial weights as every other row's."""
     env = settings.build_env() if settings.loop != "ours" else None
     model = build_model(settings.model, settings.model_config, action_dim=3, device=torch.device(settings.device))
-    freeze(model, settings.freeze)
+    heads = HEADS
+    if settings.freeze == RESIDUAL:
+        few = build_env(settings.env, 2, settings.image_size, torch.device(settings.device))
+        add_residual(model, *policy_at(model.eval(), few.reset()[OBSERVATION]), ResidualConfig().units)
+        heads = HEADS[1:]
+    freeze(model, settings.freeze, heads=heads)
     model.eval()
     if settings.loop == "ours":
         return Ours(settings, model, cfg)

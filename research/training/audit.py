@@ -24,8 +24,9 @@ class FreezeAudit:
     Frozen are: the parameters that the freeze scope froze, and those without gradient that feature reuse relies on; all
     buffers of modules whose parameters are all frozen, of modules without parameters that feature reuse runs, and,
     where everything but the heads is frozen, of the model itself; and tensors that such modules hold without having
-    registered them. Left out is what merely running the model changes without being saved (caches), and what the scope
-    lets train, such as the averaged copy of a trainable part. Tied tensors count once.
+    registered them. Left out is what merely running the model changes without being saved (caches), running statistics
+    (`agents.normalisation.RunningNormalisation`), and what the scope lets train, such as the averaged copy of a
+    trainable part. Tied tensors count once.
 
     Costs one pass over the frozen bytes per check (100 M float32 parameters: 0.3 s of one core), and
     host memory for a second copy of the trainable weights in their own dtype, which the checkpoint holds too.
@@ -199,6 +200,8 @@ def _frozen_tensors(
     all_but_heads = bool(chosen) and all(within(name, heads) for name in trained)
     modules: set[str] = set()
     for name, module in model.named_modules():
+        if getattr(module, "follows", False):
+            continue  # running statistics, which move with what is seen
         own = [p for n, p in module.named_parameters(prefix=name) if not is_adapter(n)]
         inside = bool(name) and name.rpartition(".")[0] in modules
         passive = not own and (id(module) in constant or (all_but_heads and not within(name, heads)))

@@ -24,6 +24,7 @@ PRESETS = {
     "language": ("language_encoder", "language_model"),
     "backbone": ("*",),  # everything but the heads
     "lora": ("*",),  # the same, with a trainable adapter in every layer that no other entry of the scope freezes
+    "residual": ("*",),  # everything but the value head; a part of that name, which was added to the model, trains
 }
 HEADS = ("action_head", "value_head")
 
@@ -59,9 +60,10 @@ def freeze(
 
     Args:
         model: the model.
-        scope: a preset ("none", "vision", "language", "backbone", "lora"), or a list of presets, part names, dotted
-            paths and globs. In a list with "lora", what the other entries name is frozen without adapters.
-        heads: parts that "backbone" and "lora" leave as they are.
+        scope: a preset ("none", "vision", "language", "backbone", "lora", "residual"), or a list of presets, part
+            names, dotted paths and globs. In a list with "lora", what the other entries name is frozen without
+            adapters. "residual" comes after the model was given that part (`agents.residual.add_residual`).
+        heads: parts that "backbone" and "lora" leave as they are, and "residual" besides what was added.
         lora: rank, scale and targets of the adapters.
     Returns:
         names of the frozen parameters.
@@ -107,8 +109,11 @@ def _frozen_by(
     model: nn.Module, names: dict[nn.Parameter, list[str]], pattern: str, heads: Sequence[str]
 ) -> set[nn.Parameter]:
     """The parameters that one preset or pattern freezes."""
-    if pattern in ("backbone", "lora"):
-        return {p for p, aliases in names.items() if not any(within(n, heads) for n in aliases)}
+    if pattern in ("backbone", "lora", "residual"):
+        added = "residual." if pattern == "residual" else None  # at the top alone: networks have parts of that name
+        left = {p for p, aliases in names.items() if any(within(n, heads) for n in aliases)}
+        left |= {p for p, aliases in names.items() if added and aliases[0].startswith(added)}
+        return names.keys() - left
     if pattern in PRESETS:
         found = {p for p, aliases in names.items() if any(within(n, PRESETS[pattern]) for n in aliases)}
     else:

@@ -22,6 +22,7 @@ from research.training.clipping import GradientClipping
 from research.training.minibatches import minibatches
 from research.training.parallel import ALONE, World
 from research.training.policy_gradient import PolicyGradient
+from research.training.running_statistics import ProprioStatistics, RewardScaling
 from research.training.sharding import Sharding
 
 # What of the loss is reported, and as which metric; in this order in every vector of metrics.
@@ -43,22 +44,42 @@ class PPO(PolicyGradient):
         advantages: `GAEAdvantages`, or `VTraceAdvantages` where older weights collect.
         policy_update: takes the gradient steps.
         cfg: schedules and warm-up are read.
+        reward_scaling, proprio: running statistics, where there are any.
     """
 
-    def __init__(self, advantages: Advantages, policy_update: PolicyUpdate, cfg: PPOConfig):
+    def __init__(
+        self,
+        advantages: Advantages,
+        policy_update: PolicyUpdate,
+        cfg: PPOConfig,
+        reward_scaling: RewardScaling | None = None,
+        proprio: ProprioStatistics | None = None,
+    ):
         super().__init__(policy_update, cfg)
-        self.advantages = advantages
+        self.advantages, self.reward_scaling, self.proprio = advantages, reward_scaling, proprio
 
     def prepare(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
         """The flat batch `[N * T]` with advantages and value targets, and metrics of how it was made."""
-        return self.advantages(rollout)
+        return self.advantages(rollout if self.reward_scaling is None else self.reward_scaling(rollout))
 
     def update(self, batch: TensorDictBase, progress: Progress) -> dict[str, float]:
         """Set the learning rates, take the gradient steps, train the value head alone while it warms up."""
         self.set_learning_rates(progress)
         explained = explained_variance(batch[VALUE], batch["value_target"], self.policy_update.world)
         metrics = self.policy_update(batch, value_only=progress.iteration < self.cfg.value_warmup_iterations)
+        if self.proprio is not None:
+            self.proprio(batch)
         return metrics | {"train/explained_variance": explained}
+
+    def state_dict(self) -> dict:
+        """Also the statistics of rewards; those of observations are the model's."""
+        scaling = {} if self.reward_scaling is None else {"reward_scaling": self.reward_scaling.state_dict()}
+        return super().state_dict() | scaling
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if self.reward_scaling is not None and "reward_scaling" in state:  # else it was off in the run until now
+            self.reward_scaling.load_state_dict(state["reward_scaling"])
 
 
 class PolicyUpdate:

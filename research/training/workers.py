@@ -114,8 +114,9 @@ def _remove_orphans(home: Path) -> None:
 
 
 def exchanged(policy: CollectingPolicy) -> list[Tensor]:
-    """What changes from update to update: trainable weights, and the version."""
-    return [*(p.data for p in policy.parameters() if p.requires_grad), policy.version]
+    """What changes from update to update: trainable weights, statistics that follow observations, and the version."""
+    following = (b for module in policy.modules() if getattr(module, "follows", False) for b in module.buffers())
+    return [*(p.data for p in policy.parameters() if p.requires_grad), *following, policy.version]
 
 
 class WorkerWatch:

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from worlds import ROOT, gae, total_loss
+from worlds import ROOT, freeze_with_residual, gae, total_loss
 
 from agents.dual_encoder_vla import DualEncoderVLA
 from agents.families import recognise, told_apart
@@ -23,6 +23,7 @@ from agents.small_vla import SmallVLA
 from agents.smolvla import SmolVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
+from research.schema import UserError
 from research.training.algorithm import Progress
 from research.training.audit import FreezeAudit
 from research.training.freezing import freeze, named_parameters_within, parameter_groups
@@ -159,6 +160,7 @@ def looks(cameras: tuple[str, ...] = ("rgb",)) -> TensorDict:
 
 @torch.no_grad()
 def mode_and_value(model: nn.Module, seen: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(6)  # for what a flow denoises
     step = model.decide(model.run_stages(seen), deterministic=True)
     return step["action"], step["state_value"]
 
@@ -236,6 +238,27 @@ def unread(family: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_residual_is_added_where_actions_are_drawn_at_once_from_features(family):
+    model = copy.deepcopy(fresh(family))
+    if family not in ("dual_encoder", "small"):
+        with pytest.raises(UserError, match=rf"^policy\.freeze: .* and {type(model).__name__} has none"):
+            freeze_with_residual(model, looks())
+        return
+    freeze_with_residual(model, looks())
+    policy = VLAPolicy(model)
+    assert policy.frozen_stages[-1] == "pretrained_mean+pretrained_std"
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
+        "residual", "value_head",
+    }  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ppo, rollout = update_of(policy), rollout_of(policy)
+    for _ in range(2):  # at first the layers before the last, which is zero, have no gradient
+        ppo.update(ppo.prepare(rollout.clone())[0], Progress(iterations=1))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scope", ["vision", "backbone"])
 def test_reuse_changes_no_number(family, scope):
     kept, anew = make(family, scope), make(family, scope, feature_reuse="off")
@@ -278,7 +301,10 @@ def test_saved_and_loaded_it_does_the_same_and_its_mode_repeats(family):
     other.model.load_state_dict(policy.model.state_dict())
     step = world().reset()
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        actions = [one.act(step.copy())["action"] for one in (policy, policy, other)]
+        actions = []
+        for one in (policy, policy, other):
+            torch.manual_seed(6)  # for what a flow denoises
+            actions.append(one.act(step.copy())["action"])
     assert torch.equal(actions[0], actions[1]) and torch.equal(actions[0], actions[2])
     assert torch.equal(policy.values(step), other.values(step))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agents.normalisation import Normalisation, read_statistics
+from agents.normalisation import Normalisation, RunningNormalisation, find_running_normalisation, read_statistics
 from research.schema import UserError
 
 STATISTICS = {
@@ -145,3 +145,26 @@ def test_statistics_that_do_not_fit_are_refused(changed, kind, size, message):
     lacking = {name: numbers for name, numbers in STATISTICS.items() if name != "std"}
     with pytest.raises(UserError, match="no std; there are mean, min, max, q01, q99"):
         Normalisation.from_statistics(lacking, "mean_std")
+
+
+def test_running_statistics_are_those_of_all_that_was_shown():
+    x = torch.randn(60, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 7.0, -3.0])
+    running = RunningNormalisation(3)
+    assert torch.equal(running(x), x)  # nothing was shown yet
+    for part in x.split([10, 1, 49]):
+        running.update(part)
+    torch.testing.assert_close(running(x), (x - x.mean(0)) / x.std(0, correction=0), rtol=1e-4, atol=1e-4)
+    assert running(x[:1] + 1e6).tolist() == [[10.0] * 3] and running(x[:1] - 1e6).tolist() == [[-10.0] * 3]
+    other = RunningNormalisation(3)
+    other.load_state_dict(running.state_dict())
+    assert torch.equal(other(x), running(x))
+    constant = RunningNormalisation(1)
+    constant.update(torch.full((5, 1), 2.0))
+    assert constant(torch.tensor([[2.0]])).item() == 0
+
+
+def test_the_one_running_normalisation_of_a_model_is_found():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), RunningNormalisation(2))
+    assert find_running_normalisation(model) is model[1]
+    with pytest.raises(UserError, match="normalize_proprio: Sequential has 2 RunningNormalisations"):
+        find_running_normalisation(model.append(RunningNormalisation(2)))

@@ -36,6 +36,16 @@ def needs(config: ExperimentConfig):
     return needs_of_run(config, offered_by(config.trainer.env, config.trainer.env_config, CPU, 1), CPU)
 
 
+def test_a_residual_is_told_as_a_run_has_it():
+    config = configured("pick_place", "--policy.freeze=residual", "--policy.residual.units=16")
+    told = needs(config)
+    trained = {part.name: part.trained for part in told.parts if part.trained}
+    # Two layers and a deviation of three numbers; and the value head, of 128 units.
+    assert trained == {"residual": 128 * 16 + 16 + 16 * 3 + 3 + 3, "value_head": 128 * 128 + 128 + 128 + 1}
+    assert told.kept["observations"] == 0 and told.kept["features of frozen parts"] == 4 * (128 + 3 + 3)
+    assert told.frozen_stages[-1] == "pretrained_mean+pretrained_std"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",

@@ -50,6 +50,15 @@ def test_the_checkpoint_loads_and_says_how_it_was_made(tmp_path):
     assert (model.fusion.proprio_std != 1).all()  # taken from the data
 
 
+def test_imitation_goes_on_from_a_checkpoint_and_its_statistics(tmp_path):
+    imitate(tmp_path, "--epochs=1")
+    before = (tmp_path / "bc.pt").rename(tmp_path / "start.pt")
+    imitate(tmp_path, f"--model_path={before}", "--seed=5", "--steps=1", "--pointing_steps=0", "--learning_rate=1e-7")
+    start = torch.load(before)["model_state_dict"]
+    for name, weight in load(tmp_path).state_dict().items():
+        torch.testing.assert_close(weight, start[name], rtol=0, atol=1e-6, msg=name)
+
+
 def test_imitation_brings_actions_and_values_closer_to_the_experts(tmp_path):
     errors = []
     for epochs in (1, 12):
@@ -205,6 +214,7 @@ def test_it_imitates_what_the_expert_would_have_done_without_its_noise(tmp_path,
         (["--horizon=1", "--executed=2"], r"horizon: 1 steps are planned and executed = 2 are executed"),
         (["--eval_episodes=0"], r"eval_episodes: 0 makes no environment"),
         (["--freeze=lora"], r"freeze: adapters are made for reinforcement learning"),
+        (["--freeze=residual"], r"freeze: .*reinforcement learning, and residuals"),
         (["--freeze=visoin"], r"^freeze: .*visoin"),
     ],
 )

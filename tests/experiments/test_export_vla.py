@@ -16,6 +16,7 @@ from worlds import ROOT, all_weights, run_folder, write_config
 from agents.loading import load_vla_model
 from agents.openvla import OpenVLA
 from agents.policy import VLAPolicy
+from agents.residual import add_residual, policy_at
 from envs.tabletop import TabletopEnv
 from research.training.rollout import Rollouts
 
@@ -48,6 +49,24 @@ def test_exported_weights_are_the_trained_policy_under_the_classs_own_names(run,
     assert b.abs().max() > 0
     torch.testing.assert_close(model.get_submodule(layer).weight, base + 16 / 8 * b @ a)
     assert model(observations, deterministic=True).shape == (8, 3)
+
+
+def test_a_residual_is_exported_by_its_name_and_served_from_its_run(tmp_path):
+    config = write_config(
+        tmp_path, policy__freeze="residual", trainer__iterations=2, algorithm__cfg__learning_rate=0.01
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    run, output = run_folder(tmp_path), tmp_path / "weights.pt"
+    assert export_vla.main([f"--checkpoint={run}", f"--output={output}"]) == 0
+    weights = torch.load(output, weights_only=True)["model_state_dict"]
+    observations = TabletopEnv(8, "reach", modalities=["rgb", "proprio"]).reset()["observation"]
+    model = load_vla_model(None, "agents.small_vla.SmallVLA", MODEL, expect_fresh=True).eval()
+    add_residual(model, *policy_at(model, observations), units=512)
+    model.load_state_dict(weights)
+    assert model.residual.network[2].weight.abs().max() > 0
+    action, act = model(observations, deterministic=True), load_policy(str(run), device="cpu")
+    seen = {key: observations[key][0].numpy() for key in ("rgb", "proprio")}
+    np.testing.assert_allclose(act(seen), action[0].detach().numpy(), atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,7 @@ def test_a_frozen_weight_that_changes_stops_the_run(tmp_path, capsys):
     assert summary["audit/frozen_ok"] is False and summary["exit_code"] == 1
 
 
-@pytest.mark.parametrize("scope", ["none", "vision", "backbone", "lora"])
+@pytest.mark.parametrize("scope", ["none", "vision", "backbone", "lora", "residual"])
 def test_the_audit_is_in_the_summary_and_drift_in_the_metrics(tmp_path, scope):
     config = write_config(tmp_path, policy__freeze=scope, trainer__iterations=2)
     assert ppo_vla.main(["--config", str(config)]) == 0
@@ -256,8 +256,9 @@ def test_the_audit_is_in_the_summary_and_drift_in_the_metrics(tmp_path, scope):
     assert (summary["audit/frozen_tensors"] > 0) == (scope != "none")
     drift = {k: v for k, v in read_metrics(run)[-1].items() if k.startswith("audit/drift/")}
     assert (drift["audit/drift/vision_encoder"] > 0) == (scope in ("none", "lora"))
-    assert (drift["audit/drift/fusion"] > 0) == (scope != "backbone")
-    assert drift["audit/drift/action_head"] > 0
+    assert (drift["audit/drift/fusion"] > 0) == (scope not in ("backbone", "residual"))
+    assert (drift["audit/drift/action_head"] > 0) == (scope != "residual")
+    assert (drift.get("audit/drift/residual", 0) > 0) == (scope == "residual")
     argv = [f"--checkpoint={run}", f"--output={tmp_path / 'evaluation'}", "--trainer.num_eval_episodes=4"]
     assert evaluate_vla.main(argv) == 0
     argv = ["--config", str(run / "config.json"), f"--trainer.resume={run}", "--trainer.iterations=3"]

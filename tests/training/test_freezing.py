@@ -36,6 +36,19 @@ def test_scopes(scope, parts):
         assert child.training == (name not in parts)
 
 
+def test_residual_leaves_what_was_added_and_the_value_head_and_no_part_of_its_name_further_down():
+    model = SmallVLA(3)
+    model.residual = nn.Linear(2, 2)
+    model.fusion.residual = nn.Linear(2, 2)
+    frozen = freeze(model, "residual", heads=["value_head"])
+    assert frozen_parts(model) == {"vision_encoder", "language_encoder", "fusion", "action_head"}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith(("residual.", "value_head."))}
+    assert {"fusion.residual.weight", "action_head.raw_std"} <= set(frozen)
+    groups = {g["name"]: g["lr"] for g in parameter_groups(model, 1e-4, {"residual": 1e-3})}
+    assert groups == {"residual": 1e-3, "value_head": 1e-4}
+
+
 def test_dotted_paths_freeze_below_a_part():
     model = SmallVLA(3)
     assert freeze(model, ["vision_encoder.patches"]) == ["vision_encoder.patches.bias", "vision_encoder.patches.weight"]
@@ -207,6 +220,7 @@ def test_parts_of_a_model_with_parameters_of_its_own():
         ({"freeze_vision_encoder": False}, "none", "none"),
         ({"freeze_vision_encoder": True}, "backbone", "backbone"),
         ({"freeze_vision_encoder": True}, "lora", ["lora", "vision"]),
+        ({"freeze_vision_encoder": True}, "residual", "residual"),
     ],
 )
 def test_switches_in_the_model_config_mean_the_presets(config, scope, expected):

@@ -9,8 +9,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.objectives.llm.grpo import MCAdvantage
-from worlds import reach_env, reach_policy
+from worlds import freeze_with_residual, reach_env, reach_policy
 
+from agents.policy import VLAPolicy
 from research.config import GRPOConfig, LoRAConfig
 from research.training.algorithm import Progress
 from research.training.freezing import freeze, parameter_groups
@@ -52,7 +53,11 @@ def test_advantages_are_torchrls():
 def make_grpo(scope: str = "none", **cfg) -> tuple[GRPO, TensorDict]:
     """GRPO on a policy that reaches, and a rollout whose episodes' returns are made up."""
     policy = reach_policy("none")
-    freeze(policy.model, scope, heads=("action_head", "value_head"), lora=LoRAConfig())
+    if scope == "residual":
+        freeze_with_residual(policy.model, reach_env().reset()["observation"])
+        policy = VLAPolicy(policy.model)
+    else:
+        freeze(policy.model, scope, heads=("action_head", "value_head"), lora=LoRAConfig())
     cfg = GRPOConfig(**{"group_size": 4, "groups": 2, "batch_size": 4096, "n_epochs": 1, "ent_coef": 0.0, **cfg})
     for parameter in policy.model.value_head.parameters():
         parameter.requires_grad_(False)
@@ -91,12 +96,15 @@ def test_clipping_is_low_and_high_apart():
     assert [round(float(x), 6) for x in (loss.clip_epsilon_low, loss.clip_epsilon_high)] == [0.1, 0.3]
 
 
-@pytest.mark.parametrize("scope", ["none", "lora"])
+@pytest.mark.parametrize("scope", ["none", "lora", "residual"])
 def test_the_reference_is_the_policy_of_the_start_heads_included(scope):
     grpo, rollout = make_grpo(scope, kl_coef=0.1, learning_rate=1e-3, n_epochs=3)
     batch, _ = grpo.prepare(rollout)
     at_start = log_probs(grpo, batch)
     assert torch.equal(batch["reference_log_prob"], at_start)
+    if scope == "residual":  # at zero it is the pretrained policy
+        pretrained = grpo.policy.contract.action_distribution(batch["hidden"])
+        assert torch.equal(at_start, pretrained.log_prob(batch["action"]))
     first = grpo.update(batch, Progress(2))
     moved = copy.deepcopy(grpo.policy.model.state_dict())
     again, _ = grpo.prepare(rollout)

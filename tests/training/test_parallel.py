@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tensordict import TensorDict
 from torch import nn
+from worlds import freeze_with_residual
 
 from agents.critic import detach_value_head, find_value_head, scores
 from agents.policy import VLAPolicy
@@ -38,6 +39,7 @@ CASES = {
     "vision": ("vision", {}, 24),
     "backbone": ("backbone", {}, 24),
     "lora": ("lora", {}, 24),
+    "residual": ("residual", {}, 24),
     "value_warmup": ("none", {"value_warmup_iterations": 1}, 24),
     "target_kl": ("none", {"target_kl": 0.008}, 24),
     "micro_batches": ("none", {"micro_batch_size": 8}, 24),
@@ -75,7 +77,10 @@ def make_ppo(scope: str, changes: dict, rows: int, world: World, sharded: bool) 
     model = SmallVLA(2, modalities=["rgb", "proprio"], proprio_dim=3, hidden_size=16).eval()
     few = observations(2)
     head = find_value_head(model, few)
-    frozen = freeze(model, scope, heads=HEADS, lora=LoRAConfig())
+    if scope == "residual":
+        frozen = freeze_with_residual(model, few)
+    else:
+        frozen = freeze(model, scope, heads=HEADS, lora=LoRAConfig())
     policy = VLAPolicy(model)
     cfg = PPOConfig(batch_size=rows, n_epochs=2, learning_rate=1e-4, max_grad_norm=0.5, **changes)
     optimizer = torch.optim.Adam(parameter_groups(model, cfg.learning_rate, {}), eps=1e-5, fused=True)
@@ -208,7 +213,9 @@ def test_two_processes_take_the_steps_of_one(found, case, way):
 def test_the_cases_are_what_they_say(found):
     heads = ("action_head", "value_head", "log_std")
     still = {case: found[0][case]["still"] for case in CASES}
-    assert not any(name.startswith(heads) for case in CASES for name in still[case])
+    assert not any(name.startswith(heads) for case in CASES if case != "residual" for name in still[case])
+    residual = still["residual"] - still["backbone"]
+    assert still["backbone"] < still["residual"] and all(name.startswith("action_head.") for name in residual)
     assert not still["none"] and not still["trunk"] and all(n.startswith("vision") for n in still["vision"])
     assert still["vision"] and still["vision"] < still["backbone"]
     steps = {case: [m["train/gradient_steps"] for m in found[0][case]["steps"]] for case in CASES}
