@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from algorithms import make_ppo
-from building import feature_budget, freeze_as_configured, model_arguments
+from algorithms import make_algorithm
+from building import feature_budget, freeze_as_configured, model_arguments, transitions_of
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -32,6 +32,7 @@ from envs import make_env
 from research.config import ExperimentConfig
 from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, UserError, with_text_as
 from research.training.freezing import part_names
+from research.training.grpo import REFERENCE
 from research.training.rollout import KEPT_AFTER
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Offered(NamedTuple):
     """How many each component of an action has, or None."""
     ends: int
     """Bytes per transition of rewards and of what else a rollout keeps under "next"."""
+    max_steps: int | None = None
+    """Control steps at which it ends an episode, where it says so."""
 
 
 class Part(NamedTuple):
@@ -80,6 +83,7 @@ class Needs:
         memory: what is there all the time, or at some time, by its kind; activations are the most that live at once in
             a pass, gradients aside.
         updating, collecting: the most that lives at once in an update, and while collecting; 0 where nobody collects.
+        at_most: whether `transitions` are those of the longest episodes that there may be.
     """
 
     model: str
@@ -94,6 +98,7 @@ class Needs:
     memory: dict[str, int]
     updating: int
     collecting: int = 0
+    at_most: bool = False
 
     @property
     def total(self) -> int:
@@ -102,7 +107,7 @@ class Needs:
 
 
 def needs_of_run(config: ExperimentConfig, offered: Offered, device: torch.device) -> Needs:
-    """What a run of `ppo_vla.py` would need.
+    """What a run of `ppo_vla.py` or `grpo_vla.py` would need.
 
     Args:
         config: the experiment; its files need not be there.
@@ -122,10 +127,10 @@ def needs_of_run(config: ExperimentConfig, offered: Offered, device: torch.devic
             model, config.policy.feature_reuse, trainer.autocast, ratio_level=config.policy.ratio_level,
             budget=feature_budget(config, few),
         )  # fmt: skip
-        ppo = make_ppo(config, policy, value_head, few)
-        update = ppo.policy_update
+        algorithm = make_algorithm(config, policy, value_head, few)
+        update, reference = algorithm.policy_update, getattr(algorithm, "reference", None)
         look_nothing_up(policy, distinct=2 * trainer.num_envs)  # an episode that ends and another, of each environment
-        weights = [*model.parameters(), *model.buffers()]
+        weights = [*model.parameters(), *model.buffers(), *(reference.start.values() if reference else ())]
         now = TensorDict({OBSERVATION: rows_like(few, trainer.num_envs, device)}, batch_size=[trainer.num_envs])
         with LiveBytes([*weights, *now.values(True, True)]) as acting, torch.no_grad():
             step = policy.act(now.copy())
@@ -138,6 +143,7 @@ def needs_of_run(config: ExperimentConfig, offered: Offered, device: torch.devic
         rows = rows_like(step, micro, device)
         for key in ("advantage", "value_target"):
             rows.set(key, torch.zeros(len(rows), 1, device=device))
+        rows.set(REFERENCE, rows[LOG_PROB].clone())
         with LiveBytes([*weights, *rows.values(True, True)]) as passes:
             update._accumulate(rows, value_only=False)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -145,12 +151,12 @@ def needs_of_run(config: ExperimentConfig, offered: Offered, device: torch.devic
         update.optimizer.step()
         optimizer = bytes_of(_tensors_in(update.optimizer.state.values()))
         update.optimizer.zero_grad()
-    of_transition = sum(kept.values())
+    of_transition, transitions = sum(kept.values()), transitions_of(config, offered.max_steps)
     memory = {
         "weights": bytes_of(weights),
         "optimizer": optimizer,
-        "rollout": of_transition * trainer.buffer_size + ahead,
-        "minibatch": of_transition * cfg.batch_size if cfg.batch_size < trainer.buffer_size else 0,
+        "rollout": of_transition * transitions + ahead,
+        "minibatch": of_transition * cfg.batch_size if cfg.batch_size < transitions else 0,
         "gradients": bytes_of(gradients),
         "activations": passes.peak(without=passes.of(gradients)),
     }
@@ -159,9 +165,10 @@ def needs_of_run(config: ExperimentConfig, offered: Offered, device: torch.devic
     in_passes = passes.peak() if micro == cfg.batch_size else memory["gradients"] + memory["activations"]
     return Needs(
         type(model).__name__, device, config.policy.scope, parts_of(model), kept, policy.frozen_stages,
-        trainer.buffer_size, cfg.batch_size, micro, memory,
+        transitions, cfg.batch_size, micro, memory,
         updating=there + memory["minibatch"] + in_passes,
         collecting=there + acting.peak(),
+        at_most=config.algorithm.name == "grpo",
     )  # fmt: skip
 
 
@@ -174,8 +181,8 @@ def offered_by(env_name: str, env_config: Mapping[str, Any], device: torch.devic
     try:
         after = env.fake_tensordict()["next"].select(*KEPT_AFTER, strict=False)
         ends = bytes_of(after.values(True, True)) // ROWS
-        choices = getattr(env, "action_choices", None)
-        return Offered(env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[1:], choices, ends)
+        choices, longest = getattr(env, "action_choices", None), getattr(env, "max_steps", None)
+        return Offered(env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[1:], choices, ends, longest)
     finally:
         env.close()
 

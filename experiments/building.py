@@ -20,7 +20,7 @@ from agents.feature_budget import FeatureBudget
 from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
-from research.config import FREEZE_SWITCHES, ExperimentConfig, PolicyConfig
+from research.config import FREEZE_SWITCHES, ExperimentConfig, GRPOConfig, PolicyConfig
 from research.runs.checkpoint import frozen_weights
 from research.schema import PROPRIO, RGB, UserError, base_modality, one_line
 from research.training.audit import load_trained_state
@@ -220,4 +220,18 @@ def make_policy(
 def feature_budget(config: ExperimentConfig, observations: TensorDictBase) -> FeatureBudget | None:
     """The room for kept features that `policy.feature_memory` leaves each transition; None: no limit."""
     room = config.policy.feature_memory
-    return None if room is None else FeatureBudget(room * 2**30 / config.trainer.buffer_size, observations)
+    return None if room is None else FeatureBudget(room * 2**30 / transitions_of(config), observations)
+
+
+def transitions_of(config: ExperimentConfig, longest: int | None = None) -> int:
+    """Transitions from which one update learns: those of a rollout, or at most those of all episodes of all groups.
+
+    Args:
+        config: the experiment.
+        longest: control steps after which the environment ends an episode by itself; None: nobody knows.
+    """
+    cfg, trainer = config.algorithm.cfg, config.trainer
+    if not isinstance(cfg, GRPOConfig):
+        return trainer.buffer_size
+    steps = min(cfg.max_steps, longest or cfg.max_steps)
+    return cfg.groups * cfg.group_size * -(-steps // trainer.chunk)

@@ -1,6 +1,7 @@
 """`--dry_run` of the training scripts: what a run would need, without running it.
 
     python experiments/ppo_vla.py --config experiments/configs/openvla.json --dry_run
+    python experiments/grpo_vla.py --dry_run
     python experiments/bc_vla.py --dry_run
 
 Nothing is trained, and no folder made. The environment is, with two rows; the model is made of shapes without values,
@@ -29,12 +30,13 @@ from agents.shapes_only import rows_like
 from research.config import ExperimentConfig
 from research.imitation.cloning import CloningConfig
 from research.schema import ACTION, LOG_PROB, VALUE, UserError
+from research.training.grpo import REFERENCE
 
 T = TypeVar("T")
 
 
 def dry_run(config: ExperimentConfig) -> int:
-    """`--dry_run` of `ppo_vla.py`."""
+    """`--dry_run` of `ppo_vla.py` and `grpo_vla.py`."""
     trainer, cfg = config.trainer, config.algorithm.cfg
     device = choose_device(trainer.device)
     needs = needs_of_run(config, offered_by(trainer.env, trainer.env_config, device, trainer.seed), device)
@@ -43,8 +45,8 @@ def dry_run(config: ExperimentConfig) -> int:
         print("time: not estimated, as other processes collect while the update runs; their memory is not counted")
     elif (parts := _if_it_fits(needs, lambda: assemble(config))) is not None:
         decision, minibatch = time_of_decision(parts), time_of_minibatch(config, parts)
-        decisions = trainer.buffer_size // trainer.num_envs
-        minibatches = cfg.n_epochs * -(-trainer.buffer_size // cfg.batch_size)
+        decisions = -(-needs.transitions // trainer.num_envs)
+        minibatches = cfg.n_epochs * -(-needs.transitions // cfg.batch_size)
         print(
             f"time of an iteration: {decisions * decision + minibatches * minibatch:.3g} s, from one step of "
             f"{trainer.num_envs} environments ({decision:.3g} s, {decisions} of them) and one minibatch "
@@ -101,7 +103,7 @@ def describe(needs: Needs) -> list[str]:
     if needs.frozen_stages:
         lines.append(f"(features of {', '.join(needs.frozen_stages)})")
     counts = {
-        "rollout": f"{needs.transitions:,} transitions",
+        "rollout": f"{needs.transitions:,} transitions" + (" at most" if needs.at_most else ""),
         "data": f"{needs.transitions:,} samples" if needs.transitions else "as many samples as the expert gives",
         "minibatch": f"{needs.minibatch:,} at once",
         "activations": f"of {needs.micro:,} at once",
@@ -150,6 +152,7 @@ def time_of_minibatch(config: ExperimentConfig, parts: Assembly) -> float:
     rows = torch.arange(micro, device=parts.device) % len(step)
     few = step.apply(lambda tensor: tensor.index_select(0, rows), batch_size=[micro])
     few.set("advantage", torch.randn(micro, 1, device=parts.device)).set("value_target", few[VALUE].clone())
+    few.set(REFERENCE, few[LOG_PROB].clone())
     passes = _seconds(lambda: update._accumulate(few, value_only=False), parts.device)
 
     def take() -> None:

@@ -3,6 +3,7 @@
     python experiments/grpo_vla.py                                     # the shipped checkpoint on pick_place
     python experiments/grpo_vla.py --algorithm.cfg.advantage=rloo --trainer.seed=2
     python experiments/grpo_vla.py --config my.json                    # your model, your environment; flags win
+    python experiments/grpo_vla.py --config my.json --dry_run          # what that would need; nothing is trained
     torchrun --nproc-per-node 2 experiments/grpo_vla.py                # the same run in two processes
 
 Without --config it starts from experiments/configs/pick_place_grpo.json; models, environments, freezing, evaluation,

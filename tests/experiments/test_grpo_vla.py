@@ -8,8 +8,12 @@ import evaluate_vla
 import grpo_vla
 import ppo_vla
 import pytest
+import torch
+from accounting import needs_of_run, offered_by
+from configuration import read_experiment
 from worlds import rows_without_times, run_folder, write_config
 
+from research.config import ExperimentConfig
 from research.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -49,12 +53,29 @@ def test_a_run_is_tracked_evaluated_and_goes_on_bit_for_bit(tmp_path, capsys):
     assert evaluate_vla.main([f"--checkpoint={run}", f"--output={tmp_path / 'out'}"]) == 0
 
 
+def test_a_run_is_told_and_not_begun(tmp_path, capsys):
+    """At most four groups of four episodes of 12 steps; the KL penalty's reference is a copy of what trains."""
+    memory = {}
+    path = str(grpo_config(tmp_path))
+    for flag in ("--algorithm.cfg.kl_coef=0", "--algorithm.cfg.kl_coef=0.01"):
+        assert grpo_vla.main(["--config", path, flag, "--dry_run"]) == 0
+        printed = capsys.readouterr().out
+        assert "rollout (192 transitions at most)" in printed and "of 64 at once" in printed and "6 of them" in printed
+        config = read_experiment(ExperimentConfig, ["--config", path, flag], "")
+        offered = offered_by(config.trainer.env, config.trainer.env_config, torch.device("cpu"), 1)
+        memory[flag] = needs_of_run(config, offered, torch.device("cpu"))
+    without, penalised = memory.values()
+    trained = sum(part.trained for part in without.parts)
+    assert penalised.memory["weights"] - without.memory["weights"] == 4 * trained > 0
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_each_script_refuses_the_others_algorithm(tmp_path, capsys):
     config = grpo_config(tmp_path)
     assert ppo_vla.main(["--config", str(config)]) == 2
     assert "algorithm.name: this script trains by ppo; grpo is grpo_vla.py" in capsys.readouterr().err
     assert grpo_vla.main(["--config", str(write_config(tmp_path))]) == 2
-    assert "algorithm.name: this script trains by grpo, and was given 'ppo'" in capsys.readouterr().err
+    assert "algorithm.name: this script trains by grpo; ppo is ppo_vla.py" in capsys.readouterr().err
     for flag, said in (
         ("--algorithm.cfg.group_size=1", "algorithm.cfg.group_size: 1 episode has nothing to be compared with"),
         ("--algorithm.cfg.gamma=0.9", "algorithm.cfg.gamma"),
