@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from algorithms import make_algorithm
-from building import feature_budget, freeze_as_configured, model_arguments, transitions_of
+from building import FILES, feature_budget, freeze_as_configured, model_arguments, transitions_of
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -41,9 +41,7 @@ T = TypeVar("T")
 
 VALUE_HEAD = "value_head"
 ROWS = 2  # of the environment that is made, and of the observations on which a model is tried
-# Arguments of a constructor that name files; where those are absent, sizes must be given.
 FEATURES, REST = "features of frozen parts", "actions, values and rewards"
-FILES = ("pretrained", "statistics", "tokenizer", "vision_weights", "language_weights")
 
 
 class Offered(NamedTuple):

@@ -34,7 +34,7 @@ from typing import Any
 import packages  # noqa: F401
 
 import torch
-from building import constructor_arguments, what_follows
+from building import constructor_arguments, what_follows, where_it_is, with_files
 from configuration import split_flag
 from dry_run import dry_run_imitation
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -185,9 +185,9 @@ def build_model(
     """The model as it starts; what follows from the observations need not be said."""
     named = constructor_arguments(config.model_class)
     follows = what_follows(observations, action_shape_of(config, action_dim), choices, named, config.horizon)
-    told = {name: value for name, value in follows.items() if name in named}
+    told = {name: value for name, value in follows.items() if name in named} | with_files(config.model_config)
     torch.manual_seed(config.seed)
-    model = load(config.model_path, config.model_class, told | config.model_config, config.device, expect_fresh=True)
+    model = load(where_it_is(config.model_path), config.model_class, told, config.device, expect_fresh=True)
     if not can_imitate(model):
         raise UserError(
             "model_class: imitation needs stages, and action_distribution or imitation_loss, which "

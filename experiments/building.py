@@ -27,6 +27,8 @@ from research.training.audit import load_trained_state
 from research.training.freezing import HEADS, freeze, part_of
 
 HERE = Path(__file__).resolve().parent
+# Arguments of a model's constructor that name files.
+FILES = ("pretrained", "statistics", "tokenizer", "vision_weights", "language_weights")
 
 
 class BuiltModel(NamedTuple):
@@ -62,8 +64,7 @@ def make_model(
         choices: how many each component of an action has, where the environment takes choices.
     """
     policy, vla = config.policy, config.policy.vla_config
-    if vla.model_path and not Path(vla.model_path).exists() and (HERE / vla.model_path).exists():
-        vla.model_path = str(HERE / vla.model_path)
+    vla.model_path = where_it_is(vla.model_path)
     model = load_vla_model(
         vla.model_path,
         vla.model_class,
@@ -132,7 +133,19 @@ def model_arguments(
     # What follows from the environment need not be said; said otherwise, the model is tried and refused.
     follows = what_follows(observations, action_shape, choices, named, policy.action_chunk.horizon)
     told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
-    return vla.model_config | told
+    return with_files(vla.model_config) | told
+
+
+def with_files(model_config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model whose files are found, see `where_it_is`."""
+    return model_config | {name: where_it_is(model_config[name]) for name in FILES if name in model_config}
+
+
+def where_it_is(path: Any) -> Any:
+    """A path as it is; one that does not exist, but does beside the scripts, is that one."""
+    if isinstance(path, str) and path and not Path(path).exists() and (HERE / path).exists():
+        return str(HERE / path)
+    return path
 
 
 def what_follows(

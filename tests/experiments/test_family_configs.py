@@ -15,6 +15,7 @@ from research.runs.tracking import read_metrics
 SIZES = {"image_size", "chunk", "num_envs", "buffer_size", "iterations", "num_eval_envs", "num_eval_episodes"}
 PATHS = {"pretrained", "statistics", "tokenizer"}
 TINY = sorted((ROOT / "experiments" / "configs").glob("*_tiny.json"))
+REACH = sorted((ROOT / "experiments" / "configs").glob("*_reach.json"))
 
 
 def start(path, tmp_path, *flags: str) -> int:
@@ -49,6 +50,19 @@ def test_it_trains_goes_on_and_is_evaluated(path, tmp_path):
     assert len([row for row in read_metrics(run) if "train/epochs" in row]) == 3
     flags = ["--film=0", "--trainer.num_eval_episodes=8", f"--output={tmp_path / 'evaluation'}"]
     assert evaluate_vla.main([f"--checkpoint={run}", *flags]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", REACH, ids=[path.stem for path in REACH])
+def test_a_clone_that_ships_starts_as_its_facts_say(path, tmp_path, monkeypatch):
+    """From any folder: its files lie beside the scripts. The first 32 of the 256 episodes, to an episode or two."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--film=0", "--trainer.num_eval_envs=32", "--trainer.num_eval_episodes=32", "--trainer.progress_bar=false"]
+    assert evaluate_vla.main([f"--config={path}", *flags, f"--output={tmp_path / 'out'}"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    facts = json.loads((ROOT / "experiments" / "checkpoints" / path.name).read_text())
+    assert 0.3 <= facts["eval/success_rate"] <= 0.6 and facts["config"]["eval_episodes"] == 256
+    assert abs(summary["eval/success_rate"] - facts["eval/success_rate"]) < 0.2
 
 
 @pytest.mark.slow
