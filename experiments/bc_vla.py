@@ -41,7 +41,6 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import EnvBase
-from tqdm import tqdm
 
 from agents.checking import check_policy
 from agents.loading import load_vla_model
@@ -56,6 +55,7 @@ from research.imitation.experts import check_states, collect_rollout
 from research.imitation.lerobot import LeRobotConfig, read_dataset
 from research.imitation.pointing import learn_to_point
 from research.options import parse_config, to_dict
+from research.progress_bar import ProgressBar
 from research.runs.folder import replace_file, replace_rows, replacing
 from research.schema import OBSERVATION, Demonstration, NonFiniteError, SimulatorFailed, UserError
 from research.training.evaluation import evaluate
@@ -163,7 +163,7 @@ def record_demonstrations(env: VectorEnv, config: BCConfig) -> list[Demonstratio
     watched = {"watch_episodes": watched_states(config)} if config.stop_at < 1 else {}
     check_states(states, {"eval_episodes": range(config.eval_episodes), **watched}, env.held_out)
     disturbance = Disturbance(config.noise, config.noise_probability, config.wander)
-    with tqdm(total=count, desc="demonstrations", unit="episode", disable=None) as bar:
+    with ProgressBar(total=count, desc="demonstrations", unit="episode") as bar:
         progress = lambda done: bar.update(done - bar.n)  # noqa: E731
         return env.demonstrate(states, config.executed, disturbance, config.seed, progress)
 
@@ -221,7 +221,7 @@ def stop_when_good_enough(env: EnvBase | None, policy: VLAPolicy, config: BCConf
         if step % config.watch_every:
             return False
         success = evaluate(env, policy.act, watched_states(config)).metrics().get("eval/success_rate", 0.0)
-        tqdm.write(f"step {step}: imitation loss {loss:.4f}, success {success:.2f}", file=sys.stderr)
+        ProgressBar.write(f"step {step}: imitation loss {loss:.4f}, success {success:.2f}")
         return success >= config.stop_at
 
     return stop

@@ -24,11 +24,11 @@ from assembling import choose_device
 from building import load_trained, make_model, make_policy
 from configuration import split_flag, with_default_config
 from resuming import load_run
-from tqdm import tqdm
 
 from envs import make_env, splits_of
 from research.config import ExperimentConfig, TrainerConfig
 from research.options import parse_config
+from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION, NonFiniteError, SimulatorFailed, UserError
@@ -100,7 +100,7 @@ def run(argv: list[str]) -> int:
     RunFolder(output).episodes.unlink(missing_ok=True)
     metrics = {}
     for split, env in envs.items():
-        with tqdm(total=len(states), unit="episode", desc=split, disable=not trainer.progress_bar) as bar:
+        with ProgressBar(total=len(states), unit="episode", desc=split, disable=not trainer.progress_bar) as bar:
             progress = lambda done: bar.update(done - bar.n)  # noqa: E731
             result = evaluate(env, policy.act, states, config.film, trainer.max_eval_steps, progress, trainer.eval_mode)
         env.close()

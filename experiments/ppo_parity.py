@@ -33,9 +33,9 @@ import packages  # noqa: F401
 import gymnasium
 import numpy as np
 import torch
-from tqdm import tqdm
 from trained_policy import load_policy
 
+from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 from research.schema import PROPRIO, UserError
@@ -141,7 +141,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def run_what_is_missing(options: argparse.Namespace) -> None:
     """Every seed on every environment, by either algorithm."""
     torch.set_num_threads(1)
-    for seed, env, algorithm in tqdm(list(product(options.seeds, options.envs, options.algorithms)), disable=None):
+    for seed, env, algorithm in ProgressBar(list(product(options.seeds, options.envs, options.algorithms))):
         task = TASKS[env]
         task = task._replace(env_steps=options.env_steps or task.env_steps)
         if is_there(options, algorithm, env, seed, task.env_steps):

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import packages  # noqa: F401
 
 import numpy as np
-from tqdm import tqdm
 
+from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder, read_rows
 from research.runs.tracking import read_metrics
 from research.schema import UserError
@@ -89,7 +89,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def run_what_is_missing(options: argparse.Namespace) -> None:
     """Every seed of every arm, the arms by turns, so that a study that is stopped early is a balanced one."""
     check_settings(options)
-    for seed, arm in tqdm(list(product(options.seeds, options.arms)), unit="run", disable=None):
+    for seed, arm in ProgressBar(list(product(options.seeds, options.arms)), unit="run"):
         weights = options.folder.absolute() / f"{arm.replace('+', '_')}_{seed}.safetensors"
         if not (is_there(options.table, "clone", arm, seed) and weights.exists()):
             imitate(options, arm, seed, weights)

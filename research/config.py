@@ -120,7 +120,7 @@ class TrainerConfig:
     resume: str | None = None
     """Run folder or checkpoint to continue, from its own configuration; auto = the newest run of this name, if any."""
     progress_bar: bool = True
-    """Show a progress bar."""
+    """Show a progress bar; where there is no terminal, a line a minute."""
 
     def __post_init__(self) -> None:
         _refuse_beyond(self, seed=2**32 - 1, threads=4096, num_envs=2**20, iterations=10**9, buffer_size=2**28)

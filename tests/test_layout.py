@@ -21,7 +21,7 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-SCHEMA = ("research.schema", "research.processes", "research.checkpoint_size")
+SCHEMA = ("research.schema", "research.processes", "research.checkpoint_size", "research.progress_bar")
 CONFIG = (*SCHEMA, "research.config", "research.options")
 # folder -> what of this project its files may import, besides their own folder
 BELOW = {

@@ -12,9 +12,9 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
-from tqdm import tqdm
 
 from research.imitation.demonstrations import RETURN
+from research.progress_bar import ProgressBar
 from research.schema import ACTION, HIDDEN, OBSERVATION, PROPRIO, UserError, check_finite
 
 SMOOTH_L1_BETA = 0.2  # below this error the loss is quadratic, above it linear
@@ -75,7 +75,7 @@ def clone(
     steps = config.steps or config.epochs * max(1, len(data) // config.batch_size)
     rates = scheduled(optimizer, config.schedule, steps)
     rows = iter(())
-    for step in tqdm(range(1, steps + 1), desc="imitation", disable=None):
+    for step in ProgressBar(range(1, steps + 1), desc="imitation"):
         chosen = next(rows, None)
         if chosen is None or len(chosen) < config.batch_size:
             rows = iter(torch.randperm(len(data)).split(config.batch_size))
@@ -170,7 +170,7 @@ def with_frozen_features(policy: Any, data: TensorDict, batch: int = 64) -> Tens
     if not policy.frozen_stages:
         return data
     parts = []
-    for part in tqdm(data.split(batch), desc="frozen features", disable=None):
+    for part in ProgressBar(data.split(batch), desc="frozen features"):
         step = policy.frozen(TensorDict({OBSERVATION: part[OBSERVATION]}, part.batch_size))
         parts.append(step.select(*policy.kept_keys).update(part.exclude(OBSERVATION)))
     return torch.cat(parts)

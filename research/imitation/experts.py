@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from tqdm import tqdm
 
 from research.imitation.demonstrations import samples_of_rollout
+from research.progress_bar import ProgressBar
 from research.schema import ACTION, OBSERVATION, UserError
 
 
@@ -35,7 +35,7 @@ def collect_rollout(
     observations, actions, rewards, dones = [], [], [], []
     step = env.reset()
     # Beyond the last sample, so that its episode ends and its return is complete.
-    for _ in tqdm(range(steps + env.max_steps), desc="demonstrations", disable=None):
+    for _ in ProgressBar(range(steps + env.max_steps), desc="demonstrations"):
         expert = env.expert_action()
         noisy = expert + noise * torch.randn_like(expert)
         slip = torch.rand_like(expert[:, -1]) < gripper_noise

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from research.imitation.cloning import scheduled
+from research.progress_bar import ProgressBar
 from research.schema import UserError
 
 
@@ -55,7 +55,7 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float,
         parameters += point.parameters()
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     rates = scheduled(optimizer, schedule, steps)
-    bar = tqdm(range(steps), desc="pointing", disable=None)
+    bar = ProgressBar(range(steps), desc="pointing")
     for step in bar:
         features, places = _seen(model, env.reset()), env.named_places()
         loss = (point(features, places.shape[1]) - places).square().mean()
