@@ -1,21 +1,28 @@
-"""Compare runs: which freeze scope is best, each at its own best learning rate, and what the seeds can tell.
+"""Compare runs: which freeze scope, or which value of any option, is best, and what the seeds can tell.
 
     python experiments/compare_runs.py runs                                 # all run folders below runs/
     python experiments/compare_runs.py "runs/vision-*" runs/none-*          # folders and globs
     python experiments/compare_runs.py --wandb=entity/project/sweep_id      # a W&B sweep, or entity/project
     python experiments/compare_runs.py --table=comparison/runs.csv          # again, from the table alone
 
+Runs are compared by freeze scope, each at its own best learning rate, or by other options, or combinations of some:
+    python experiments/compare_runs.py runs --by=algorithm.name
+    python experiments/compare_runs.py runs --by=policy.vla_config.model_path        # start checkpoints
+    python experiments/compare_runs.py runs --by policy.vla_config.model_class policy.freeze
+Runs that differ in anything else are refused. Where each was given the iterations that fit one time, schedule included:
+    python experiments/compare_runs.py runs --equal=seconds
+
 Splits are compared too, where each run was evaluated in them:
     python experiments/evaluate_vla.py --checkpoint=runs/<run> --split=all --output=runs/<run>/splits
 
-A scope's learning rate is best chosen by deterministic success on states that are not reported, on seeds of its own:
+A learning rate is best chosen by deterministic success on states that are not reported, on seeds of its own:
     python experiments/evaluate_vla.py --checkpoint=runs/<run> --first_state=256 --output=runs/<run>/choosing
-    python experiments/compare_runs.py runs --choose_on=other_states --choosing_seeds 1 2 3
+    python experiments/compare_runs.py runs --choosing_seeds 1 2 3
 
-Runs are compared by success, or by return where their environment has no success. Writes into --output: report.md,
-report.html (one file: figures, tables, videos), curves.png, success.png or return.png, heatmap.png, and runs.csv, from
-which the last command recomputes every number. Runs of different environments, or evaluated from different initial
-states, are refused; runs that crashed, or whose files cannot be read, are listed and left out of all means.
+Scores are success, or return where the environment has no success. Writes into --output: report.md, report.html (one
+file: figures, sortable tables, videos), curves.png, success.png or return.png, heatmap.png, and runs.csv, from which
+--table recomputes every number. Runs of different environments, or evaluated from different initial states, are
+refused; runs that crashed, or whose files cannot be read, are listed and left out of all means.
 """
 
 from __future__ import annotations
@@ -29,9 +36,10 @@ import packages  # noqa: F401
 
 from research.schema import UserError, one_line
 from research.study.comparison import compare
-from research.study.report import ranking, write_report
+from research.study.report import write_report
 from research.study.run_sources import read_folders, read_wandb
 from research.study.run_table import read_table
+from research.study.tables import ranking
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", metavar="CSV", help="a runs.csv that this script wrote, instead of folders")
     parser.add_argument("--output", default="comparison", help="folder to write, default comparison")
     parser.add_argument(
-        "--choose_on", choices=["training", "states", "other_states"], default="training",
-        help="what chooses each scope's rate: training success or return (default), every other evaluation state, or "
-        "the episodes of <run>/choosing, see above",
+        "--by", nargs="+", default=[], metavar="OPTION", help="dotted options that are compared, default policy.freeze"
+    )
+    parser.add_argument(
+        "--equal", choices=["steps", "seconds"], default="steps",
+        help="compare at equal env steps (default) or at equal wall time",
+    )  # fmt: skip
+    parser.add_argument(
+        "--choose_on", choices=["training", "states", "other_states"],
+        help="what chooses a learning rate: training success or return, every other evaluation state, or the episodes "
+        "of <run>/choosing, see above; default: the last where all runs that choose have them, else the first",
     )  # fmt: skip
     parser.add_argument(
         "--choosing_seeds", type=int, nargs="+", default=[], metavar="SEED",
@@ -58,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             runs = read_wandb(options.wandb)
         else:
             runs = read_table(options.table) if options.table else read_folders(options.runs)
-        comparison = compare(runs, options.choose_on, options.choosing_seeds)
+        comparison = compare(runs, options.choose_on, options.choosing_seeds, options.by, options.equal)
         command = f"python experiments/compare_runs.py {shlex.join(argv)}"
         write_report(comparison, Path(options.output), command)
     except UserError as error:

@@ -10,12 +10,13 @@ from types import TracebackType
 
 from assembling import Assembly, describe, measure_utilisation
 from tensordict import TensorDictBase
-from tqdm import tqdm
 
 from research.config import ExperimentConfig
 from research.options import to_dict
+from research.progress_bar import ProgressBar
 from research.runs.checkpoint import CheckpointWriter, generators, snapshot
 from research.runs.folder import RunFolder, append_rows
+from research.runs.machine import machine
 from research.runs.reporting import last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker
 from research.runs.video import video_grid, write_video
@@ -101,7 +102,7 @@ class TrainingRun:
             self.evaluate(film=FILMED)
             print(f"before: {self.result.summary()}", flush=True)
         self._bar = self._at_exit.enter_context(
-            tqdm(
+            ProgressBar(
                 total=self.trainer.env_steps_planned, initial=self.progress.env_steps, unit="step",
                 unit_scale=True, disable=not (self.trainer.progress_bar and self.world.leads), dynamic_ncols=True,
             )
@@ -243,6 +244,7 @@ class TrainingRun:
             try:
                 progress = self.progress
                 if self.world.leads:
+                    facts |= {"machine": machine(self.parts.device), "wandb_url": self.tracker.url}
                     summarise(self.tracker, self.folder, progress.env_steps, progress.before, self.result, facts)
             except (OSError, UserError) as second:
                 print(f"error: no summary: {_said(second)}", file=sys.stderr)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from agents.flop_counter import FlopCounter
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
 from research.config import PPOConfig, ResidualConfig
+from research.runs.machine import machine
 from research.schema import OBSERVATION, UserError
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Progress
@@ -253,13 +253,6 @@ def columns(settings: Settings, bytes_per_transition: float, times: list[tuple[f
         "machine": machine(torch.device(settings.device)),
         "torch": torch.__version__,
     }
-
-
-def machine(device: torch.device) -> str:
-    """Name of the GPU, or the processor's architecture and the widest instructions that torch uses on it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def count_flops(settings: Settings, cfg: PPOConfig) -> tuple[float, float]:

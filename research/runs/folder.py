@@ -6,7 +6,8 @@
 | `signature`            | says who wrote it, see `research/runs/origin.py`                                |
 | `metrics.jsonl`        | one row per rollout and per evaluation, see `research/runs/tracking.py`         |
 | `episodes.jsonl`       | one row per evaluation episode                                                  |
-| `summary.json`         | the results, and the `exit_code`; a run that was killed has none                |
+| `summary.json`         | the results, the `exit_code`, the `machine`, the page on W&B; a run that was    |
+|                        | killed has none                                                                 |
 | `checkpoints/step_<n>` | what the run is resumed from: the newest, and a few before it                   |
 | `checkpoints/best_<n>` | where the best evaluation was                                                   |
 | `videos/`              | `eval_<global_step>.mp4` of evaluations, `strip.png` of the last one            |

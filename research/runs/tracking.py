@@ -249,6 +249,11 @@ class Tracker:
             return f"{line}; upload later with: {self.sync_command}"
         return f"{line}; {self.run.url}" if self.run and self.run.url else line
 
+    @property
+    def url(self) -> str | None:
+        """The run's page on W&B; None where it is offline, disabled or finished."""
+        return self.run.url if self.run and self.mode == "online" else None
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one row to `metrics.jsonl`, flushed, and to W&B.
 

@@ -1,19 +1,18 @@
-"""Each scope's learning rate: what chooses it, on which seeds, and which rates the choice cannot tell from the best."""
+"""Each arm's learning rate: what chooses it, on which seeds, and which rates the choice cannot tell from the best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from research.schema import UserError
-from research.study.run_table import Run, plain, spans_of
+from research.study.run_table import Axis, Run, plain, spans_of
 from research.study.statistics import Array, standard_error_of_difference
 
-Cell = tuple[str, float]  # scope, learning rate
 ChooseOn = Literal["training", "states", "other_states"]
 CHOOSING_STATES, REPORTING_STATES = slice(0, None, 2), slice(1, None, 2)  # with choose_on "states"
 ENOUGH_SEEDS = 3  # with fewer, the choice is as much of the seeds as of the rates
@@ -22,7 +21,7 @@ OPEN = 2  # standard errors; a rate that is no further behind the best is carrie
 
 @dataclass
 class Choice:
-    """The rate chosen for a scope, and those that the choice cannot tell from it."""
+    """The rate chosen for an arm, and those that the choice cannot tell from it."""
 
     learning_rate: float
     seeds: int
@@ -33,19 +32,33 @@ class Choice:
     """Rate -> how far it is behind in what the choice was by, and the standard error of that; NaN of one seed."""
 
 
+def best_criterion(cells: Iterable[Sequence[Run]], choosing_seeds: Sequence[int]) -> ChooseOn:
+    """What chooses where nobody says: other states, if all runs that choose were evaluated on them, else training."""
+    choosing = [run for cell in cells for run in _that_choose(cell, choosing_seeds)]
+    return "other_states" if choosing and all(run.choosing_episodes for run in choosing) else "training"
+
+
+def _that_choose(cell: Sequence[Run], choosing_seeds: Sequence[int]) -> list[Run]:
+    return [run for run in cell if not choosing_seeds or run.seed in choosing_seeds]
+
+
 def choosing_scores(
-    cell: Sequence[Run], choose_on: ChooseOn, choosing_seeds: Sequence[int], steps: float
+    cell: Sequence[Run], choose_on: ChooseOn, choosing_seeds: Sequence[int], axis: Axis, place: float
 ) -> Array | None:
     """The scores `[n, K]` that a rate is chosen by, K = 1 for training scores; None for a cell without choosing seeds.
 
+    Args:
+        cell: the runs of an arm at a rate.
+        choose_on: as in `compare`, with `choosing_seeds`.
+        axis, place: where the final evaluation is, for the choice on every other state.
     Raises:
         UserError: a run without such scores, or one whose other states are among the reported ones.
     """
-    members = [run for run in cell if not choosing_seeds or run.seed in choosing_seeds]
+    members = _that_choose(cell, choosing_seeds)
     if not members:
         return None
     if choose_on == "states":
-        return np.array([run.episodes_at("steps", steps) for run in members])[:, CHOOSING_STATES]
+        return np.array([run.episodes_at(axis, place) for run in members])[:, CHOOSING_STATES]
     if choose_on == "other_states":
         _check_other_states(members)
         return np.array([run.scores(run.choosing_episodes) for run in members])
@@ -78,11 +91,11 @@ def _check_other_states(members: Sequence[Run]) -> None:
             )
 
 
-def choose_rate(scope: str, scores: Mapping[float, Array | None], bounded: bool, notes: list[str]) -> Choice:
-    """The scope's best rate, among those with at least half as many choosing seeds as its best-covered one.
+def choose_rate(arm: str, scores: Mapping[float, Array | None], bounded: bool, notes: list[str]) -> Choice:
+    """The arm's best rate, among those with at least half as many choosing seeds as its best-covered one.
 
     Args:
-        scope: its name, for the notes.
+        arm: its name, for the notes.
         scores: `choosing_scores` of each rate tried.
         bounded: whether scores lie within 0..1.
         notes: what a reader of the choice should know is added here.
@@ -94,12 +107,12 @@ def choose_rate(scope: str, scores: Mapping[float, Array | None], bounded: bool,
         rate: found for rate, found in scores.items() if found is not None and 2 * counts[rate] >= max(counts.values())
     }
     if not candidates:
-        raise UserError(f"{scope} has no run with one of the seeds that should choose its rate")
+        raise UserError(f"{arm} has no run with one of the seeds that should choose its rate")
     best = max(candidates, key=lambda rate: candidates[rate].mean())
     if len(scores) > 1 and best in (min(scores), max(scores)):
         side = "lowest" if best == min(scores) else "highest"
         notes.append(
-            f"The best learning rate of {plain(scope)}, {best:g}, is the {side} one tried: a better one may lie beyond."
+            f"The best learning rate of {plain(arm)}, {best:g}, is the {side} one tried: a better one may lie beyond."
         )
     runners_up = {}
     for rate, found in candidates.items():
@@ -112,16 +125,16 @@ def choose_rate(scope: str, scores: Mapping[float, Array | None], bounded: bool,
 
 
 def few_seeds_note(choices: Mapping[str, Choice]) -> list[str]:
-    """Which scopes' rates were chosen on too few seeds, as a note."""
-    few = {scope: choice.seeds for scope, choice in choices.items() if choice.rates > 1 and choice.seeds < ENOUGH_SEEDS}
+    """Which arms' rates were chosen on too few seeds, as a note."""
+    few = {arm: choice.seeds for arm, choice in choices.items() if choice.rates > 1 and choice.seeds < ENOUGH_SEEDS}
     if not few:
         return []
-    named = ", ".join(f"{plain(scope)} ({seeds})" for scope, seeds in few.items())
+    named = ", ".join(f"{plain(arm)} ({seeds})" for arm, seeds in few.items())
     return [f"Learning rates chosen on fewer than {ENOUGH_SEEDS} seeds, which are too few: {named}."]
 
 
-def describe_choice(measure: str, choose_on: ChooseOn, choosing_seeds: Sequence[int]) -> str:
-    """What chose the rates, for the report."""
+def describe_choice(noun: str, measure: str, choose_on: ChooseOn, choosing_seeds: Sequence[int]) -> str:
+    """What chose the rates, for the report; `noun` is what an arm is called there."""
     by = {
         "training": f"{measure} in the last tenth of training, so that every evaluation episode is fresh",
         "states": "the final evaluation from every other initial state; the numbers are from the remaining states",
@@ -129,8 +142,10 @@ def describe_choice(measure: str, choose_on: ChooseOn, choosing_seeds: Sequence[
     }[choose_on]
     if choosing_seeds:
         seeds = ", ".join(map(str, choosing_seeds))
-        return f"Each scope's learning rate was chosen by {by}, on seeds {seeds}; the numbers are from the other seeds."
+        return (
+            f"Each {noun}'s learning rate was chosen by {by}, on seeds {seeds}; the numbers are from the other seeds."
+        )
     return (
-        f"Each scope's learning rate was chosen by {by}. The same seeds chose it, which still favours rates with lucky "
-        "seeds, and scopes with more rates tried: --choosing_seeds keeps seeds for the choice alone."
+        f"Each {noun}'s learning rate was chosen by {by}. The same seeds chose it, which still favours rates with "
+        f"lucky seeds, and {noun}s with more rates tried: --choosing_seeds keeps seeds for the choice alone."
     )

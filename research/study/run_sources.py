@@ -9,8 +9,10 @@ from __future__ import annotations
 import glob
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,11 @@ import numpy as np
 
 from research.config import FREEZE_SWITCHES, split_switches
 from research.options import flatten_dict
-from research.runs.folder import RunFolder, read_json, read_rows
+from research.runs.folder import MANIFEST, RunFolder, read_json, read_rows
 from research.schema import UserError, one_line
-from research.study.run_table import MEASURES, Run, as_ranges, as_text, check, is_number
+from research.study.run_settings import keep_what_tells, settings_of
+from research.study.run_table import MEASURES, Run, as_ranges, as_text, check, is_number, plain
 
-# Settings that do not change what is learned, or that have a column of their own.
-_OWN_COLUMN = (
-    "trainer.env_config.", "policy.vla_config.model_config.freeze_", "trainer.wandb_",
-    "policy.learning_rate_by_scope", "policy.learning_rate_factor",  # how a sweep arrives at the learning rate
-)  # fmt: skip
-_IRRELEVANT = (
-    "trainer.exp_name", "trainer.env", "trainer.env_config", "trainer.seed", "trainer.run_dir", "trainer.use_wandb",
-    "trainer.resume", "trainer.progress_bar", "trainer.save_freq", "trainer.eval_freq", "trainer.num_eval_envs",
-    "trainer.num_eval_episodes", "trainer.threads", "policy.freeze", "algorithm.cfg.learning_rate",
-)  # fmt: skip
 _WHOLE, _TEXT = "a whole number", "text"
 
 
@@ -51,13 +44,14 @@ def read_folders(paths: Sequence[str]) -> list[Run]:
             folders.update(RunFolder.all_below(path))
     if not folders:
         raise UserError(f"no runs found in {' '.join(paths)}: a run folder holds config.json and metrics.jsonl")
-    return _only_differing_settings([_read_folder(folder) for folder in sorted(folders)])
+    return keep_what_tells([_read_folder(folder) for folder in sorted(folders)])
 
 
 def _read_folder(folder: RunFolder) -> Run:
     name = folder.path.name.encode("utf-8", "replace").decode()  # a file system allows names that no text file does
     try:
         run = _make_run(name, _status(folder), _read_object(folder.config), _read_rows(folder.metrics))
+        _add_origin(run, folder)
         if run.complete and run.eval_steps and folder.episodes.is_file():
             _add_episodes(run, folder)
     except UserError as error:
@@ -87,6 +81,23 @@ def _status(folder: RunFolder) -> str:
         return f"no {folder.summary.name}: killed, or still running"
     code = _read_object(folder.summary).get("exit_code", 0)
     return "complete" if code == 0 else f"exit code {str(code)[:20]}"
+
+
+def _add_origin(run: Run, folder: RunFolder) -> None:
+    """When, where and by which code a run was made, as far as its folder says so."""
+    if match := re.match(r"(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)\d\d_", folder.id):
+        run.started = "{}-{}-{} {}:{}".format(*match.groups())
+    with suppress(UserError):
+        summary = _read_object(folder.summary)
+        run.machine, run.url = _text(summary.get("machine")), _text(summary.get("wandb_url"))
+    if newest := folder.last_checkpoint:
+        with suppress(UserError):
+            run.code = _text(_read_object(newest / MANIFEST).get("code"))
+
+
+def _text(value: Any) -> str:
+    """A text on one line; empty where it is none."""
+    return plain(value)[:200] if isinstance(value, str) else ""
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -208,7 +219,7 @@ def read_wandb(path: str) -> list[Run]:
         raise UserError(f"W&B: cannot read {path}: {one_line(error)}") from error
     if not found:
         raise UserError(f"W&B: no runs in {path}")
-    return _only_differing_settings(found)
+    return keep_what_tells(found)
 
 
 def _read_wandb_run(run: Any) -> Run:
@@ -223,9 +234,13 @@ def _read_wandb_run(run: Any) -> Run:
     ]
     status = "complete" if run.state == "finished" else f"W&B state {run.state}"
     try:
-        return _judged(_make_run(run.name, status, dict(run.config), [*evaluations, *rollouts]))
+        found = _make_run(run.name, status, dict(run.config), [*evaluations, *rollouts])
     except UserError as error:
         return _unreadable(run.name, error)
+    found.url, found.code = _text(getattr(run, "url", "")), _text(getattr(run, "commit", ""))[:9]
+    found.started = _text(getattr(run, "created_at", ""))[:16].replace("T", " ")
+    found.machine = _text(getattr(run, "summary", {}).get("machine"))
+    return _judged(found)
 
 
 def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Run:
@@ -239,6 +254,7 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
     except RecursionError:
         raise UserError("config.json: nested too deeply") from None
     scope, _ = split_switches(_scope(config), _switches(config))
+    name_of_scope = scope if isinstance(scope, str) else "+".join(scope)
     count = _value(config, "trainer.num_eval_episodes", _WHOLE, lambda v: type(v) is int and 0 < v < 2**63)
     rows = [row for row in rows if is_number(row.get("global_step"))]
     measure = "success" if any(is_number(row.get("eval/success_rate")) for row in rows) else "return"
@@ -249,7 +265,7 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
     return Run(
         run=name,
         status=status,
-        scope=scope if isinstance(scope, str) else "+".join(scope),
+        scope=name_of_scope,
         learning_rate=float(_value(config, "algorithm.cfg.learning_rate", "a number", is_number)),
         seed=_value(config, "trainer.seed", _WHOLE, lambda v: type(v) is int),
         environment=_value(config, "trainer.env", _TEXT, lambda v: isinstance(v, str) and v),
@@ -265,12 +281,7 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
         episodes=[""] * len(evaluations),
         iteration_steps=_iteration_steps(rows),
         anneal_lr=anneal if isinstance(anneal := config.get("algorithm.cfg.anneal_lr"), bool) else None,
-        settings={
-            # The checkpoint's name: the folder it lies in differs between machines.
-            key: Path(value).name if key == "policy.vla_config.model_path" and isinstance(value, str) else value
-            for key, value in config.items()
-            if key not in _IRRELEVANT and not key.startswith(_OWN_COLUMN) and not key.startswith("_")
-        },
+        settings=settings_of(config, name_of_scope),
     )
 
 
@@ -309,13 +320,3 @@ def _iteration_steps(rows: Iterable[Mapping[str, Any]]) -> float:
     """Env steps of the longest iteration, where they are not the decisions that it took; else NaN."""
     steps = sorted({row["global_step"] for row in rows if "rollout/decisions" in row})
     return float(max(b - a for a, b in pairwise([0, *steps]))) if steps else math.nan
-
-
-def _only_differing_settings(runs: list[Run]) -> list[Run]:
-    texts: dict[str, set[str]] = defaultdict(set)
-    known = [run for run in runs if run.environment]
-    for key in {key for run in known for key in run.settings}:
-        texts[key] = {json.dumps(run.settings.get(key), sort_keys=True) for run in known}
-    for run in known:
-        run.settings = {key: value for key, value in sorted(run.settings.items()) if len(texts[key]) > 1}
-    return runs

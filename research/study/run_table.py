@@ -21,7 +21,8 @@ committed `runs.csv` recomputes every number of it. Its columns:
 | `final_episodes`   | scores of the last evaluation's episodes in the order of `states`: `0110`, 1 = success, or  |
 |                    | returns separated by spaces; empty where not known                                          |
 | `splits`           | JSON: a split's name -> its episodes, as in `final_episodes`; see below                     |
-| `settings`         | JSON: the other settings in which the runs of the table differ                              |
+| `settings`         | JSON: the other settings in which the runs of the table differ, by dotted option: what a    |
+|                    | comparison may be by; an option that a run does not have is left out                        |
 | `earlier_episodes` | as `final_episodes`, of the evaluations before the last, separated by `;`                   |
 | `anneal_lr`        | `algorithm.cfg.anneal_lr`: `true` or `false`; empty where not known                         |
 | `choosing_states`  | ids of the states of `choosing/`, see below                                                 |
@@ -29,11 +30,16 @@ committed `runs.csv` recomputes every number of it. Its columns:
 | `iteration_steps`  | env steps of its longest iteration, where decisions are chunks; empty where not known       |
 | `tasks`            | names of the tasks, separated by spaces: the task of a state is that at its remainder by    |
 |                    | their number; empty where there is one                                                      |
+| `common`           | JSON: the settings that all runs share and that are not at their defaults                   |
+| `started`          | date and time of its start, local to its machine                                            |
+| `code`             | git commit of the code that ran, with `-dirty` where it had changes                         |
+| `machine`          | processor, cores and GPU, not its name                                                      |
+| `url`              | its page on W&B                                                                             |
 
 Splits are what `evaluate_vla.py --split=all` wrote into the folder `splits/` of a run folder, from the run's last
 checkpoint and the same initial states as its own evaluations; `choosing/` is what it wrote there on other states, with
-`--first_state`. Tables of earlier versions do not have the last six columns, of which two are written where a
-run has them: they are read, too.
+`--first_state`. Columns behind `settings` are not in tables of earlier versions, and those from `iteration_steps` on
+are written only where some run has a value: tables without them are read, too.
 """
 
 from __future__ import annotations
@@ -101,17 +107,17 @@ class Run:
     tasks: str = ""
     splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    code: str = ""
+    machine: str = ""
+    url: str = ""
     folder: RunFolder | None = None
     """Where its videos are; None for a run that was not read from its folder."""
 
     @property
     def complete(self) -> bool:
         return self.status == "complete"
-
-    @property
-    def cell(self) -> tuple[str, float]:
-        """Scope and learning rate: runs that agree in both are repetitions."""
-        return self.scope, self.learning_rate
 
     @property
     def bounded(self) -> bool:
@@ -234,9 +240,10 @@ _COLUMNS = (
     "training_score", "eval_steps", "eval_seconds", "eval_scores", "final_episodes", "splits", "settings",
 )  # fmt: skip
 _LATER = ("earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes")  # not in tables of earlier versions
-_WHERE_KNOWN = ("iteration_steps", "tasks")  # in a table of which some run has them
+# In a table of which some run has them.
+_WHERE_KNOWN = ("iteration_steps", "tasks", "common", "started", "code", "machine", "url")
 _LISTS = ("eval_steps", "eval_seconds", "eval_scores")
-_OBJECTS = ("env_config", "splits", "settings")
+_OBJECTS = ("env_config", "splits", "settings", "common")
 _SWITCH = {True: "true", False: "false", None: ""}
 
 
@@ -268,7 +275,7 @@ def write_table(path: Path, runs: Sequence[Run]) -> None:
 
 def _known(run: Run, name: str) -> bool:
     value = getattr(run, name)
-    return value != "" and value == value  # neither empty nor NaN
+    return bool(value) and value == value  # neither empty nor NaN
 
 
 def read_table(path: str | Path) -> list[Run]:
@@ -306,7 +313,7 @@ def _read_row(row: Mapping[str | None, Any]) -> Run:
     values: dict[str, Any] = {name: row[name] for name in (*_COLUMNS, *_LATER, *_WHERE_KNOWN) if name in row}
     values |= {name: [float(word) for word in row[name].split()] for name in _LISTS}
     for name in _OBJECTS:
-        values[name] = json.loads(row[name])
+        values[name] = json.loads(row.get(name) or "{}") if name in _WHERE_KNOWN else json.loads(row[name])
         if not isinstance(values[name], dict):
             raise UserError(f"{name}: expected a JSON object, got {row[name][:80]}")
         json.dumps(values[name], ensure_ascii=False).encode()  # half of a character can be escaped, but not written

@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 from study_worlds import EASY, make_run, write_return_study, write_study
 
-from research.study.report import interval
 from research.study.run_sources import read_folders
 from research.study.statistics import iqm_interval, mean_interval
+from research.study.tables import interval
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,18 @@ def test_the_table_alone_recomputes_every_number(report, tmp_path):
     assert compare_runs.main([f"--table={report}/runs.csv", f"--output={tmp_path}"]) == 0
     assert (tmp_path / "runs.csv").read_bytes() == (report / "runs.csv").read_bytes()
     again, first = ((folder / "report.md").read_text().split("Made by")[0] for folder in (tmp_path, report))
+    assert again == first
+
+
+def test_runs_are_compared_by_the_options_that_are_asked_for_and_again_from_the_table(study, tmp_path, capsys):
+    by = ["--by", "algorithm.cfg.learning_rate", "policy.freeze"]
+    assert compare_runs.main([str(study), *by, f"--output={tmp_path}"]) == 0
+    assert capsys.readouterr().out.startswith("learning_rate=0.0003, vision: 0.9")
+    assert (
+        compare_runs.main([f"--table={tmp_path}/runs.csv", *by, "--equal=seconds", f"--output={tmp_path}/again"]) == 0
+    )
+    assert "Runs are compared at equal wall time." in (tmp_path / "again" / "report.md").read_text()
+    again, first = ((folder / "runs.csv").read_bytes() for folder in (tmp_path / "again", tmp_path))
     assert again == first
 
 
@@ -129,6 +141,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         (str(unfinished),): "none of the 1 runs is complete; the first, unfinished: exit code 143",
         (str(foreign),): "the first, foreign: cannot be read: not a run of ppo_vla.py: its config has no policy.freeze",
         (str(folder), f"--output={folder}/config.json"): "cannot write to",
+        (str(folder), "--by=policy.frieze"): "there is no option 'policy.frieze'; did you mean 'policy.freeze'?",
+        (str(folder), "--by=policy.freeze"): "the same in all 1 complete runs",
         (
             str(folder),
             "--choose_on=other_states",

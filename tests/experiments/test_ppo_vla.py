@@ -253,6 +253,7 @@ def test_the_audit_is_in_the_summary_and_drift_in_the_metrics(tmp_path, scope):
     run = run_folder(tmp_path)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["audit/frozen_ok"] is True
+    assert summary["machine"] and summary["wandb_url"] is None  # for compare_runs.py; W&B is off
     assert (summary["audit/frozen_tensors"] > 0) == (scope != "none")
     drift = {k: v for k, v in read_metrics(run)[-1].items() if k.startswith("audit/drift/")}
     assert (drift["audit/drift/vision_encoder"] > 0) == (scope in ("none", "lora"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -178,6 +179,17 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.stderr == ""
     (folder,) = (tmp_path / "runs").iterdir()
     assert [row["train/entropy"] for row in read_metrics(folder)] == [0.5 * step for step in range(20)]
+
+
+@pytest.mark.parametrize(("mode", "url"), [("online", "https://wandb.ai/me/p/runs/1"), ("offline", None)])
+def test_a_run_has_a_page_only_while_it_is_online(tmp_path, mode, url):
+    tracker = start(tmp_path)
+    assert tracker.url is None  # disabled
+    tracker.run, tracker.mode = SimpleNamespace(url="https://wandb.ai/me/p/runs/1"), mode
+    assert tracker.url == url
+    tracker.run = None  # as `finish` leaves it
+    assert tracker.url is None
+    tracker.finish()
 
 
 def test_online_without_a_network_becomes_offline(tmp_path, monkeypatch, capfd):

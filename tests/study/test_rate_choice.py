@@ -7,9 +7,9 @@ from study_worlds import STATES, make_run, write_choosing
 from research.schema import UserError
 from research.study.comparison import compare
 from research.study.rate_choice import choose_rate
-from research.study.report import cell_table, runner_up_notes
 from research.study.run_sources import read_folders
 from research.study.run_table import read_table, write_table
+from research.study.tables import cell_table, runner_up_notes
 
 
 def share(rate, states=STATES):
@@ -23,11 +23,25 @@ def test_a_rate_can_be_chosen_by_success_on_other_states_than_are_reported(tmp_p
         bad = make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, final=share(0.9), sampled=0.9)
         write_choosing(bad, share(0.3, 20))
     comparison = compare(read_folders([str(tmp_path)]), "other_states")
-    assert comparison.scopes[0].learning_rate == 1e-4 and comparison.scopes[0].mean.value == 0.5
+    assert comparison.arms[0].learning_rate == 1e-4 and comparison.arms[0].mean.value == 0.5
     assert comparison.chosen_by == pytest.approx({("none", 1e-4): 0.9, ("none", 3e-4): 0.3})
     assert "deterministic success of the last checkpoint on initial states that are not reported" in comparison.notes[0]
     write_table(tmp_path / "runs.csv", comparison.runs)
     assert compare(read_table(tmp_path / "runs.csv"), "other_states").chosen_by == comparison.chosen_by
+
+
+def test_other_states_choose_by_themselves_where_all_runs_that_choose_have_them(tmp_path):
+    for seed in (1, 2):
+        good = make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, final=share(0.5), sampled=0.1)
+        write_choosing(good, share(0.9, 20))
+        bad = make_run(tmp_path / f"b{seed}", rate=3e-4, seed=seed, final=share(0.9), sampled=0.9)
+        if seed == 1:
+            write_choosing(bad, share(0.3, 20))
+    runs = read_folders([str(tmp_path)])
+    by_default = compare(runs, choosing_seeds=[1])
+    assert by_default.arms[0].learning_rate == 1e-4 and "initial states that are not reported" in by_default.notes[0]
+    assert compare(runs, "training", [1]).arms[0].learning_rate == 3e-4
+    assert compare(runs).arms[0].learning_rate == 3e-4  # seed 2 of one rate has no other states
 
 
 def test_choosing_on_other_states_needs_them_and_they_must_be_others(tmp_path):
@@ -82,7 +96,7 @@ def test_a_runner_up_is_reported_from_its_own_fresh_seeds(tmp_path):
         if seed < 3:
             make_run(tmp_path / f"d{seed}", rate=2e-4, seed=seed, final=share(0.7), sampled=0.70 + 0.01 * seed)
     comparison = compare(read_folders([str(tmp_path)]), choosing_seeds=[1, 2, 3])
-    (result,) = comparison.scopes
+    (result,) = comparison.arms
     assert (result.learning_rate, result.mean.value) == (3e-4, 0.5)
     found = {other.learning_rate: (other.mean.value, other.seeds, other.fresh) for other in result.runners_up}
     assert found == {1e-4: (0.8, 2, True), 2e-4: (0.7, 2, False)}

@@ -7,25 +7,15 @@ import shutil
 import subprocess
 
 import pytest
-from study_worlds import EASY, make_run, write_study
+from study_worlds import make_run, write_study
 
 from research.schema import UserError
 from research.study import report as report_module
 from research.study.comparison import compare
-from research.study.report import (
-    cell_table,
-    code,
-    escaped,
-    html_table,
-    in_markdown,
-    interval,
-    markdown_table,
-    ranking,
-    videos,
-    write_report,
-)
+from research.study.report import code, escaped, in_markdown, markdown_table, videos, write_report
 from research.study.run_sources import read_folders
 from research.study.statistics import Estimate
+from research.study.tables import interval
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +70,6 @@ def test_the_page_draws_itself_in_a_browser(report, tmp_path):
 
 
 def test_text_from_runs_is_escaped_in_the_page():
-    table = html_table((["a"], [["<script>"]]))
-    assert "<td>&lt;script&gt;</td>" in table
     assert code("`x<y` & z") == "<code>x&lt;y</code> &amp; z"
 
 
@@ -107,13 +95,14 @@ def test_hostile_names_stay_text_everywhere_in_the_report(tmp_path):
         make_run(tmp_path / f"runs/r{scopes.index(scope)}-{seed}", scope, 3e-4, seed=seed, **changes)
     (make_run(tmp_path / "runs/dead`<b>|\n", seed=9, **changes) / "summary.json").write_text('{"exit_code": "`<b>"}')
     output = tmp_path / "report"
-    write_report(compare(read_folders([str(tmp_path / "runs")])), output, "command `<b>")
+    by = ["policy.freeze", f"algorithm.cfg.{HOSTILE}"]
+    write_report(compare(read_folders([str(tmp_path / "runs")]), by=by), output, "command `<b>")
     text = (output / "report.md").read_text()
     outside = re.sub(r"(?<!\\)`[^`\n]*`", "", text)  # code shows what it holds as it is
     assert not re.search(r"(?<!\\)<(script|/script|b>)", outside)
     assert not re.search(r"(?<!\\)`", outside) and not re.search(r"\]\((?!\w+\.png\))", outside)
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:  # every line has as many cells as the header
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     page = (output / "report.html").read_text()
@@ -128,44 +117,79 @@ def test_dollars_in_names_are_no_mathematics(tmp_path):
     assert "$x^$+a" in (tmp_path / "report" / "report.md").read_text()
 
 
-@pytest.mark.parametrize(("scale", "mean"), [(1e-4, "0.09876 [0.0"), (1.0, "987.6 [9"), (1e3, "987600 [9")])
-def test_returns_are_shown_with_four_digits_whatever_their_unit(tmp_path, scale, mean):
-    for seed in (1, 2, 3):
-        make_run(tmp_path / f"{seed}", seed=seed, returns=scale * (987.6 + seed - 2 + EASY))
-    (line,) = ranking(compare(read_folders([str(tmp_path)])))
-    assert line.startswith(f"none: {mean}")
-
-
 def test_text_is_code_between_backquotes_and_says_where_an_interval_is_missing():
     assert markdown_table((["a", "b"], [["1", "2"]])) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
     assert interval(Estimate(0.25, 0.125, 0.5), decimals=2, signed=True) == "+0.25 [+0.12, +0.50]"
     assert interval(Estimate(0.25, float("nan"), float("nan"))) == "0.250 (no interval)"
 
 
-def test_every_rate_is_listed_with_its_seeds_and_the_chosen_one_marked(tmp_path):
-    for rate, seed in ((1e-4, 1), (1e-4, 2), (3e-4, 1)):
-        make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed, returns=100 * seed + EASY, sampled=1e5 * rate)
-    header, rows = cell_table(compare(read_folders([str(tmp_path)])))
-    assert header[-4:] == ["return", "of each seed", "chosen", "reported"]
-    assert rows == [
-        ["none", "0.0001", "2", "10.0", "150.0", "100.0 200.0", "runner-up", "150.0 [-484.6, 784.6] (2 seeds)"],
-        ["none", "0.0003", "1", "30.0", "100.0", "100.0", "yes", "100.0 (no interval)"],
-    ]
-
-
 def test_the_report_ends_with_what_made_it_and_shows_no_table_without_rows(report, tmp_path):
     text = (report / "report.md").read_text()
-    assert text.endswith("\nMade by `the command`\n") and "## Pairs of scopes" in text
+    assert re.search(r"\nMade by `the command` on \d{4}-\d\d-\d\d, code `[0-9a-f]+(-dirty)?`\n$", text)
+    assert "## Pairs of scopes" in text
     assert "## Generalisation" not in text  # these runs were evaluated in no split
-    assert "<p>Made by <code>the command</code></p>" in (report / "report.html").read_text()
+    assert "<p>Made by <code>the command</code> on " in (report / "report.html").read_text()
     make_run(tmp_path / "run")
     write_report(compare(read_folders([str(tmp_path)])), tmp_path / "alone", "x")
     assert "## Pairs of scopes" not in (tmp_path / "alone" / "report.md").read_text()
 
 
+def test_a_film_has_a_caption_that_says_what_it_shows(study, report):
+    best = max(read_folders([f"{study}/vision-0.0003-*"]), key=lambda run: run.eval_scores[-1])
+    (caption,) = re.findall(r"</video>\s*<figcaption>([^<]*)</figcaption>", (report / "report.html").read_text())
+    score = f"success {best.eval_scores[-1]:.3f}"
+    assert caption == f"vision, learning rate 0.0003, seed {best.seed}: evaluation at 2,000 env steps, {score}"
+
+
+def test_runs_lead_to_their_page_on_wandb_or_to_their_folder_and_nowhere_else(study, tmp_path):
+    runs = read_folders([str(study)])
+    runs[0].url, runs[1].url = "https://wandb.ai/a/b/runs/c", "javascript:alert(1)"
+    runs[2].folder = None
+    write_report(compare(runs), tmp_path, "x")
+    page = (tmp_path / "report.html").read_text()
+    links = dict(re.findall(r'<td><a href="([^"]*)">([^<]*)</a>', page))
+    assert links["https://wandb.ai/a/b/runs/c"] == runs[0].run and len(links) == len(runs) - 1
+    (folder,) = (link for link, name in links.items() if name == runs[1].run)
+    assert (tmp_path / folder).resolve() == runs[1].folder.path.resolve() and not folder.startswith("/")
+    assert f"<td>{runs[2].run}</td>" in page
+
+
+def test_every_column_of_the_page_can_be_sorted_by(report):
+    page = (report / "report.html").read_text()
+    heads = re.findall(r"<th>(.*?)</th>", page)
+    assert len(heads) > 20 and all(re.fullmatch(r'<button type="button">[^<]+</button>', head) for head in heads)
+    assert page.count('addEventListener("click", () => {\n  const head') == 1
+    assert '<meta name="viewport" content="width=device-width' in page
+
+
+def test_a_report_by_another_option_speaks_of_arms(tmp_path):
+    for coefficient, seed in itertools.product((0.1, 1.0), (1, 2, 3)):
+        make_run(tmp_path / f"runs/{coefficient}-{seed}", seed=seed, algorithm__cfg__ent_coef=coefficient)
+    runs = read_folders([str(tmp_path / "runs")])
+    write_report(compare(runs, by=["algorithm.cfg.ent_coef"]), tmp_path / "report", "x")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.startswith("# Runs compared by algorithm.cfg.ent_coef\n")
+    for heading in (
+        "Each arm at its own best learning rate",
+        "Pairs of arms",
+        "algorithm.cfg.ent_coef x learning rate",
+    ):
+        assert f"\n## {heading}\n" in text
+    assert "two arms are separable" in text and "scope" not in text
+
+
+def test_a_report_by_learning_rate_chooses_none(tmp_path):
+    for rate in (3e-4, 1e-3):
+        make_run(tmp_path / f"rates/{rate}", rate=rate)
+    by_rate = compare(read_folders([str(tmp_path / "rates")]), by=["algorithm.cfg.learning_rate"])
+    write_report(by_rate, tmp_path / "by_rate", "x")
+    assert not (tmp_path / "by_rate" / "heatmap.png").exists()
+    assert "x learning rate" not in (tmp_path / "by_rate" / "report.md").read_text()
+
+
 def test_a_large_video_stays_out_of_the_page(study, monkeypatch):
     comparison = compare(read_folders([str(study)]))
-    assert sum("<video" in line for line in videos(comparison)) == 1
+    assert len(videos(comparison)) == 1
     monkeypatch.setattr(report_module, "LARGEST_VIDEO", 10)
     assert videos(comparison) == []
 

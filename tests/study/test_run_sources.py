@@ -11,9 +11,9 @@ from study_worlds import STATES, config_of, make_run, write_choosing, write_retu
 from research.options import flatten_dict
 from research.schema import UserError
 from research.study.comparison import compare
-from research.study.report import describe
 from research.study.run_sources import read_folders, read_wandb
 from research.study.run_table import read_table, write_table
+from research.study.tables import describe
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,36 @@ def test_the_evaluation_on_other_states_is_read_in_the_split_of_the_run(tmp_path
     assert (run.choosing_states, run.choosing_episodes) == ("200-209", "1111000000")
 
 
+def test_origin_is_what_folder_summary_and_newest_checkpoint_say_of_it(tmp_path):
+    folder = make_run(tmp_path / "ppo-20261128_163401_joki")
+    summary = {"exit_code": 0, "machine": "x86_64,\nAVX2", "wandb_url": "https://wandb.ai/me/p/runs/1"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for step, code in ((1000, "old"), (2000, "abc-dirty")):
+        checkpoint = folder / "checkpoints" / f"step_{step:09d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text(json.dumps({"code": code}))
+    (run,) = read_folders([str(folder)])
+    assert (run.started, run.code, run.machine) == ("2026-11-28 16:34", "abc-dirty", "x86_64, AVX2")
+    assert run.url == "https://wandb.ai/me/p/runs/1"
+    write_table(tmp_path / "runs.csv", [run])
+    (again,) = read_table(tmp_path / "runs.csv")
+    assert (again.started, again.code, again.machine, again.url) == (run.started, run.code, run.machine, run.url)
+    (checkpoint / "manifest.json").write_text("{")
+    (folder / "summary.json").write_text(json.dumps({"exit_code": 0, "machine": 7}))
+    (run,) = read_folders([str(folder)])
+    assert run.complete and (run.code, run.machine, run.url) == ("", "", "")
+
+
+def test_origin_of_a_run_on_wandb(study, monkeypatch):
+    run = wandb_run(min(study.iterdir()))
+    run.url, run.commit, run.created_at = "https://wandb.ai/a/b/runs/c", "0123456789abcdef", "2026-11-28T16:34:01Z"
+    run.summary = {"machine": "NVIDIA H200"}
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda path: [run]))
+    (found,) = read_wandb("me/vla-rl")
+    assert (found.url, found.code, found.started) == ("https://wandb.ai/a/b/runs/c", "012345678", "2026-11-28 16:34")
+    assert found.machine == "NVIDIA H200"
+
+
 # ---- one bad folder
 
 
@@ -153,7 +183,7 @@ def test_one_bad_folder_is_marked_and_the_others_are_compared(tmp_path, file, co
     assert why in bad.status and "\n" not in bad.status and len(bad.status) < 250
     assert all(run.complete for run in others)
     comparison = compare([bad, *others])
-    assert [run.run for run in comparison.scopes[0].runs] == ["run1", "run2", "run3"]
+    assert [run.run for run in comparison.arms[0].runs] == ["run1", "run2", "run3"]
     assert any(note.startswith(f"`bad` is excluded from all means: {bad.status[:40]}") for note in comparison.notes)
     assert describe(comparison)[0].startswith("tabletop (task = pick_place), initial states 0-39. 4 runs, 3 of them")
     write_table(tmp_path / "runs.csv", [bad, *others])
@@ -210,7 +240,7 @@ def test_wandb_gives_the_rows_of_runs_without_success(return_study, monkeypatch)
     for run in local:
         run.folder, run.episodes = None, [""] * len(run.eval_scores)
     assert read_wandb("me/vla-rl") == local
-    assert compare(local).scopes[0].mean.value == pytest.approx(987.6)
+    assert compare(local).arms[0].mean.value == pytest.approx(987.6)
 
 
 def test_a_foreign_run_in_a_project_on_wandb_is_marked_and_left_out(study, monkeypatch):

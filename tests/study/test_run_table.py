@@ -19,7 +19,7 @@ def test_a_table_keeps_all_that_a_run_is(tmp_path):
     write_choosing(b, [1, 0, 1])
     runs = read_folders([str(tmp_path)])
     assert runs[1].splits == {"vision": "111" + "0" * (STATES - 3)}
-    assert runs[0].settings == {"algorithm.cfg.n_epochs": 8}
+    assert runs[0].settings == {"algorithm.cfg.anneal_lr": False, "algorithm.cfg.n_epochs": 8}
     assert [run.anneal_lr for run in runs] == [None, True]
     assert (runs[1].choosing_states, runs[1].choosing_episodes) == (f"{STATES}-{STATES + 2}", "101")
     assert all(len(text) == STATES for run in runs for text in run.episodes)

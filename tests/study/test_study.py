@@ -12,9 +12,10 @@ import sweep_local
 from worlds import ROOT
 
 from research.study.comparison import compare
-from research.study.report import markdown_table, pair_table, scope_table, split_table
+from research.study.report import markdown_table
 from research.study.run_table import read_table
 from research.study.sweep_file import load_sweep
+from research.study.tables import arm_table, pair_table, split_table
 
 STUDY = ROOT / "experiments" / "results" / "freeze_learning_rate"
 LOOK_BACK = ROOT / "experiments" / "results" / "language_rate"
@@ -36,7 +37,7 @@ def test_the_table_recomputes_the_report(tmp_path, folder, choosing):
 
 
 def test_the_look_back_changes_the_language_rate_and_nothing_else(comparison):
-    runs = {(run.scope, run.seed): run for result in comparison.scopes for run in result.runs}
+    runs = {(run.scope, run.seed): run for result in comparison.arms for run in result.runs}
     for run in read_table(LOOK_BACK / "runs.csv"):
         if run.scope == "language":
             assert (run.learning_rate, run.seed in (3, 4, 5, 6, 7)) == (4e-4, True)
@@ -46,16 +47,16 @@ def test_the_look_back_changes_the_language_rate_and_nothing_else(comparison):
 
 def test_the_grid_was_run_as_planned_and_every_run_counts(comparison):
     assert all(run.complete and len(run.episodes[-1]) == 256 for run in comparison.runs)
-    rates = Counter(run.cell for run in comparison.runs if run.seed in CHOOSING)
+    rates = Counter((run.scope, run.learning_rate) for run in comparison.runs if run.seed in CHOOSING)
     assert set(rates.values()) == {2} and len(rates) == 25
     assert Counter(scope for scope, _ in rates) == dict.fromkeys(["none", "vision", "language", "backbone", "lora"], 5)
-    for result in comparison.scopes:
+    for result in comparison.arms:
         assert [run.seed for run in result.runs] == [3, 4, 5, 6, 7]
         assert set(result.splits) == {"train", "vision", "semantics", "execution"}
 
 
 def test_the_second_sweep_confirms_what_the_first_chose(comparison):
-    chosen = {result.scope: result.learning_rate for result in comparison.scopes}
+    chosen = {result.arm: result.learning_rate for result in comparison.arms}
     points = load_sweep(ROOT / "sweeps" / "freeze_learning_rate_confirm.yaml").grid()
     configs = [sweep_local.config_of([f"--{name}={value}" for name, value in point.items()]) for point in points]
     assert {config.policy.freeze: config.algorithm.cfg.learning_rate for config in configs} == chosen
@@ -72,7 +73,7 @@ def test_no_order_at_equal_wall_time_is_claimed_of_schedules_that_were_cut(compa
 
 
 def test_what_results_say_of_rates_that_were_not_chosen(comparison):
-    runners_up = {result.scope: {o.learning_rate for o in result.runners_up} for result in comparison.scopes}
+    runners_up = {result.arm: {o.learning_rate for o in result.runners_up} for result in comparison.arms}
     assert runners_up == {
         "none": {1e-4, 2.5e-5}, "language": {4e-4, 2.5e-5}, "vision": {1e-4}, "backbone": {4e-4, 6.4e-3}, "lora": set(),
     }  # fmt: skip
@@ -80,7 +81,7 @@ def test_what_results_say_of_rates_that_were_not_chosen(comparison):
         cell: np.mean([run.eval_scores[-1] for run in runs if run.seed in CHOOSING])
         for cell, runs in comparison.cells.items()
     }
-    chosen = {result.scope: result.learning_rate for result in comparison.scopes}
+    chosen = {result.arm: result.learning_rate for result in comparison.arms}
     at = {
         factor: {
             s: means[next(c for c in means if c[0] == s and np.isclose(c[1], factor * rate))]
@@ -97,10 +98,10 @@ def test_what_results_say_of_rates_that_were_not_chosen(comparison):
 
 def test_every_scope_gains_in_every_split(comparison):
     before = json.loads((STUDY / "before.json").read_text())["splits"]
-    for result in comparison.scopes:
+    for result in comparison.arms:
         assert all(mean.value > before[split]["eval/success_rate"] for split, mean in result.splits.items())
     for split in before:
-        means = [result.splits[split] for result in comparison.scopes]
+        means = [result.splits[split] for result in comparison.arms]
         assert (max(mean.low for mean in means) <= min(mean.high for mean in means)) == (split != "train")
 
 
@@ -120,10 +121,10 @@ def test_the_splits_of_the_main_job_are_those_that_are_committed():
 
 def test_results_say_what_the_report_says(comparison):
     results = (ROOT / "experiments" / "RESULTS.md").read_text()
-    for table in (scope_table, pair_table, split_table):
+    for table in (arm_table, pair_table, split_table):
         for line in markdown_table(table(comparison)):
             assert line in results, f"{table.__name__}: {line}"
-    table = scope_table(compare(read_table(LOOK_BACK / "runs.csv")))
+    table = arm_table(compare(read_table(LOOK_BACK / "runs.csv")))
     assert [line in results for line in markdown_table(table) if "language" in line] == [True]
     pairs = markdown_table(pair_table(compare(read_table(LOOK_BACK / "runs.csv"))))
     assert [line in results for line in pairs if "language" in line] == [True] * 4
@@ -138,5 +139,5 @@ def test_the_main_jobs_table_is_that_of_the_committed_runs():
         scores = [run.eval_scores[i] for i in (0, 1, 2, 4, -1)]
         assert shown[1:6] == [pytest.approx(score, abs=5e-4) for score in scores], line
         assert run.eval_steps[-1] == 983_040 and shown[6] == pytest.approx(run.eval_seconds[-1], abs=1)
-    overall = compare(read_table(STUDY.parent / "main_job" / "runs.csv")).scopes[0].mean
+    overall = compare(read_table(STUDY.parent / "main_job" / "runs.csv")).arms[0].mean
     assert f"{overall.value:.3f} [{overall.low:.3f}, {overall.high:.3f}] for a new seed and new states" in text

@@ -1,0 +1,100 @@
+"""The settings of a run that a comparison knows: what is kept of its configuration, and what all runs share of it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from research.config import AlgorithmConfig, ExperimentConfig
+from research.options import flatten
+from research.study.run_table import Run
+
+SCOPE, RATE, SEED, ENVIRONMENT = "policy.freeze", "algorithm.cfg.learning_rate", "trainer.seed", "trainer.env"
+ENV_CONFIG = "trainer.env_config."
+# Each algorithm's name -> dotted option -> its default.
+DEFAULTS = {
+    cfg.name: flatten(ExperimentConfig(algorithm=AlgorithmConfig(cfg.name, cfg())))
+    for cfg in get_args(get_type_hints(AlgorithmConfig)["cfg"])
+}
+_OWN_COLUMN = (
+    ENV_CONFIG, "policy.vla_config.model_config.freeze_", "trainer.wandb_",
+    "policy.learning_rate_by_scope", "policy.learning_rate_factor",  # how a sweep arrives at the learning rate
+)  # fmt: skip
+# What does not change what is learned, or has a column of its own.
+NOT_KEPT = (
+    "trainer.exp_name", ENVIRONMENT, "trainer.env_config", SEED, "trainer.run_dir", "trainer.use_wandb",
+    "trainer.resume", "trainer.progress_bar", "trainer.save_freq", "trainer.eval_freq", "trainer.num_eval_envs",
+    "trainer.num_eval_episodes", "trainer.threads", "trainer.keep_checkpoints", "trainer.worker_timeout",
+    "trainer.ray_address", SCOPE, RATE,
+)  # fmt: skip
+
+
+def is_option(name: str) -> bool:
+    """Whether a run can have such an option, an entry of a free-form one included."""
+    return any(
+        name == option or (default == {} and name.startswith(f"{option}."))
+        for defaults in DEFAULTS.values()
+        for option, default in defaults.items()
+    )
+
+
+def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the options that a configuration's algorithm has."""
+    name = config.get("algorithm.name", "ppo")
+    return DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+
+
+def settings_of(config: Mapping[str, Any], scope: str) -> dict[str, Any]:
+    """What is kept of a configuration with dotted keys; an option that it lacks is of a later version, at its default.
+
+    Options of adapters and of the residual policy are left out where there is none.
+    """
+    parts = scope.split("+")
+    idle = tuple(f"policy.{name}." for name in ("lora", "residual") if name not in parts)
+    return {
+        # The checkpoint's name: the folder it lies in differs between machines.
+        key: Path(value).name if key == "policy.vla_config.model_path" and isinstance(value, str) else value
+        for key, value in (defaults_of(config) | dict(config)).items()
+        if key not in NOT_KEPT and not key.startswith((*_OWN_COLUMN, *idle, "_")) and value != {}
+    }
+
+
+def keep_what_tells(runs: list[Run]) -> list[Run]:
+    """Leave the settings in which the runs differ to `settings`, and those that all share to `common`.
+
+    `common` has no option that is at its default.
+    """
+    known = [run for run in runs if run.environment]
+    texts: dict[str, set[str]] = defaultdict(set)
+    for key in {key for run in known for key in run.settings}:
+        texts[key] = {json.dumps(run.settings.get(key), sort_keys=True) for run in known}
+        if not all(key in run.settings for run in known):
+            texts[key].add("")
+    for run in known:
+        defaults = defaults_of(run.settings)
+        kept = sorted(run.settings.items())
+        run.settings = {key: value for key, value in kept if len(texts[key]) > 1}
+        run.common = {k: v for k, v in kept if len(texts[k]) == 1 and (k not in defaults or defaults[k] != v)}
+    return runs
+
+
+def value_of(run: Run, option: str) -> tuple[bool, Any]:
+    """Whether a run has an option, and its value; of options that all runs share only `common` ones are known."""
+    own = {SCOPE: run.scope, RATE: run.learning_rate, SEED: run.seed, ENVIRONMENT: run.environment}
+    for values in (own, {f"{ENV_CONFIG}{key}": value for key, value in run.env_config.items()}, run.settings):
+        if option in values:
+            return True, values[option]
+    return option in run.common, run.common.get(option)
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """The options in which some runs differ, of those in their `settings`."""
+    return sorted({key for run in runs for key in run.settings if not agree(runs, key)})
+
+
+def agree(runs: Sequence[Run], key: str) -> bool:
+    """Whether runs have one value of a setting; none is one."""
+    return len({json.dumps(run.settings.get(key), sort_keys=True) for run in runs}) == 1
