@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 
@@ -14,8 +15,10 @@ from worlds import ROOT
 from research.study.comparison import compare
 from research.study.report import markdown_table
 from research.study.run_table import read_table
+from research.study.statistics import difference_interval
 from research.study.sweep_file import load_sweep
 from research.study.tables import arm_table, pair_table, split_table
+from research.training.evaluation import wilson_interval
 
 STUDY = ROOT / "experiments" / "results" / "freeze_learning_rate"
 LOOK_BACK = ROOT / "experiments" / "results" / "language_rate"
@@ -128,6 +131,30 @@ def test_results_say_what_the_report_says(comparison):
     assert [line in results for line in markdown_table(table) if "language" in line] == [True]
     pairs = markdown_table(pair_table(compare(read_table(LOOK_BACK / "runs.csv"))))
     assert [line in results for line in pairs if "language" in line] == [True] * 4
+
+
+def test_the_table_of_grpo_is_that_of_the_committed_runs():
+    """Seed, before, at 0.2, 0.4, 0.6, 0.8 million env steps, at the end, seconds, and at the end by samples."""
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## The main job by GRPO")[1].split("\n## ")[0]
+    grpo = {run.seed: run for run in read_table(STUDY.parent / "grpo" / "runs.csv")}
+    with (STUDY.parent / "grpo" / "sampled.csv").open(newline="") as file:
+        sampled = {row["seed"]: (int(row["successes"]), int(row["episodes"])) for row in csv.DictReader(file)}
+    shown = lambda k, n: f"{k / n:.3f} [{wilson_interval(k, n)[0]:.3f}, {wilson_interval(k, n)[1]:.3f}]"  # noqa: E731
+    for seed, run in grpo.items():
+        scores = [f"{score:.3f}" for score in run.eval_scores[:-1]]
+        end = shown(int(sum(run.episodes_at("steps", run.eval_steps[-1]))), 256).replace(" ", "** ", 1)
+        seconds = f"{run.eval_seconds[-1]:.0f}"
+        cells = [str(seed), *scores, f"**{end}", seconds, shown(*sampled[str(seed)])]
+        assert f"| {' | '.join(cells)} |" in text
+        assert run.eval_seconds[-1] < 600
+    overall = compare([*grpo.values()]).arms[0].mean
+    assert f"{overall.value:.3f} [{overall.low:.3f}, {overall.high:.3f}] for a\nnew seed and new states" in text
+    mean = np.mean([k / n for seed, (k, n) in sampled.items() if seed != "start"])
+    assert f"by samples from {shown(*sampled['start'])} to {mean:.3f} in the mean" in text
+    ppo = {run.seed: run for run in read_table(STUDY.parent / "main_job" / "runs.csv")}
+    ends = [[runs[s].episodes_at("steps", runs[s].eval_steps[-1]) for s in sorted(runs)] for runs in (ppo, grpo)]
+    less = difference_interval(*map(np.array, ends), bounded=True)
+    assert f"{less.value:.3f} [{less.low:.3f},\n{less.high:.3f}] better" in text
 
 
 def test_the_main_jobs_table_is_that_of_the_committed_runs():
