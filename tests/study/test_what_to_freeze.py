@@ -1,0 +1,68 @@
+"""docs/what_to_freeze.md says what the committed rows say."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from worlds import ROOT
+
+from research.study.comparison import compare
+from research.study.run_table import read_table
+
+RESULTS = ROOT / "experiments" / "results"
+PAGE = (ROOT / "docs" / "what_to_freeze.md").read_text()
+
+
+def compared(name: str, choosing: tuple[int, ...] = ()):
+    return compare(read_table(RESULTS / name / "runs.csv"), choosing_seeds=choosing)
+
+
+def row(words: str) -> str:
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("|") and words in line]
+    return line
+
+
+def shown(estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+@pytest.fixture(scope="module")
+def study():
+    return compared("freeze_learning_rate", (1, 2))
+
+
+def test_scopes_have_the_success_of_the_study_and_its_verdicts(study):
+    names = {arm.arm: f"| `{arm.arm}`" for arm in study.arms} | {"language": "`language`, at the chosen rate"}
+    for arm in study.arms:
+        line = row(names[arm.arm])
+        assert shown(arm.mean) in line
+        if arm.arm in ("none", "lora", "language"):
+            told = set(re.findall(r"`(\w+)`", line.split("|")[-2]))
+            assert told == set(arm.separable_from) - ({"language"} if arm.arm != "language" else set()), arm.arm
+
+
+def test_the_other_rate_of_language():
+    (arm,) = [arm for arm in compared("language_rate").arms if arm.arm == "language"]
+    assert shown(arm.mean) in row("`language`, at the other rate") and arm.separable_from == ["backbone"]
+
+
+def test_seconds_and_rates_of_the_scopes(study):
+    seconds = {arm.arm: np.mean([run.eval_seconds[-1] for run in arm.runs]) for arm in study.arms}
+    said = [
+        int(word)
+        for word in re.search(
+            r"heads alone takes (\d+) s, with frozen vision (\d+) s, with everything (\d+)", PAGE
+        ).groups()
+    ]
+    assert said == [round(seconds[name]) for name in ("backbone", "vision", "none")]
+    rates = {arm.arm: arm.learning_rate for arm in study.arms}
+    assert rates == {"language": 1e-4, "none": 4e-4, "vision": 4e-4, "lora": 1.6e-3, "backbone": 1.6e-3}
+    assert max(rates.values()) / min(rates.values()) == pytest.approx(16) and "a factor of 16 between scopes" in PAGE
+
+
+@pytest.mark.parametrize(("name", "words"), [("main_job", "Seven times the budget"), ("grpo", "The same by GRPO")])
+def test_the_longer_runs(name, words):
+    (arm,) = compared(name).arms
+    assert shown(arm.mean) in row(words)
