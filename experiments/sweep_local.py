@@ -42,6 +42,7 @@ from research.options import parse_config
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 from research.schema import UserError
+from research.study.run_settings import RATE, SCOPE, SEED
 from research.study.sweep_file import Sweep, check_options, load_sweep
 from research.study.sweep_locks import STOP_S, Lock
 from research.study.trials import STORAGE_LOST, SweepTrials, first_line
@@ -174,8 +175,17 @@ class LocalSweep:
             print("stopped; the same command goes on from here")
         if self.failures >= MOST_FAILURES:
             print(f"error: {self.failures} runs in a row failed; the last was {self.problem}", file=sys.stderr)
-        print(f"compare with: python experiments/compare_runs.py {self.folder}")
+        print(self.next_step())
         return interruption.code or int(self.failures >= MOST_FAILURES)
+
+    def next_step(self) -> str:
+        """What to do with the runs: a grid's are compared by what it varies, other methods try each point once."""
+        if self.sweep.method != "grid":
+            return "the best trials are proposals of one seed each: run them on several seeds to compare them"
+        rates = (RATE, "policy.learning_rate_factor", "policy.learning_rate_by_scope")
+        others = [name for name in self.sweep.varied if name not in (SEED, SCOPE) and not name.startswith(rates)]
+        by = f" --by {' '.join([*([SCOPE] if SCOPE in self.sweep.varied else []), *others])}" if others else ""
+        return f"compare with: python experiments/compare_runs.py {self.folder}{by}"
 
     def work(self, interruption: Interruption) -> None:
         """Start runs and follow them until they are over and no more are to be started."""

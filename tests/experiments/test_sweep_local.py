@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sweep_local
@@ -88,6 +89,25 @@ def test_a_grid_is_its_product_each_point_once_with_the_agents_arguments(capsys)
     assert len(points()) == 4  # nothing twice
     assert sweep_local.main([write_sweep(rates=(0.5, 1.0, 2.0), parameters=fixed)]) == 0
     assert points()[2] == ("1", "2.0") and len(points()) == 6  # and what is new in the file
+
+
+@pytest.mark.parametrize(
+    ("method", "varied", "said"),
+    [
+        (
+            "grid",
+            ["trainer.seed", "policy.freeze", "policy.learning_rate_factor"],
+            "experiments/compare_runs.py runs/s",
+        ),
+        ("grid", ["trainer.seed", "algorithm.cfg.gamma"], "compare_runs.py runs/s --by algorithm.cfg.gamma"),
+        ("grid", ["policy.freeze", "algorithm.cfg.gamma"], "runs/s --by policy.freeze algorithm.cfg.gamma"),
+        ("bayes", ["policy.freeze", "algorithm.cfg.learning_rate"], "are proposals of one seed each"),
+    ],
+)
+def test_it_ends_with_the_command_that_compares_what_it_varied(method, varied, said):
+    sweep = SimpleNamespace(sweep=SimpleNamespace(method=method, varied=varied), folder="runs/s")
+    told = sweep_local.LocalSweep.next_step(sweep)
+    assert told.endswith(said) if method == "grid" else said in told
 
 
 def test_a_trial_is_an_ordinary_run(tmp_path):
