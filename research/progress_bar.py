@@ -24,20 +24,26 @@ class ProgressBar(tqdm):
         if self.as_lines:
             options |= {"dynamic_ncols": False, "bar_format": LINE}
             options |= {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S, "miniters": 1}
+        self.line_at = 0.0  # seconds from the start to the last line
         super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not self.as_lines:
             return super().display(msg, pos)
-        if msg is None and self.format_dict["elapsed"] >= LINE_EVERY_S:
-            print(str(self).strip(), file=self.fp, flush=True)
+        if msg is None and self.format_dict["elapsed"] - self.line_at >= LINE_EVERY_S:  # `set_postfix` asks at any time
+            self._print_line()
         return True
+
+    def _print_line(self) -> None:
+        self.line_at = self.format_dict["elapsed"]
+        print(str(self).strip(), file=self.fp, flush=True)
 
     def close(self) -> None:
         if not self.as_lines:
             super().close()
         elif not self.disable:
-            self.display()
+            if self.format_dict["elapsed"] >= LINE_EVERY_S:
+                self._print_line()
             self.disable = True
             self._decr_instances(self)
 

@@ -25,9 +25,10 @@ def clock(monkeypatch):
 def test_without_a_terminal_it_is_a_line_a_minute(monkeypatch):
     passes, file = clock(monkeypatch), io.StringIO()
     with ProgressBar(total=200, unit="step", desc="training", file=file) as bar:
-        for _ in range(200):
+        for step in range(200):
             passes(1)
             bar.update()
+            bar.set_postfix({"success": step})
     lines = file.getvalue().splitlines()
     assert [line.split(" step")[0] for line in lines] == [
         "training 30 %, 60 of 200", "training 60 %, 120 of 200", "training 90 %, 180 of 200",
