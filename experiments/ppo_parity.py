@@ -2,18 +2,15 @@
 
     pip install -e .[bench] mujoco                          # Stable-Baselines3
     python experiments/ppo_parity.py                        # both, all tasks, 5 seeds; goes on where it stopped
-    python experiments/ppo_parity.py --envs Pendulum-v1 --seeds 1 2
     python experiments/ppo_parity.py --show                 # the table of what is there
 
 A run of ours is `ppo_vla.py` with `agents.state_mlp.StateMLP`, as a user starts it; one of Stable-Baselines3's is its
-PPO with its MlpPolicy. Alike are the network and its weights' distribution at the start, hyper-parameters,
-environments, number of threads, actions (from [-1, 1], rescaled), bootstrapping at time limits, and the evaluation:
-deterministic, on the same initial states. Otherwise than there, the gradients of value and policy are clipped apart
-here, and running statistics are taken in once per rollout.
+PPO with its MlpPolicy. Alike are the network and its start, hyper-parameters, environments, threads, actions (from
+[-1, 1], rescaled), bootstrapping at time limits, and the evaluation: deterministic, on the same initial states. Unlike
+there, gradients of value and policy are clipped apart here, and running statistics are taken in once per rollout.
 
 A row per run is added to --table as soon as it is there; what has its row is not run again. Seeds come one after the
-other, so that a study that is stopped early is a balanced one. Several of this script, of other --seeds, may share a
-table.
+other, so that a study that is stopped early is a balanced one. Several of this script may share a table.
 """
 
 from __future__ import annotations
@@ -39,6 +36,7 @@ from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 from research.schema import PROPRIO, UserError
+from research.study.comparison import VERDICT_SEEDS
 from research.study.statistics import Estimate, difference_interval, mean_interval
 
 HERE = Path(__file__).parent
@@ -278,15 +276,18 @@ def table_of(rows: Sequence[Row]) -> str:
         means = [said(mean_interval(s, bounded=False)) if len(s) else "-" for s in scores]
         less = difference_interval(*scores, bounded=False) if min(map(len, scores)) > 1 else None
         took = [f"{np.mean([row.seconds for row in side]):.0f}" if side else "-" for side in (ours, theirs)]
-        cells = [env, f"{steps:,}", seeds, *means, said(less) if less else "-", verdict(less), " / ".join(took)]
+        cells = [env, f"{steps:,}", seeds, *means, said(less) if less else "-", verdict(less, min(map(len, scores)))]
+        cells.append(" / ".join(took))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def verdict(less: Estimate | None) -> str:
-    """Which is better, where the interval of the difference leaves out 0."""
-    if less is None or np.isnan(less.low):
+def verdict(less: Estimate | None, seeds: int) -> str:
+    """Which is better, where the interval of the difference leaves out 0; there is none where nothing varies."""
+    if less is None or seeds < VERDICT_SEEDS:
         return "too few seeds"
+    if np.isnan(less.low):
+        return "equal" if less.value == 0 else "no interval"
     return "ours" if less.low > 0 else "Stable-Baselines3" if less.high < 0 else "not separable"
 
 

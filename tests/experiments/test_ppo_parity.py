@@ -9,6 +9,7 @@ import numpy as np
 import ppo_parity
 import pytest
 from ppo_parity import OURS, THEIRS, Row, Task, append, evaluate, main, read_table, table_of
+from worlds import ROOT
 
 from research.schema import UserError
 from research.study.statistics import difference_interval, mean_interval
@@ -77,13 +78,14 @@ def rows_of(env: str, ours: float, theirs: float, seeds: int = 5) -> list[Row]:
 
 def test_the_verdict_is_the_interval_of_the_difference(tmp_path):
     rows = [*rows_of("better", 300, 200), *rows_of("same", 201, 200), *rows_of("worse", 100, 200)]
-    rows += rows_of("few", 300, 200, seeds=1)
+    rows += [*rows_of("few", 300, 200, seeds=1), *rows_of("two", 300, 200, seeds=2)]
+    rows += [row._replace(env="equal", returns="7.000 7.000") for row in rows_of("equal", 7, 7)]
     for row in rows:
         append(tmp_path / "runs.csv", row)
     assert read_table(tmp_path / "runs.csv") == rows
-    better, same, worse, few = (line.strip("| ").split(" | ") for line in table_of(rows).splitlines()[2:])
-    assert [line[6] for line in (better, same, worse, few)] == [
-        "ours", "not separable", "Stable-Baselines3", "too few seeds",
+    better, same, worse, few, two, equal = (line.strip("| ").split(" | ") for line in table_of(rows).splitlines()[2:])
+    assert [line[6] for line in (better, same, worse, few, two, equal)] == [
+        "ours", "not separable", "Stable-Baselines3", "too few seeds", "too few seeds", "equal",
     ]  # fmt: skip
     ours, theirs = (
         np.array([r.scores for r in rows_of("better", 300, 200) if r.algorithm == n]) for n in (OURS, THEIRS)
@@ -105,3 +107,14 @@ def test_budgets_are_whole_numbers_of_rollouts_and_minibatches():
     for task in ppo_parity.TASKS.values():
         rollout = task.num_envs * task.settings["n_steps"]
         assert task.env_steps % rollout == 0 and rollout % task.settings["batch_size"] == 0
+
+
+def test_results_say_what_the_committed_rows_say():
+    """Line by line of `--show`; and no task of which the interval of the difference says that ours is worse."""
+    rows = read_table(ROOT / "experiments" / "results" / "parity" / "runs.csv")
+    results = (ROOT / "experiments" / "RESULTS.md").read_text()
+    lines = table_of(rows).splitlines()
+    assert len(lines) == 2 + len({row.env for row in rows})
+    for line in lines:
+        assert line in results
+    assert not any("| Stable-Baselines3 |" in line for line in lines[2:])
