@@ -1,8 +1,9 @@
 """The first iterations of small runs, as numbers: what a refactor must not change without saying so.
 
-Rounding differs between machines, and grows from iteration to iteration, hence few of them and a tolerance that grows,
-too (an Intel Xeon wrote the numbers; on an AMD EPYC the largest deviation was 0.0022 of a number, in the third row). To
-change the numbers on purpose, say why in LOG.md. Nothing is said of episodes (nan) until all of a rollout have ended.
+Rounding differs between machines, and grows from iteration to iteration, hence few of them and a tolerance. An Intel
+Xeon wrote the numbers; the last of the third row of `none` lies between its 0.089004 and the 0.088813 of an AMD EPYC.
+To change the numbers on purpose, say why in LOG.md. Nothing is said of episodes (nan) until all of a rollout have
+ended.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ GOLDEN = {
     "none": [
         (nan, nan, 0.058426, 0.0047957, 0.64609, 0.11096, 0.89293, 5.7615, 0.36219),
         (64, 0, 0.0078131, 0.0090058, 0.64471, 0.048755, 0.03093, 1.983, 0.2291),
-        (49, 0.040816, 0.0068213, 0.0049672, 0.64245, 0.020769, -0.0081112, 2.3914, 0.089004),
+        (49, 0.040816, 0.0068213, 0.0049672, 0.64245, 0.020769, -0.0081112, 2.3914, 0.088908),
     ],
     "vision": [
         (nan, nan, 0.04214, 0.0042698, 0.64582, 0.092445, 0.89293, 5.59, 0.33696),
@@ -52,5 +53,5 @@ def test_the_first_iterations_are_those_of_the_day_this_was_written(tmp_path, sc
     assert ppo_vla.main(["--config", str(config)]) == 0
     rows = [row for row in rows_without_times(run_folder(tmp_path)) if "train/approx_kl" in row]
     assert len(rows) == 3
-    for row, expected, rel in zip(rows, GOLDEN[scope], (2e-3, 2e-3, 5e-3), strict=True):
-        assert [row.get(name, nan) for name in METRICS] == pytest.approx(expected, rel=rel, abs=1e-4, nan_ok=True)
+    for row, expected in zip(rows, GOLDEN[scope], strict=True):
+        assert [row.get(name, nan) for name in METRICS] == pytest.approx(expected, rel=2e-3, abs=1e-4, nan_ok=True)
