@@ -56,7 +56,8 @@ def summarise(
     if curve := plot_learning_curve(folder):
         tracker.log_image("learning_curve", curve, step)
     if result is not None and result.frames:
-        iio.imwrite(RunFolder(folder).strip, frame_strip(result.frames[0], count=6))
+        frames, caption = result.frames[result.shown], result.captions[result.shown]
+        iio.imwrite(RunFolder(folder).strip, frame_strip(frames, count=6, caption=caption))
     tracker.summary(summary)
     print(f"curve, video, checkpoints, metrics: {folder}/")
     if tracker.sync_command:

@@ -13,14 +13,14 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from research.schema import UserError
+from research.schema import UserError, one_line
 
 Frames = np.ndarray | Tensor
 
 # Okabe and Ito's green and red, which colour-blind readers tell apart too.
 SUCCESS_COLOR, FAILURE_COLOR = (0, 158, 115), (213, 94, 0)
 BACKGROUND = 255
-FONT_SIZE, LINE_HEIGHT = 12, 15  # pixels
+FONT_SIZE = 12  # pixels
 
 
 def write_video(frames: Frames, path: str | Path, fps: float) -> None:
@@ -63,6 +63,33 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
         raise UserError(f"cannot write the video {path}: {str(error).splitlines()[0]}") from error
 
 
+def write_gif(frames: Frames, path: str | Path, fps: float, hold: float = 2.0) -> None:
+    """Write an animated GIF, which pages show that play no video; it starts again and again.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`; 256 colours are kept, the same in all frames.
+        path: file to write, ending in .gif; its folder is made.
+        fps: frames per second; players round to 1/100 s.
+        hold: seconds for which the last frame stays.
+    Raises:
+        UserError: as `write_video`.
+    """
+    path = Path(path)
+    frames = _checked(frames, str(path))
+    if path.suffix != ".gif":
+        raise UserError(f"{path}: the file name of an animated picture ends in .gif")
+    if not fps > 0:
+        raise UserError(f"{path}: fps is {fps}, should be above 0")
+    palette = Image.fromarray(rearrange(frames[:: max(1, len(frames) // 8)], "t h w rgb -> (t h) w rgb")).quantize(256)
+    pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [1000 / fps] * (len(pictures) - 1) + [1000 * hold]  # milliseconds
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {one_line(error)}") from error
+
+
 def video_grid(
     episodes: Sequence[Frames],
     columns: int,
@@ -101,7 +128,7 @@ def video_grid(
     rows = -(-len(clips) // columns)
     _, height, width, _ = clips[0].shape
     texts = [(caption_lines(text, width + 2 * edge), end) for text, end in captions or ()]
-    below = LINE_HEIGHT * max((len(lines) + bool(end) for lines, end in texts), default=0)
+    below = _line_height(FONT_SIZE) * max((len(lines) + bool(end) for lines, end in texts), default=0)
     # Every tile ends in a gap below and to the right; the last ones are cut off.
     tiles = np.full(
         (rows * columns, length, height + 2 * edge + below + gap, width + 2 * edge + gap, 3), BACKGROUND, dtype=np.uint8
@@ -121,34 +148,39 @@ def video_grid(
     return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
 
 
-def caption_lines(text: str, width: int) -> list[str]:
+def caption_lines(text: str, width: int, font_size: int = FONT_SIZE) -> list[str]:
     """A text in lines that are at most `width` pixels wide, where its words allow that."""
-    return wrap(text, max(8, int(width / (0.52 * FONT_SIZE))))  # the mean width of a letter, in font sizes
+    return wrap(text, max(8, int(width / (0.52 * font_size))))  # the mean width of a letter, in font sizes
 
 
-def written(lines: Sequence[str], height: int, width: int) -> np.ndarray:
+def written(lines: Sequence[str], height: int, width: int, font_size: int = FONT_SIZE) -> np.ndarray:
     """Lines of text, black on white: uint8 `[height, width, 3]`; what does not fit is cut off."""
     picture = Image.new("RGB", (width, height), (BACKGROUND,) * 3)
     draw = ImageDraw.Draw(picture)
     for row, line in enumerate(lines):
-        draw.text((2, row * LINE_HEIGHT), line, fill=(0, 0, 0), font=_font())
+        draw.text((2, row * _line_height(font_size)), line, fill=(0, 0, 0), font=_font(font_size))
     return np.asarray(picture)
 
 
+def _line_height(font_size: int) -> int:
+    return round(1.25 * font_size)
+
+
 @cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(FONT_SIZE)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
 
 
-def frame_strip(frames: Frames, count: int, gap: int = 2) -> np.ndarray:
+def frame_strip(frames: Frames, count: int, gap: int = 2, caption: tuple[str, str] = ("", "")) -> np.ndarray:
     """`count` evenly spaced frames side by side, the first and the last among them.
 
     Args:
         frames: uint8 `[T, H, W, 3]`; where T < `count`, frames repeat.
         count: how many frames, at least 2.
         gap: white pixels between frames.
+        caption: what is written under the frames: what the episode is, and how it went.
     Returns:
-        uint8 `[H, count * (W + gap) - gap, 3]`.
+        uint8 `[H + h, count * (W + gap) - gap, 3]`, where h is the height of the caption, 0 without one.
     Raises:
         UserError: `count` below 2, another shape or dtype, or no frames.
     """
@@ -157,7 +189,13 @@ def frame_strip(frames: Frames, count: int, gap: int = 2) -> np.ndarray:
         raise UserError(f"a frame strip shows at least 2 frames, not {count}")
     chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     spaced = np.pad(chosen, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=BACKGROUND)
-    return rearrange(spaced, "n h w rgb -> h (n w) rgb")[:, : count * (frames.shape[2] + gap) - gap]
+    strip = rearrange(spaced, "n h w rgb -> h (n w) rgb")[:, : count * (frames.shape[2] + gap) - gap]
+    if not (text := " · ".join(filter(None, caption))):
+        return strip
+    size = max(FONT_SIZE, strip.shape[1] // 60)  # still read where a page shrinks the strip to its own width
+    lines = caption_lines(text, strip.shape[1], size)
+    band = written(lines, len(lines) * _line_height(size) + gap, strip.shape[1], size)
+    return np.concatenate([strip, band])
 
 
 def _checked(frames: Frames, what: str) -> np.ndarray:

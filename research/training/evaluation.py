@@ -120,6 +120,11 @@ class Evaluation:
         return captions
 
     @property
+    def shown(self) -> int:
+        """Which filmed episode to show where there is place for one: the first that succeeded, else the first."""
+        return next((i for i, success in enumerate(self.filmed_success or ()) if success), 0)
+
+    @property
     def score(self) -> float:
         """What makes one evaluation better than another: success, or else return."""
         metrics = self.metrics()

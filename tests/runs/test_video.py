@@ -4,14 +4,15 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from research.runs.video import (
     FAILURE_COLOR,
-    LINE_HEIGHT,
     SUCCESS_COLOR,
     caption_lines,
     frame_strip,
     video_grid,
+    write_gif,
     write_video,
     written,
 )
@@ -92,7 +93,7 @@ def test_captions_stand_below_their_episode_and_the_outcome_once_it_is_over():
     grid = video_grid(episodes, columns=2, success=[False, True], gap=1, border=2, captions=captions)
     lines = caption_lines(long, 124)
     assert len(lines) > 2 and " ".join(lines) == long
-    assert grid.shape == (4, 24 + (len(lines) + 1) * LINE_HEIGHT, 2 * 124 + 1, 3)
+    assert grid.shape == (4, 24 + (len(lines) + 1) * 15, 2 * 124 + 1, 3)
     left, right = grid[:, 24:, :124], grid[:, 24:, 125:]
     assert (left[0] == written(["short"], *left.shape[1:3])).all() and (left[0] < 128).any()
     assert (left[1:] == written(["short", "failure"], *left.shape[1:3])).all()
@@ -123,3 +124,36 @@ def test_strip_shows_first_and_last_evenly():
     assert frame_strip(frames[:1], count=4, gap=0).shape == (4, 24, 3)
     with pytest.raises(UserError, match="at least 2"):
         frame_strip(frames, count=1)
+
+
+def test_strip_says_what_its_episode_is_and_how_it_went():
+    frames = _gradient(11, 40, 60)
+    strip = frame_strip(frames, count=6, caption=("put the red cube on the blue plate", "success"))
+    bare = frame_strip(frames, count=6)
+    assert (strip[:40] == bare).all() and strip.shape[1:] == bare.shape[1:]
+    text = "put the red cube on the blue plate · success"
+    assert (strip[40:] == written([text], *strip[40:].shape[:2])).all() and (strip[40:] < 128).any()
+    wide = frame_strip(_gradient(11, 256, 256), count=6, caption=(text, ""))
+    assert wide.shape[0] - 256 > strip.shape[0] - 40, "larger where a page will shrink it"
+
+
+def test_gif_repeats_its_frames_and_holds_the_last(tmp_path):
+    frames = np.zeros((5, 20, 30, 3), np.uint8)
+    for i in range(5):
+        frames[i, :, 6 * i : 6 * i + 6] = (250, 10, 40 * i)
+    write_gif(torch.from_numpy(frames), tmp_path / "new" / "film.gif", fps=10, hold=3)
+    with Image.open(tmp_path / "new" / "film.gif") as film:
+        assert film.n_frames == 5 and film.info["loop"] == 0
+        durations = []
+        for i in range(5):
+            film.seek(i)
+            durations.append(film.info["duration"])
+            assert np.abs(np.asarray(film.convert("RGB")).astype(int) - frames[i]).max() <= 8
+    assert durations == [100] * 4 + [3000]
+    with pytest.raises(UserError, match=r"ends in \.gif"):
+        write_gif(frames, tmp_path / "film.png", fps=10)
+    with pytest.raises(UserError, match="fps is 0"):
+        write_gif(frames, tmp_path / "film.gif", fps=0)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write .*file"):
+        write_gif(frames, tmp_path / "file" / "film.gif", fps=10)

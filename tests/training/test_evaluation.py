@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -218,3 +219,13 @@ def test_metrics_have_wilsons_interval():
         "seed": 3, "initial_state": 0, "instruction": None, "success": None, "episode_return": 2.0, "length": 4,
         "success_at_end": None, "cut_off": False, "task": None,
     }  # fmt: skip
+
+
+def test_what_is_shown_is_the_first_filmed_episode_that_succeeded():
+    def shown(successes: list[bool | None], filmed: int) -> int:
+        episodes = [Episode(i, None, success, 0.0, 3) for i, success in enumerate(successes)]
+        return Evaluation(episodes, [np.zeros((4, 8, 8, 3), np.uint8)] * filmed).shown
+
+    assert shown([False, False, True, True], filmed=4) == 2
+    assert shown([False, False, True, True], filmed=2) == 0, "the film of the third does not exist"
+    assert shown([None, None], filmed=2) == 0
