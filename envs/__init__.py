@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -17,6 +18,7 @@ _SIMULATORS = {
     "maniskill": ("envs.maniskill", "make_maniskill_env"),
     "libero": ("envs.libero", "make_libero_env"),
 }
+_GYMNASIUM = {"gym": ("envs.gym", "make_gym_env"), "gym_vec": ("envs.gym_vector", "make_gym_vector_env")}
 ENVIRONMENTS = ("tabletop", *_SIMULATORS, "gym:<id or entry point>", "gym_vec:<id>")
 _SPLITS = {"tabletop": SPLITS}
 
@@ -59,17 +61,24 @@ def _make_env(name: str, num_envs: int, env_config: dict, device: torch.device |
                 f"trainer.env_config: tabletop has no option {', '.join(unknown)}; it has {', '.join(known)}"
             )
         return TabletopEnv(num_envs, device=device, seed=seed, **env_config)
-    if name in _SIMULATORS:
-        module, function = _SIMULATORS[name]
-        return getattr(import_module(module), function)(num_envs, device, seed, **env_config)
-    if name.startswith("gym:"):
-        from envs.gym import make_gym_env
+    _, colon, env_id = name.partition(":")
+    return maker_of(name)(*([env_id] if colon else []), num_envs, device, seed, **env_config)
 
-        return make_gym_env(name.removeprefix("gym:"), num_envs, device, seed, **env_config)
-    if name.startswith("gym_vec:"):
-        from envs.gym_vector import make_gym_vector_env
 
-        return make_gym_vector_env(name.removeprefix("gym_vec:"), num_envs, device, seed, **env_config)
+def maker_of(name: str) -> Callable[..., EnvBase]:
+    """The class or function that makes an environment, whose keyword arguments are its options.
+
+    Args:
+        name: as in `trainer.env`; of those of Gymnasium "gym" and "gym_vec" are enough.
+    Raises:
+        UserError: there is no such environment.
+    """
+    kind = name.partition(":")[0]
+    if name == "tabletop":
+        return TabletopEnv
+    if name in _SIMULATORS or kind in _GYMNASIUM:
+        module, function = (_SIMULATORS | _GYMNASIUM)[kind]
+        return getattr(import_module(module), function)
     known = ("tabletop", *_SIMULATORS)
     raise UserError(
         f"trainer.env: unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}{did_you_mean(name, known)}"

@@ -78,10 +78,6 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     observations = env.observation_spec[OBSERVATION].zero()
     check_observation(observations, f"env {trainer.env!r}")
     few, action_shape = observations[: min(2, trainer.num_envs)], env.action_spec.shape[1:]
-    if config.policy.action_dim not in (None, action_shape[-1]):
-        raise UserError(
-            f"policy.action_dim is {config.policy.action_dim}, but {trainer.env} takes {action_shape[-1]} numbers"
-        )
     choices = getattr(env, "action_choices", None)
     built = make_model(config, few, action_shape, device, choices=choices)
     world.start_alike(built.model)

@@ -34,7 +34,7 @@ from typing import Any
 import packages  # noqa: F401
 
 import torch
-from building import constructor_arguments, what_follows, where_it_is, with_files
+from building import constructor_arguments, refuse_otherwise, what_follows, where_it_is, with_files
 from configuration import split_flag
 from dry_run import dry_run_imitation
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -76,7 +76,7 @@ class BCConfig(CloningConfig):
     """Settings of the environment, free-form."""
     model_class: str = "agents.small_vla.SmallVLA"
     """Dotted path of the model's class."""
-    model_config: dict[str, Any] = field(default_factory=lambda: {"action_dim": 3})
+    model_config: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model's class, free-form."""
     model_path: str | None = None
     """Checkpoint to start from, as of policy.vla_config.model_path; none = fresh weights."""
@@ -183,9 +183,9 @@ def build_model(
     config: BCConfig, observations: TensorDict, action_dim: int, choices: Any = None, load: Callable = load_vla_model
 ) -> nn.Module:
     """The model as it starts; what follows from the observations need not be said."""
-    named = constructor_arguments(config.model_class)
-    follows = what_follows(observations, action_shape_of(config, action_dim), choices, named, config.horizon)
-    told = {name: value for name, value in follows.items() if name in named} | with_files(config.model_config)
+    named, shape = constructor_arguments(config.model_class), action_shape_of(config, action_dim)
+    refuse_otherwise("model_config", config.model_config, observations, shape)
+    told = what_follows(observations, shape, choices, named, config.horizon) | with_files(config.model_config)
     torch.manual_seed(config.seed)
     model = load(where_it_is(config.model_path), config.model_class, told, config.device, expect_fresh=True)
     if not can_imitate(model):

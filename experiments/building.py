@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,11 @@ from agents.feature_budget import FeatureBudget
 from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
-from research.config import FREEZE_SWITCHES, ExperimentConfig, GRPOConfig, PolicyConfig
-from research.runs.checkpoint import frozen_weights
+from research.config import FREEZE_SWITCHES, ExperimentConfig, GRPOConfig, PolicyConfig, VLAConfig
+from research.runs.checkpoint import frozen_weights, holds_all_weights, load_checkpoint
+from research.runs.folder import RunFolder
+from research.runs.wandb_checkpoints import SCHEME
+from research.runs.wandb_models import fetch
 from research.schema import PROPRIO, RGB, UserError, base_modality, one_line
 from research.training.audit import load_trained_state
 from research.training.freezing import HEADS, freeze, part_of
@@ -65,17 +69,7 @@ def make_model(
     """
     policy, vla = config.policy, config.policy.vla_config
     vla.model_path = where_it_is(vla.model_path)
-    model = load_vla_model(
-        vla.model_path,
-        vla.model_class,
-        model_arguments(config, observations, action_shape, choices),
-        device,
-        strict=vla.strict,
-        strip_prefix=vla.strip_prefix,
-        add_prefix=vla.add_prefix,
-        trust_checkpoint=vla.trust_checkpoint,
-        expect_fresh=expect_fresh,
-    )
+    model = load_model(vla, model_arguments(config, observations, action_shape, choices), device, expect_fresh)
     wanted, planned = policy.action_chunk.horizon, getattr(model, "horizon", None)
     if wanted is not None and "horizon" not in constructor_arguments(vla.model_class) and wanted != planned:
         plans = f" and plans {planned} control steps" if planned else ""
@@ -88,6 +82,35 @@ def make_model(
         load_adapters(model, vla.adapter_path, policy.lora.rank, policy.lora.alpha, vla.trust_checkpoint)
     refuse_half_precision(model)
     return BuiltModel(model.eval(), value_head, heads, frozen)
+
+
+def load_model(vla: VLAConfig, arguments: dict[str, Any], device: torch.device, expect_fresh: bool) -> nn.Module:
+    """The configured class with its weights; where W&B has them, `vla.model_path` becomes the version that was taken.
+
+    A checkpoint that a run left on W&B lacks what the run kept frozen; that comes from where the run took it.
+    """
+    path, state = vla.model_path, None
+    if path and path.startswith(SCHEME):
+        vla.model_path, path = fetch(path)
+        state = load_checkpoint(path) if RunFolder(path).is_run else None
+    if state:
+        of_run = state["config"]["policy"]["vla_config"]
+        base = {name: of_run[name] for name in ("model_path", "strict", "strip_prefix", "add_prefix")}
+        base["model_path"] = None if holds_all_weights(state) else where_it_is(base["model_path"])
+        model = load_model(replace(vla, **base), arguments, device, expect_fresh=True)
+        load_trained(model, state)
+        return model
+    return load_vla_model(
+        path,
+        vla.model_class,
+        arguments,
+        device,
+        strict=vla.strict,
+        strip_prefix=vla.strip_prefix,
+        add_prefix=vla.add_prefix,
+        trust_checkpoint=vla.trust_checkpoint,
+        expect_fresh=expect_fresh,
+    )
 
 
 def freeze_as_configured(
@@ -130,10 +153,31 @@ def model_arguments(
     named = constructor_arguments(vla.model_class)
     scopes = [policy.freeze] if isinstance(policy.freeze, str) else policy.freeze
     told = {switch: True for switch, preset in FREEZE_SWITCHES.items() if switch in named and preset in scopes}
-    # What follows from the environment need not be said; said otherwise, the model is tried and refused.
+    # What follows from the environment need not be said; lists of what is used of it may be shorter than it offers.
     follows = what_follows(observations, action_shape, choices, named, policy.action_chunk.horizon)
-    told |= {name: value for name, value in follows.items() if name in named and name not in vla.model_config}
-    return with_files(vla.model_config) | told
+    refuse_otherwise("policy", {"action_dim": policy.action_dim}, observations, action_shape)
+    refuse_otherwise("policy.vla_config.model_config", vla.model_config, observations, action_shape)
+    return follows | with_files(vla.model_config) | told
+
+
+def refuse_otherwise(
+    where: str, said: Mapping[str, Any], observations: TensorDictBase, action_shape: Sequence[int]
+) -> None:
+    """Refuse sizes that are said, and are not the environment's.
+
+    Args:
+        where: the dotted name of the options.
+        said: option -> value; none is not said.
+        observations, action_shape: as for `make_model`.
+    """
+    sizes = {"action_dim": (action_shape[-1], "takes actions")}
+    if PROPRIO in observations.keys():
+        sizes["proprio_dim"] = (observations[PROPRIO].shape[-1], "offers proprio")
+    for name, (size, what) in sizes.items():
+        if said.get(name) not in (None, size):
+            raise UserError(
+                f"{where}.{name} is {said[name]}, but the environment {what} of {size} numbers; leave it out"
+            )
 
 
 def with_files(model_config: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +217,7 @@ def what_follows(
     default = named["modalities"].default if "modalities" in named else None
     if isinstance(default, list | tuple) and (offered := [key for key in default if key in observations.keys()]):
         follows["modalities"] = offered
-    return follows
+    return {name: value for name, value in follows.items() if name in named}
 
 
 def refuse_half_precision(model: nn.Module) -> None:

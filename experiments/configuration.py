@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from resuming import newest_run, refuse_foreign_code, run_of_checkpoint
-
 from research.config import ExperimentConfig
+from research.option_parser import split_questions
 from research.options import parse_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pick_place.json"
 GRPO_CONFIG = DEFAULT_CONFIG.with_name("pick_place_grpo.json")
+HELP_ENV = "help.env"
 C = TypeVar("C", bound=ExperimentConfig)
 
 
@@ -20,25 +20,43 @@ def read_experiment(config_class: type[C], argv: Sequence[str], description: str
     """The configuration of a run: of the file that is named, of the run that is resumed, or the script's default.
 
     Flags win over all of them. `trainer.resume: auto` becomes the newest run of that name that has a checkpoint, or
-    nothing where there is none. `--trust` lets the configuration of a run folder from elsewhere name code.
+    nothing where there is none; `--print_config` prints what was before that. `--help.env=<environment>` prints what
+    `trainer.env_config` may hold, and exits. `--trust` lets the configuration of a run folder from elsewhere name code.
     """
     argv, trusted = split_flag(argv, "--trust")
+    if name := argv_value(argv, HELP_ENV):
+        from env_options import show_options  # the environment's own code: seconds
+
+        show_options(name)
     resume = argv_value(argv, "trainer.resume")
     if resume and resume != "auto" and not names_config(argv):
+        from resuming import refuse_foreign_code, run_of_checkpoint  # torch: the help need not wait for it
+
         folder = run_of_checkpoint(resume)
         config = parse_config(config_class, [f"--config={folder.config}", *argv], description)
         refuse_foreign_code(folder, config, trusted)
         return config
-    config = parse_config(config_class, with_default_config(argv, default), description)
-    if config.trainer.resume != "auto":
-        return config
+    argv = with_default_config(argv, default)
+    config = parse_config(config_class, argv, description)
+    return go_on_with_newest(config, argv, description, default, trusted) if config.trainer.resume == "auto" else config
+
+
+def go_on_with_newest(config: C, argv: Sequence[str], description: str, default: Path, trusted: bool) -> C:
+    """The configuration where `trainer.resume` is auto: that of the newest run of the name, unless one is named."""
+    from resuming import newest_run, refuse_foreign_code
+
     newest = newest_run(config.trainer)
-    if newest is not None and not names_config(argv):
-        argv = [f"--config={newest.config}", *argv]
-        config = parse_config(config_class, argv, description)
+    if newest is not None and f"--config={default}" in argv:
+        argv = [f"--config={newest.config}", *(word for word in argv if word != f"--config={default}")]
+        config = parse_config(type(config), argv, description)
         refuse_foreign_code(newest, config, trusted)
     config.trainer.resume = None if newest is None else str(newest)
     return config
+
+
+def asks(argv: Sequence[str]) -> bool:
+    """Whether some arguments ask for help or the like, which prints and exits, and for no run."""
+    return split_questions(argv)[1] is not None or argv_value(argv, HELP_ENV) is not None
 
 
 def split_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:

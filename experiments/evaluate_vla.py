@@ -27,6 +27,7 @@ from resuming import load_run
 
 from envs import make_env, splits_of
 from research.config import ExperimentConfig, TrainerConfig
+from research.option_parser import split_questions
 from research.options import parse_config
 from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder, append_rows, write_json
@@ -65,12 +66,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     argv, trusted = split_flag(argv, "--trust")
-    config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
-    trained = None
+    config, trained = parse_config(EvaluationConfig, with_default_config(split_questions(argv)[0])), None
     if config.checkpoint and (run := RunFolder.containing(config.checkpoint)).is_run:
         config = parse_config(EvaluationConfig, [f"--config={run.config}", *argv], __doc__)
         trained = load_run(config.checkpoint, config, trusted)
-    elif config.checkpoint:
+    else:
+        config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
+    if config.checkpoint and trained is None:
         config.policy.vla_config.model_path = config.checkpoint
     if config.film < 0 or config.first_state < 0:
         raise UserError("film and first_state are at least 0")

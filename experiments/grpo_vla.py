@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 
-import packages  # noqa: F401
+import answering  # noqa: F401
 
 from assembling import Assembly
 from configuration import GRPO_CONFIG

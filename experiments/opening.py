@@ -7,12 +7,14 @@ from building import keeps_frozen_weights
 from resuming import evaluation_at, restore
 from training_run import TrainingRun
 
+from envs import foreign_code
 from research.config import ExperimentConfig
 from research.options import flatten, to_dict
 from research.runs.checkpoint import CheckpointWriter, load_checkpoint, snapshot, write_checkpoint
 from research.runs.folder import FROZEN, RunFolder
 from research.runs.origin import sign
-from research.runs.tracking import SilentTracker, Tracker, resolve_wandb_mode
+from research.runs.tracking import SilentTracker, Tracker
+from research.runs.wandb_session import resolve_wandb_mode
 from research.schema import UserError
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation
@@ -64,9 +66,16 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
         mode=mode,
         reason=reason,
         tags=[f"freeze:{config.policy.scope}"[:64], *trainer.wandb_tags],
+        name=trainer.wandb_name or default_name(config),
+        entity=trainer.wandb_entity,
+        notes=trainer.wandb_notes,
         resume_id=folder.id if resumed else None,
         resume_step=progress.env_steps if resumed else -1 if restarted else None,
     )
+    run.tracker.save_code([config.policy.vla_config.model_class.rpartition(".")[0], foreign_code(trainer.env)])
+    if trainer.wandb_checkpoints:
+        run.tracker.upload_checkpoints(config.policy.vla_config.model_path)
+    writer.on_written = run.tracker.checkpoint_written
     try:
         sign(folder)
         provided = getattr(parts.policy.model, "provided_weights", {})  # the constructor has them, from a file
@@ -76,3 +85,9 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     return run
+
+
+def default_name(config: ExperimentConfig) -> str:
+    """What W&B calls a run: the experiment, and what runs of a study differ in."""
+    rate, seed = config.algorithm.cfg.learning_rate, config.trainer.seed
+    return f"{config.trainer.exp_name} {config.policy.scope} lr={rate:g} seed={seed}"[:128]

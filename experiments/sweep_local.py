@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import packages  # noqa: F401
@@ -76,6 +76,7 @@ class LocalSweep:
 
     def __init__(self, sweep: Sweep, workers: int, most: int | None, storage: str | None):
         self.sweep, self.workers = sweep, workers
+        sweep = replace(sweep, program=found(sweep.program))
         if not Path(sweep.program).is_file():
             raise UserError(f"{sweep.path}: program: {sweep.program} does not exist (current directory: {Path.cwd()})")
         check_options(sweep, config_of)
@@ -254,6 +255,13 @@ class LocalSweep:
         return "\n".join(
             [*lines, ", ".join(f"{n} {state}" for state, n in counts.items()) + f", of {self.trials.most}"]
         )
+
+
+def found(program: str) -> str:
+    """A sweep's script as it is named, or this project's own where sweeps are run away from a checkout."""
+    own = Path(__file__).with_name(Path(program).name)
+    named_so = Path(program) in (Path("experiments", own.name), Path(own.name))
+    return str(own) if named_so and own.is_file() and not Path(program).is_file() else program
 
 
 def config_of(flags: list[str]) -> ExperimentConfig:

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 from assembling import Assembly, describe, measure_utilisation
 from tensordict import TensorDictBase
@@ -34,6 +35,7 @@ from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
 from research.training.parallel import PeerEnded
 from research.training.ratio import clamped_share, describe_clamping, describe_ratio, largest_log_ratio
+from research.training.rollout import Rollouts
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +103,19 @@ class TrainingRun:
         if self.trainer.enable_eval and self.progress.before is None and self.progress.iteration == 0:
             self.evaluate(film=FILMED)
             print(f"before: {self.result.summary()}", flush=True)
+        total, done, rollouts = self.trainer.env_steps_planned, self.progress.env_steps, self.parts.rollouts
         self._bar = self._at_exit.enter_context(
-            ProgressBar(
-                total=self.trainer.env_steps_planned, initial=self.progress.env_steps, unit="step",
-                unit_scale=True, disable=not (self.trainer.progress_bar and self.world.leads), dynamic_ncols=True,
-            )
+            self._progress_of("training", total, "step", initial=done, unit_scale=True)
+        )
+        if isinstance(rollouts, Rollouts):
+            self._bar.follow(lambda: rollouts.policy.env_steps * self.world.size)
+
+    def _progress_of(self, what: str, total: int, unit: str, **options: Any) -> ProgressBar:
+        """A bar; its words say where compiling is part of what it waits for."""
+        first = self.trainer.compile == "on" and self._iteration_s == 0
+        return ProgressBar(
+            desc=f"compiling, {what}" if first else what, total=total, unit=unit, dynamic_ncols=True,
+            disable=not (self.trainer.progress_bar and self.world.leads), **options,
         )  # fmt: skip
 
     def hold(self) -> None:
@@ -172,19 +182,22 @@ class TrainingRun:
         self.tracker.log(metrics, self.progress.env_steps)
         self._bar.set_postfix(postfix(metrics, self.result))
         self._bar.update(env_steps)
+        self._bar.set_description_str("training")
 
     def evaluate(self, film: int = 0) -> None:
         """Evaluate the policy as it is, unless that was done; the best one so far is kept as a checkpoint."""
         parts, trainer, progress, step = self.parts, self.trainer, self.progress, self.progress.env_steps
         if self.evaluated_at == step:
             return
-        result = evaluate(
-            parts.eval_env, parts.policy.act, self.world.shares(range(trainer.num_eval_episodes)),
-            film if self.world.leads else 0, trainer.max_eval_steps, mode=trainer.eval_mode,
-        )  # fmt: skip
+        states = self.world.shares(range(trainer.num_eval_episodes))
+        with self._progress_of("evaluating", len(states), "episode", leave=False) as bar:
+            result = evaluate(
+                parts.eval_env, parts.policy.act, states, film if self.world.leads else 0, trainer.max_eval_steps,
+                lambda done: bar.update(done - bar.n), trainer.eval_mode,
+            )  # fmt: skip
         result.episodes = [episode for part in self.world.gather(result.episodes) for episode in part]
         if self.world.leads:
-            self._record(result, step)
+            self._record(result, step, film > 0)
         self.result, self.evaluated_at = result, step
         if progress.iteration == 0:
             progress.before = result.metrics()
@@ -192,11 +205,13 @@ class TrainingRun:
             progress.best = result.score
             self.save(best=True)
 
-    def _record(self, result: Evaluation, step: int) -> None:
-        """Write an evaluation into the run's folder, and to W&B."""
+    def _record(self, result: Evaluation, step: int, episodes: bool) -> None:
+        """Write an evaluation into the run's folder, and to W&B; there as a table of its `episodes`, too, if asked."""
         # In this order: where there are metrics, there are all episodes (`resuming.evaluation_at`).
         append_rows(self.folder.episodes, result.rows(global_step=step, seed=self.trainer.seed))
         self.tracker.log(result.metrics() | self.parts.audit.drift(), step)
+        if episodes:
+            self.tracker.log_episodes(result.rows(), result.frames, step)
         if result.frames:
             path = self.folder.video(step)
             grid = video_grid(result.frames, columns=4, success=result.filmed_success, captions=result.captions)
@@ -240,6 +255,8 @@ class TrainingRun:
                 where = f"at env step {self.progress.env_steps}"
                 if self.world.leads or not isinstance(error, PeerEnded):  # those say it once
                     print(f"{who}{why} {where}, {last_checkpoint(self.folder)}", file=sys.stderr)
+                if reason in ALERTED:
+                    self.tracker.alert(f"stopped: {reason}", f"{_said(error)} ({where})")
             facts = {"exit_code": self.code, "stopped_by": reason, **self.parts.audit.summary()}
             try:
                 progress = self.progress
@@ -288,6 +305,8 @@ STOPPED_BY = {
     UserError: "error",
     OSError: "error",
 }
+# What the user is told of at once: nothing that a restart would cure.
+ALERTED = ("not a number", "frozen weights changed")
 
 
 def _said(error: BaseException) -> str:

@@ -16,7 +16,9 @@ import sys
 
 import packages  # noqa: F401
 
-from research.schema import UserError, one_line
+from wandb_panels import by_group, curves, project_of, reports, save, scope_by_rate
+
+from research.schema import UserError
 from research.study.run_table import MEASURES
 
 NAME = "VLA-RL: what to freeze, at which rate"
@@ -24,50 +26,13 @@ NAME = "VLA-RL: what to freeze, at which rate"
 
 def workspace(entity: str, project: str, name: str, measure: str = "success"):
     """The workspace, not saved yet; `measure` is what its first section compares, "success" or "return"."""
-    try:
-        import wandb_workspaces.reports.v2 as wr
-        import wandb_workspaces.workspaces as ws
-        from wandb_workspaces import expr
-    except ImportError as error:
-        raise UserError(f"wandb-workspaces is not installed ({error}); run: pip install -e .[workspace]") from None
+    wr = reports()
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces import expr
 
-    def line(title: str, *metrics: str, **options) -> wr.LinePlot:
-        return wr.LinePlot(title=title, x="global_step", y=list(metrics), title_x="env steps", **options)
-
-    def by_group(title: str, metric: str, **options) -> wr.LinePlot:
-        return line(
-            title, metric, groupby="Group", groupby_aggfunc="mean", groupby_rangefunc="stderr",
-            legend_template="${run:group}", **options,
-        )  # fmt: skip
-
-    scope, rate = wr.Config("scope"), wr.Config("learning_rate")
-    metric, _, extent = MEASURES[measure]
-    bounds = {} if extent is None else {"range_y": extent}
-    final = wr.SummaryMetric(f"eval/{metric}")
-    Column = wr.ParallelCoordinatesPlotColumn
-    by_task = []
-    if measure == "success":
-        by_task = [wr.LinePlot(title="Success by task", x="global_step", metric_regex=f"eval/{metric}/.*")]
+    metric = MEASURES[measure].metric
     sections = [
-        ws.Section(
-            name=measure.capitalize(),
-            panels=[
-                by_group(f"Evaluation {measure}, mean and standard error", f"eval/{metric}", **bounds),
-                by_group(f"Training {measure}", f"rollout/{metric}", smoothing_factor=0.6,
-                         smoothing_type="exponential", **bounds),
-                *by_task,
-                wr.ScatterPlot(title=f"{measure.capitalize()} by learning rate", x=rate, y=final, log_x=True, **bounds),
-                wr.ParallelCoordinatesPlot(
-                    title=f"Scope, rate, {measure}",
-                    columns=[Column(metric=scope), Column(metric=rate, log=True), Column(metric=final)],
-                ),
-                wr.ParameterImportancePlot(with_respect_to=f"eval/{metric}"),
-                wr.BarPlot(
-                    title=f"Final {measure}", metrics=[f"eval/{metric}"], groupby="Group",
-                    groupby_aggfunc="mean", groupby_rangefunc="stderr",
-                ),
-            ],
-        ),
+        ws.Section(name=measure.capitalize(), panels=[*curves(measure), *scope_by_rate(measure)]),
         ws.Section(
             name="Is the update healthy?",
             panels=[
@@ -85,7 +50,11 @@ def workspace(entity: str, project: str, name: str, measure: str = "success"):
         ),
         ws.Section(
             name="What does it look like?",
-            panels=[wr.MediaBrowser(media_keys=["eval/video"]), wr.MediaBrowser(media_keys=["learning_curve"])],
+            panels=[
+                wr.MediaBrowser(media_keys=["eval/video"]),
+                wr.WeavePanelSummaryTable(table_name="eval/episodes"),
+                wr.MediaBrowser(media_keys=["learning_curve"]),
+            ],
         ),
         ws.Section(
             name="Speed",
@@ -113,20 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--measure", choices=MEASURES, default="success", help="what to compare, default success")
     options = parser.parse_args(argv)
     try:
-        entity, _, project = options.project.partition("/")
-        if not (entity and project) or "/" in project:
-            raise UserError(f"{options.project!r} is not of the form entity/project")
-        saved = workspace(entity, project, options.name, options.measure)
-        import wandb
-
-        try:
-            saved.save()
-        except (wandb.Error, ValueError) as error:
-            raise UserError(f"W&B did not take the workspace: {one_line(error)}") from None
+        entity, project, _ = project_of(options.project)
+        url = save(workspace(entity, project, options.name, options.measure), "workspace")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(saved.url)
+    print(url)
     return 0
 
 

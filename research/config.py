@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from research.schema import UserError
+from research.errors import UserError
 
 # What policy.freeze takes by itself; which parts of a model each of them names is in training/freezing.py.
 FREEZE_PRESETS = ("none", "vision", "language", "backbone", "lora", "residual")
@@ -47,26 +47,38 @@ def _refuse_no_paths(config: Any, *options: str) -> None:
 class TrainerConfig:
     """The run: environment, seeds, sizes, evaluation, tracking."""
 
+    kinds: ClassVar[dict] = {"env": ("env_config",)}
+    sections: ClassVar[dict] = {  # of the help, by the option that each begins with
+        "exp_name": "run", "env": "environment", "buffer_size": "collection", "device": "device",
+        "enable_eval": "evaluation", "use_wandb": "tracking",
+    }  # fmt: skip
+
     exp_name: str = "ppo"
     """Name of the experiment; the run folder is <run_dir>/<exp_name>-<id>."""
-    env: str = "tabletop"
-    """Environment: tabletop, gym:<id> for a Gymnasium environment, or gym_vec:<id> for one of many rows."""
-    env_config: dict[str, Any] = field(default_factory=dict)
-    """Settings of the environment, free-form."""
+    run_dir: str = "runs"
+    """Folder that holds the run folders."""
+    resume: str | None = None
+    """Run folder or checkpoint to continue, from its own configuration; auto = the newest run of this name, if any."""
     seed: NonNegativeInt = 1
     """Seed of everything random."""
-    device: str = "auto"
-    """auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
-    threads: PositiveInt | None = None
-    """Threads that torch computes with; none = OMP_NUM_THREADS, or else the cores that are free at the start. A run
-    repeats bit for bit on the same number."""
-    num_envs: PositiveInt = 64
-    """Environments that run side by side."""
     iterations: PositiveInt = 250
     """Rollouts, each followed by one PPO update; not read where max_env_steps is given."""
     max_env_steps: PositiveInt | None = None
     """Control steps over all environments: the run ends with the iteration that reaches them. Where actions are chunks,
     runs of one budget have equal numbers of env steps so, and not of iterations. none = iterations decides."""
+    save_freq: NonNegativeInt = 20000
+    """Environment steps between checkpoints; 0 = only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept, besides that of the best evaluation."""
+    progress_bar: bool = True
+    """Show a progress bar; where there is no terminal, a line a minute."""
+    env: str = "tabletop"
+    """Environment: tabletop, metaworld, maniskill, libero, gym:<id> for a Gymnasium environment, or gym_vec:<id> for
+    one of many rows."""
+    env_config: dict[str, Any] = field(default_factory=dict)
+    """Settings of the environment, free-form; --help.env=<environment> lists them."""
+    num_envs: PositiveInt = 64
+    """Environments that run side by side."""
     buffer_size: PositiveInt = 2048
     """Transitions per update over all environments; decisions, where actions are chunks."""
     buffer_type: Literal["standard", "vla"] = "standard"
@@ -83,6 +95,11 @@ class TrainerConfig:
     worker_timeout: PositiveFloat = 60.0
     """Seconds in which a process that collects (buffer_type vla) takes no step before it is ended, and the run with it,
     or it is replaced (collector ray); env_config.worker_timeout is the same for processes that simulate."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
+    threads: PositiveInt | None = None
+    """Threads that torch computes with; none = OMP_NUM_THREADS, or else the cores that are free at the start. A run
+    repeats bit for bit on the same number."""
     autocast: Literal["off", "bf16"] = "off"
     """bf16: run the model's layers in bfloat16; log-probabilities, advantages and losses stay in float32."""
     compile: Literal["off", "on"] = "off"
@@ -103,24 +120,22 @@ class TrainerConfig:
     """Control steps after which an evaluation episode that does not end by itself is cut off, without success."""
     eval_freq: NonNegativeInt = 20000
     """Environment steps between evaluations; 0 = only before and after training."""
-    save_freq: NonNegativeInt = 20000
-    """Environment steps between checkpoints; 0 = only at the end."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept, besides that of the best evaluation."""
     use_wandb: bool = True
     """Log to Weights & Biases; offline where no account is configured."""
     wandb_project_name: str = "vla-rl"
     """W&B project; inside a sweep the sweep's own project is used."""
+    wandb_entity: str | None = None
+    """W&B user or team; none = the account's own."""
+    wandb_name: str | None = None
+    """Name of the run on W&B; by default made from exp_name, freeze scope, learning rate and seed."""
+    wandb_notes: str | None = None
+    """Notes that W&B shows beside the run."""
     wandb_group: str | None = None
     """W&B group; by default made from environment, algorithm and variant."""
     wandb_tags: list[str] = field(default_factory=list)
     """W&B tags, besides the ones every run gets."""
-    run_dir: str = "runs"
-    """Folder that holds the run folders."""
-    resume: str | None = None
-    """Run folder or checkpoint to continue, from its own configuration; auto = the newest run of this name, if any."""
-    progress_bar: bool = True
-    """Show a progress bar; where there is no terminal, a line a minute."""
+    wandb_checkpoints: bool = True
+    """Keep the newest and the best checkpoint on W&B while the run is online, and what it started from."""
 
     def __post_init__(self) -> None:
         _refuse_beyond(self, seed=2**32 - 1, threads=4096, num_envs=2**20, iterations=10**9, buffer_size=2**28)
@@ -162,8 +177,15 @@ class TrainerConfig:
 class VLAConfig:
     """The model: which class, built how, from which checkpoint."""
 
+    kinds: ClassVar[dict] = {
+        "model_class": (
+            "model_path", "model_config", "strict", "strip_prefix", "add_prefix", "trust_checkpoint", "adapter_path",
+        )
+    }  # fmt: skip
+
     model_path: str | None = None
-    """Checkpoint to start from: .pt, .pth, .safetensors, or a folder of shards; none = fresh weights."""
+    """Checkpoint to start from: .pt, .pth, .safetensors, a folder of shards, or wandb:entity/project/name:alias; none =
+    fresh weights."""
     model_class: str = "agents.small_vla.SmallVLA"
     """Dotted path of the model's class."""
     model_config: dict[str, Any] = field(default_factory=dict)
@@ -396,6 +418,8 @@ class GRPOConfig(PolicyGradientConfig):
 class AlgorithmConfig:
     """The learning algorithm."""
 
+    kinds: ClassVar[dict] = {"name": ("cfg",)}
+
     name: Literal["ppo", "grpo"] = "ppo"
     """Kind of algorithm; it decides what cfg holds."""
     cfg: PPOConfig | GRPOConfig = field(default_factory=PPOConfig)
@@ -443,19 +467,21 @@ class ExperimentConfig:
         """Settle the learning rate that follows from the freeze scope, unless another one was given beside it.
 
         Args:
-            given: dotted key -> "file" or "flag", of the values that were given.
+            given: dotted key -> "base", "file" or "flag", of the values that were given.
         Raises:
             UserError: a learning rate, and reference rates per scope that make another one, were given in one place; or
-                the rate by a flag, and the references in the file. (Flags that give references win over a file's rate.)
+                the rate by a flag, and the references in the file. (Flags that give references win over a file's rate,
+                and a file's over that of its base.)
         """
         policy, cfg = self.policy, self.algorithm.cfg
         if not policy.learning_rate_by_scope:
             return
         rate = policy.learning_rate_by_scope[policy.scope] * policy.learning_rate_factor
-        by_scope = {
+        by_scope = [
             given.get(f"policy.{name}") for name in ("learning_rate_by_scope", "learning_rate_factor", "freeze")
-        }
-        overruled = given.get("algorithm.cfg.learning_rate") == "file" and "flag" in by_scope
+        ]
+        places = (None, "base", "file", "flag")  # each wins over those before it
+        overruled = max(map(places.index, by_scope)) > places.index(given.get("algorithm.cfg.learning_rate"))
         if "algorithm.cfg.learning_rate" in given and cfg.learning_rate != rate and not overruled:
             raise UserError(
                 f"algorithm.cfg.learning_rate: is {cfg.learning_rate:g}, but policy.learning_rate_by_scope and "

@@ -1,4 +1,4 @@
-"""The parser of configurations: dataclasses, one JSON file, and dotted flags that win over the file. Knows no option.
+"""The parser of configurations: dataclasses, a JSON or YAML file, and dotted flags that win over it. Knows no option.
 
     python experiments/ppo_vla.py --config my.json --algorithm.cfg.learning_rate=1e-05 --policy.freeze=vision
 
@@ -8,32 +8,39 @@ restricted number of `jsonargparse.typing`, a `list[...]` or union of those, a `
 class attribute `name` is that value. The docstring under a field is its help text. A `__post_init__` may refuse a
 combination of values: it raises `UserError` with a message that begins with the field's name, and `parse_config` puts
 the dotted path in front. A method `resolve(given)` may settle values that follow from others; it is told which keys
-were given, and by what ("file" or "flag").
+were given, and by what ("base", "file" or "flag"). A class attribute `kinds` says which fields mean something under one
+value of another alone: what a file's base gives them is left out where the file gives that other one another value.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
 import json
 import math
 import re
 import sys
 from argparse import ArgumentError
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 
-from research.schema import UserError
+from research.config_file import ConfigFile, merge, read_chain
+from research.errors import UserError
+from research.option_parser import (
+    COMPLETION,
+    HELP,
+    PRINT_CONFIG,
+    make_parser,
+    read_literal,
+    show_completion,
+    show_help,
+    split_questions,
+)
 
 C = TypeVar("C")
 
@@ -45,12 +52,13 @@ MAX_FLOAT = 3.4028235e38  # what float32 holds
 
 
 def parse_config(config_class: type[C], argv: Sequence[str] | None = None, description: str = "") -> C:
-    """Build a configuration: the defaults, then the JSON file named by `--config`, then the flags.
+    """Build a configuration: the defaults, then the file named by `--config`, then the flags.
 
     Args:
         config_class: the dataclass to fill; it may nest others.
         argv: command-line arguments without the program's name; None takes those of this process.
-        description: what the script does, for `--help` (which prints and exits with code 0).
+        description: what the script does, for `--help`, which prints and exits with code 0. So do `--print_config` and
+            `--print_completion`.
     Raises:
         UserError: unknown key, wrong type, value out of range, impossible combination, or unreadable file.
     """
@@ -63,29 +71,51 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, descr
 
 
 def _parsed(config_class: type[C], argv: list[str], description: str) -> C:
-    chosen = _choices(config_class, argv)
+    argv, asked = split_questions(argv)
+    chains = [read_chain(path) for path in _values_of(argv, "config")]
+    chosen = _choices(config_class, argv, [file for chain in chains for file in chain])
     options = list(_options(config_class, chosen))
-    hints = {key: hint for key, hint, _ in options}
     values = {key: default for key, _, default in options}
-    parser = _parser(config_class, description, tuple(chosen.items()))
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(["--help"])
-    flags, given = list(_split(argv, hints)), {}
-    for key, path in flags:
-        if key == "config":
-            read = _read_json(path, hints)
-            values.update(read)
-            given |= dict.fromkeys(read, "file")
-    for key, text in flags:
-        if key != "config":
-            given[_apply_flag(parser, key, text, values, hints)] = "flag"
+    parser = make_parser(config_class, description, tuple(chosen.items()))
+    try:
+        given = _read(config_class, parser, argv, chains, values, {key: hint for key, hint, _ in options})
+    except UserError:
+        if asked != HELP:  # which is for whoever made a mistake, too
+            raise
+    if asked == HELP:
+        show_help(parser, values)
+    if asked and asked.startswith(COMPLETION):
+        show_completion(parser, asked.partition("=")[2])
     for key, value in values.items():
         if value is MISSING:
             raise UserError(f"{key}: a value is required, as in --{key}=...")
     config = _build(config_class, values, chosen)
     if hasattr(config, "resolve"):
         config.resolve(given)
+    if asked == PRINT_CONFIG:
+        print(json.dumps(to_dict(config), indent=2))
+        raise SystemExit(0)
     return config
+
+
+def _read(
+    config_class: type,
+    parser: ArgumentParser,
+    argv: list[str],
+    chains: Sequence[Sequence[ConfigFile]],
+    values: dict[str, Any],
+    hints: dict[str, Any],
+) -> dict[str, str]:
+    """Put into `values` what the files and then the flags give; returns what gave each: "base", "file" or "flag"."""
+    flags, given = list(_split(argv, hints)), {}
+    for chain in chains:
+        read, places = _read_values(config_class, chain, hints)
+        values |= read
+        given |= places
+    for key, text in flags:
+        if key != "config":
+            given[_apply_flag(parser, key, text, values, hints)] = "flag"
+    return given
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -107,32 +137,42 @@ def flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _choices(config_class: type, argv: Sequence[str]) -> dict[str, type]:
+def _values_of(argv: Sequence[str], option: str) -> Iterator[str]:
+    """The texts that some arguments give an option, in order."""
+    for i, word in enumerate(argv):
+        flag, equals, text = word.partition("=")
+        if flag == f"--{option}" and (equals or i + 1 < len(argv)):
+            yield text if equals else argv[i + 1]
+
+
+def _choices(config_class: type, argv: Sequence[str], files: Sequence[ConfigFile]) -> dict[str, type]:
     """For every field that is a union of dataclasses: its dotted key, and the one that its sibling `name` chooses.
 
-    The name is looked for in the flags, then in the file, then it is the default; whether it is a name at all is
-    checked where all values are.
+    The name is that of the last flag, else of the last file that gives one, else the default; whether it is a name at
+    all is checked where all values are.
     """
     chosen = {}
     for key, members, default in _unions(config_class):
         option = key.rpartition(".")[0] + ".name"
         name = default
-        for i, word in enumerate(argv):
-            flag, equals, text = word.partition("=")
-            if flag == "--config":
-                path = text if equals else next(iter(argv[i + 1 : i + 2]), "")
-                with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-                    node = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-                    for part in option.split("."):
-                        node = node[part]
-                    name = node
-        for i, word in enumerate(argv):
-            flag, equals, text = word.partition("=")
-            if flag == f"--{option}":
-                name = text if equals else next(iter(argv[i + 1 : i + 2]), "")
+        for file in files:
+            name = file.get(option, name)
+        *_, name = name, *_values_of(argv, option)
         by_name = {member.name: member for member in members}
         chosen[key] = by_name.get(name if isinstance(name, str) else default, by_name[default])
     return chosen
+
+
+def _kinds(config_class: type, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """Dotted option -> options and groups that mean something under one value of it alone."""
+    kinds = {
+        prefix + kind: tuple(prefix + n for n in names) for kind, names in getattr(config_class, "kinds", {}).items()
+    }
+    for name, hint in get_type_hints(config_class).items():
+        for group in (hint, *get_args(hint)):
+            if is_dataclass(group):
+                kinds |= _kinds(group, f"{prefix}{name}.")
+    return kinds
 
 
 def _unions(config_class: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, ...], str]]:
@@ -180,31 +220,6 @@ def _build(config_class: type[C], values: dict[str, Any], chosen: Mapping[str, t
         raise UserError(f"{prefix}{error}") from None
 
 
-@cache  # building it takes 0.2 s
-def _parser(config_class: type, description: str, choices: tuple[tuple[str, type], ...]) -> ArgumentParser:
-    """What reads single flags and prints the help. Files are read by `_read_json`."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("flag", _read_literal)
-    usage = "%(prog)s [--config FILE] [--key=value ...]"
-    parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, parser_mode="flag")
-    parser.add_argument("--config", metavar="FILE", help="JSON file to start from; flags win over it")
-
-    chosen = dict(choices)
-
-    def add_group(group_class: type, key: str) -> None:
-        hints = {name: chosen.get(f"{key}.{name}", hint) for name, hint in get_type_hints(group_class).items()}
-        nested = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-        group = parser.add_argument_group(key, inspect.getdoc(group_class)) if key else parser
-        group.add_class_arguments(group_class, key or None, as_group=False, skip=set(nested))
-        for name, hint in nested.items():
-            add_group(hint, f"{key}.{name}" if key else name)
-
-    add_group(config_class, "")
-    defaults = {key: default for key, _, default in _options(config_class, chosen) if default is not MISSING}
-    parser.set_defaults(defaults)
-    return parser
-
-
 def _split(argv: list[str], hints: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, text) of each flag, written `--key=text` or `--key text`; `key+` appends to a list."""
     words = iter(argv)
@@ -239,9 +254,9 @@ def _apply_flag(parser: ArgumentParser, key: str, text: str, values: dict[str, A
         except ArgumentError:
             if key != option:
                 raise UserError(f"--{key}: {_shown(text)} cannot be appended to {option}") from None
-            value = _read_literal(text)  # which _checked refuses with a shorter message
+            value = read_literal(text)  # which _checked refuses with a shorter message
     elif key == option:
-        value = _read_literal(text)
+        value = read_literal(text)
     else:
         # Not left to jsonargparse, which keeps free-form entries as text and drops the siblings of nested ones.
         value = copy.deepcopy(values[option])
@@ -252,34 +267,38 @@ def _apply_flag(parser: ArgumentParser, key: str, text: str, values: dict[str, A
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise UserError(f"--{key}: {name!r} holds {_shown(node)}, which has no entries to set")
-        node[last] = _read_literal(text)
+        node[last] = read_literal(text)
     values[option] = _checked(value, hints[option], option)
     return option
 
 
-def _read_literal(text: str) -> Any:
-    """The value that text on the command line stands for: a JSON or Python literal, a list without quotes, or text."""
-    for read in (json.loads, ast.literal_eval):
-        # A text may be nested without end, or 3,000 minus signs.
-        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return json.loads(json.dumps(read(text), allow_nan=False))
-    if text.startswith("[") and text.endswith("]") and not set("[]{}") & set(text[1:-1]):
-        return [_read_literal(item.strip()) for item in text[1:-1].split(",")]
-    return text
+def _read_values(
+    config_class: type, chain: Sequence[ConfigFile], hints: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The checked values of a file and what it starts from, by dotted key, and where each was given: "base" or "file".
+
+    A base is checked as what it is by itself: it may be for another algorithm, of whose options nothing is left.
+    """
+    kinds, base = _kinds(config_class), {}
+    for i in range(1, len(chain)):
+        own = list(_options(config_class, _choices(config_class, (), chain[:i])))
+        defaults = {key: default for key, _, default in own}
+        read = dict(_visit(chain[i - 1], {key: hint for key, hint, _ in own}))
+        base = merge(base, read, kinds, defaults)
+    read = dict(_visit(chain[-1], hints))
+    values = merge(base, read, kinds, defaults) if base else read
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{chain[0].path}: unknown key {key}{_suggestion(key, list(hints))}")
+    return values, {key: "file" if key in read else "base" for key in values}
 
 
-def _read_json(path: str, hints: dict[str, Any]) -> dict[str, Any]:
-    """The checked values of a config file as `{dotted key: value}`.
+def _visit(file: ConfigFile, hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, checked value) of all that a file gives.
 
     Not left to jsonargparse, which takes "1e-5" for a number, "no" for false, and lets some unknown keys pass.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
-            raise UserError(f"{path}: the key {twice[0]!r} is given twice in one object")
-        return dict(pairs)
-
-    groups = {option[:i] for option in hints for i, letter in enumerate(option) if letter == "."}
+    path, groups = file.path, {option[:i] for option in hints for i, letter in enumerate(option) if letter == "."}
 
     def visit(node: Any, key: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(node, dict):
@@ -295,13 +314,7 @@ def _read_json(path: str, hints: dict[str, Any]) -> dict[str, Any]:
             else:
                 raise UserError(f"{path}: unknown key {inner}{_suggestion(inner, [*hints, *groups])}")
 
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number of 4,301 digits
-        raise UserError(f"config file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
-    return dict(visit(content, ""))
+    return visit(file.content, "")
 
 
 def _suggestion(key: str, known: list[str], dashes: str = "") -> str:

@@ -30,6 +30,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from research.errors import UserError, one_line
+
 OWN_PACKAGES = ("agents", "envs", "research")  # names that a user's folder must not have
 
 OBSERVATION = "observation"
@@ -69,10 +71,6 @@ class Demonstration(NamedTuple):
     """Control steps between two observations."""
 
 
-class UserError(Exception):
-    """Something the user gave is wrong. Scripts print the message as one line and exit with code 2."""
-
-
 class SimulatorFailed(RuntimeError):
     """An environment that was accepted broke in mid-run: it raised, its process died or hung. One line, as `UserError`.
 
@@ -86,11 +84,6 @@ class NonFiniteError(RuntimeError):
 
 class FrozenWeightsChanged(RuntimeError):
     """A tensor that policy.freeze froze is not what it was at the start; the message names the first such tensors."""
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text on one line, for a `UserError`."""
-    return " ".join(str(error).split())
 
 
 def describe_error(error: BaseException) -> str:

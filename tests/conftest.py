@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from wandb_worlds import no_wandb_account, wandb_server  # noqa: F401
 
 # Property-based tests: few examples, the same every time; `pytest --hypothesis-profile=faults` looks for new ones.
 _SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]

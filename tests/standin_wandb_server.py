@@ -16,10 +16,12 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
+from standin_wandb_api import PublicApi
+from standin_wandb_artifacts import ENTITY, Artifacts, Refused
 
-ENTITY = "tester"
 VIEWER = {
     "id": "u1",
     "entity": ENTITY,
@@ -55,6 +57,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
+    alerts: list[tuple[str, str, str]] = field(default_factory=list)  # severity, title, text
     state: str = "pending"
     exit_code: int | None = None
     preempting: bool = False
@@ -63,7 +66,7 @@ class Run:
     exit_codes: list[int] = field(default_factory=list)  # one per end
 
 
-class StandInServer:
+class StandInServer(Artifacts, PublicApi):
     """The server, in a thread; a context manager.
 
     Attributes:
@@ -73,6 +76,7 @@ class StandInServer:
     """
 
     def __init__(self):
+        super().__init__()
         self.sweeps: dict[str, Sweep] = {}
         self.runs: dict[str, Run] = {}
         self.agents: dict[str, str] = {}  # id -> sweep
@@ -103,11 +107,13 @@ class StandInServer:
                 self.reply(json.dumps(answer).encode())
 
             def do_PUT(self):
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                with owner.lock:
+                    owner.contents[unquote(self.path)] = body
                 self.reply(b"")
 
             def do_GET(self):
-                self.reply(b"{}")
+                self.reply(owner.contents.get(unquote(self.path), b"{}"))
 
             def reply(self, body: bytes):
                 self.send_response(200)
@@ -154,7 +160,10 @@ class StandInServer:
         if handler is None:
             self.unknown.append(name)
             return {"errors": [{"message": f"the stand-in does not know {name}"}]}
-        return {"data": handler(request.get("variables") or {})}
+        try:
+            return {"data": handler(request.get("variables") or {})}
+        except Refused as error:
+            return {"errors": [{"message": str(error)}]}
 
     def on_Viewer(self, _):
         return {"viewer": VIEWER}
@@ -247,7 +256,9 @@ class StandInServer:
         if v.get("config"):
             run.config = {k: c["value"] for k, c in json.loads(v["config"]).items() if k != "_wandb"}
         run.attributes |= {
-            k: v[k] for k in ("groupName", "jobType", "tags", "displayName", "program") if v.get(k) is not None
+            k: v[k]
+            for k in ("groupName", "jobType", "tags", "displayName", "program", "notes", "commit", "repo")
+            if v.get(k) is not None
         }
         project = {"id": "p1", "name": run.project, "entity": {"id": "e1", "name": ENTITY}}
         bucket = {
@@ -259,12 +270,22 @@ class StandInServer:
 
     def on_CreateRunFiles(self, v):
         self.runs[v["run"]].files.update(v["files"])
-        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in v["files"]]
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{v['run']}/{name}"} for name in v["files"]]
         return {"createRunFiles": {"runID": f"id-{v['run']}", "uploadHeaders": [], "files": files}}
+
+    def on_NotifyScriptableRunAlert(self, v):
+        self.runs[v["runName"]].alerts.append((v["severity"], v["title"], v["text"]))
+        return {"notifyScriptableRunAlert": {"success": True}}
 
     def on_UpsertView2(self, v):
         self.views.append(v)
         return {"upsertView": {"view": {"id": f"view{len(self.views)}", "name": v["name"]}, "inserted": True}}
+
+    def on_upsertView(self, v):  # a report
+        made = self.on_UpsertView2(v)
+        project = {"id": "p1", "name": v["projectName"], "entityName": v["entityName"]}
+        made["upsertView"]["view"] |= {"displayName": v["displayName"], "project": project, "spec": v["spec"]}
+        return made
 
     # ---- metrics
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 from scipy.special import expit
+from standin_wandb_server import Run, StandInServer
 
+from research.options import flatten_dict
 from research.runs.video import write_video
 
 STATES = 40
@@ -144,3 +146,18 @@ def write_sweep(rates=(0.5, 1.0), **changes) -> str:
     path = Path("s.yaml")
     path.write_text(yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None}, sort_keys=False))
     return str(path)
+
+
+def put_on_wandb(server: StandInServer, study: Path, project: str, sweep: str | None = None) -> list[Path]:
+    """The run folders of a study as runs of a server, `id0`, `id1`, ...; returns the folders in that order."""
+    folders = sorted(study.iterdir())
+    for place, folder in enumerate(folders):
+        config = flatten_dict(json.loads((folder / "config.json").read_text())) | {"trainer.exp_name": "exp"}
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        server.runs[f"id{place}"] = Run(
+            f"id{place}", project, sweep, state="finished", config=config, files={"episodes.jsonl"},
+            history=[{"_step": step, **row} for step, row in enumerate(rows)],
+            attributes={"displayName": "one name for all"},
+        )  # fmt: skip
+        server.contents[f"/upload/id{place}/episodes.jsonl"] = (folder / "episodes.jsonl").read_bytes()
+    return folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 
@@ -58,6 +59,38 @@ def test_a_terminal_has_the_bar(monkeypatch):
     for _ in ProgressBar(range(3), file=file):
         passes(1)
     assert file.getvalue().count("\r") >= 3 and "3/3" in file.getvalue()
+
+
+def test_before_the_first_update_it_shows_what_it_follows_and_the_time_left_by_that(monkeypatch):
+    """Half of all after 70 s: 70 s are left. The first update takes the place of what was followed."""
+    monkeypatch.setattr(progress_bar, "LOOK_EVERY_S", 0.001)
+    passes, file, looked = clock(monkeypatch), io.StringIO(), threading.Semaphore(0)
+
+    def count() -> int:
+        looked.release()
+        return 100
+
+    with ProgressBar(total=200, unit="step", desc="training", file=file) as bar:
+        passes(70)
+        bar.follow(count)
+        for _ in range(3):
+            looked.acquire(timeout=10)
+        assert file.getvalue() == "training 50 %, 100 of 200 step in 01:10, 01:10 left\n"
+        bar.update(120)
+        assert bar.n == 120 and bar._follower is None
+        bar.update(10)
+    assert bar.n == 130
+
+
+def test_what_is_followed_is_let_go_where_no_update_comes():
+    before = threading.active_count()
+    with ProgressBar(total=2, file=io.StringIO()) as bar:
+        bar.follow(lambda: 1)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    with ProgressBar(total=2, file=io.StringIO(), disable=True) as bar:
+        bar.follow(lambda: 1)
+        assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("file", [io.StringIO(), Terminal()])

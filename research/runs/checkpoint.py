@@ -19,7 +19,7 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from os import PathLike
@@ -33,8 +33,8 @@ from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 
 from research.checkpoint_size import refuse_unbounded
+from research.runs.code_version import git_commit
 from research.runs.folder import FROZEN, MANIFEST, RunFolder, as_json, sync_folder
-from research.runs.tracking import git_commit
 from research.schema import UserError, describe_error
 
 STATE = "state.pt"
@@ -120,10 +120,13 @@ class CheckpointWriter:
     Args:
         folder: the run's.
         keep: how many of the newest stay, besides the best.
+    Attributes:
+        on_written: called, in that thread, with each that is on the disk.
     """
 
     def __init__(self, folder: RunFolder, keep: int):
         self.folder, self.keep = folder, keep
+        self.on_written: Callable[[Path], None] = lambda path: None
         self.latest = -1  # global_step of the newest that was handed over
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: Future | None = None
@@ -169,6 +172,7 @@ class CheckpointWriter:
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         write_checkpoint(path, state)
+        self.on_written(path)
         kind = path.name.partition("_")[0]
         for old in self.folder.checkpoints_called(kind)[1 if kind == "best" else self.keep :]:
             remove_checkpoint(old)

@@ -33,6 +33,8 @@ Metrics, the same names in every script, all against `global_step`:
 | `eval/success_at_end`                   | 0..1      | success at the last step, where that is another number       |
 | `eval/success_low`, `eval/success_high` | 0..1      | its 95 % interval                                            |
 | `eval/return`                           | reward    | mean undiscounted return of the evaluation                   |
+| `best/success_rate`, `best/return`      |           | the best of `eval/*` so far; W&B only                        |
+| `eval/episodes`                         |           | the episodes as a table, where some were filmed; W&B only    |
 | `time/env_steps_per_second`             | 1/s       | env steps per second of the whole iteration                  |
 | `time/collect_s`, `time/update_s`       | s         | duration of the rollout and of the update                    |
 | `time/mfu`                              | 0..1      | the model's FLOP/s over the device's, from measured peak     |
@@ -43,90 +45,33 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
+import shutil
 import signal
-import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from research.runs.code_version import git_commit, repository, source_files
 from research.runs.folder import RunFolder, as_json, read_json, read_rows, replace_rows, write_json
-from research.schema import UserError, one_line
+from research.runs.video import write_video
+from research.runs.wandb_checkpoints import CheckpointUploads
+from research.runs.wandb_session import start_wandb, timeout, waiting_for_wandb
+from research.schema import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import wandb
 
-WANDB_MODES = ("online", "offline", "shared", "disabled")
-
-# Seconds that W&B may hold a run up where the network is gone; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override.
-_WANDB_TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 60.0}
-_QUIET_S = 2.0  # of waiting for W&B, before it is said what is being waited for
-
-
-def resolve_wandb_mode(use_wandb: bool) -> tuple[str, str]:
-    """Decide how this run talks to W&B, without a prompt and without the network.
-
-    `WANDB_MODE` wins; then `use_wandb`; then `wandb offline` / `wandb disabled`, where the user has run them; then
-    online where credentials are configured (environment, netrc or W&B settings), else offline.
-
-    Returns:
-        mode: one of `WANDB_MODES`.
-        reason: why, in a few words.
-    Raises:
-        UserError: an unknown `WANDB_MODE`, or credentials and W&B settings that W&B itself refuses.
-    """
-    asked = os.environ.get("WANDB_MODE")
-    if asked is not None and asked not in WANDB_MODES:
-        raise UserError(f"WANDB_MODE is {asked!r}; set it to one of {', '.join(WANDB_MODES)}, or unset it")
-    if asked in ("offline", "disabled"):
-        return asked, f"WANDB_MODE={asked}"
-    if not asked and not use_wandb:
-        return "disabled", "trainer.use_wandb is false"
-
-    settings = _set_up_wandb()
-    import wandb
-
-    if settings.mode in ("offline", "disabled"):
-        return settings.mode, f"`wandb {settings.mode}` was run here; `wandb online` undoes it"
-    try:
-        has_credentials = wandb.login(prompt=False, verify=False)
-    except wandb.Error as error:
-        raise UserError(
-            f"W&B refuses its credentials: {error}; correct or unset them, or set WANDB_MODE=offline"
-        ) from error
-    if not has_credentials:
-        return "offline", "no API key is configured; `wandb login` adds one"
-    return asked or "online", f"WANDB_MODE={asked}" if asked else "an API key is configured"
-
-
-def _set_up_wandb() -> wandb.Settings:
-    """Start the W&B session of this process, mute, and return its settings."""
-    # W&B's own error reports hold the exit up for 20 s behind a firewall that drops packets.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    # wandb takes a second to import, which a run with W&B disabled need not wait for.
-    import wandb
-
-    try:
-        return wandb.setup(wandb.Settings(silent=True, quiet=True, console="off")).settings
-    except (wandb.Error, ValueError) as error:
-        raise UserError(
-            f"a W&B setting in the environment or its settings file is wrong: {_without_advice(error)}"
-        ) from error
-
-
-def git_commit() -> str | None:
-    """The short commit of this code, with `-dirty` where tracked files were changed; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+# Of these the best value so far is on W&B as well, as best/<name>: what a table of runs is sorted by.
+BEST = ("eval/success_rate", "eval/return")
+EPISODE_COLUMNS = ("initial_state", "task", "instruction", "success", "episode_return", "length", "cut_off")
 
 
 class Tracker:
@@ -144,6 +89,9 @@ class Tracker:
         mode: see `resolve_wandb_mode`; online without a network becomes offline.
         reason: why this mode, for the line at the start.
         tags: W&B tags; the git commit is added.
+        name: what W&B calls the run; None: as its folder. WANDB_NAME wins.
+        entity: the W&B user or team that the project is of; None: the account's own.
+        notes: what W&B shows beside the run.
         resume_id: W&B id of the run to continue; None starts a new one. Inside a sweep the agent's id is taken.
         resume_step: `global_step` of the checkpoint that the run continues from: later rows of `metrics.jsonl` are
             dropped, as the run will write them again; -1 drops all. W&B cannot drop what it has.
@@ -168,6 +116,9 @@ class Tracker:
         mode: str,
         reason: str = "",
         tags: Sequence[str] = (),
+        name: str | None = None,
+        entity: str | None = None,
+        notes: str | None = None,
         resume_id: str | None = None,
         resume_step: int | None = None,
     ):
@@ -176,63 +127,57 @@ class Tracker:
         self.run: wandb.Run | None = None
         self.sync_command: str | None = None
         self.stopped = False
+        self._uploads: CheckpointUploads | None = None
         try:
-            elapsed = _keep_rows_until(self.folder.metrics, resume_step)
+            kept = _keep_rows_until(self.folder.metrics, resume_step)
             self._metrics = self.folder.metrics.open("a", encoding="utf-8")
             write_json(self.folder.config, config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error}") from error
         self._summary = read_json(self.folder.summary) if self.folder.summary.exists() else {}
-        self._start = time.monotonic() - elapsed
+        self._start = time.monotonic() - (kept[-1]["time/elapsed_s"] if kept else 0.0)
+        self._best: dict[str, float] = {}
+        for row in kept:
+            self._note_best(row)
 
         if mode != "disabled":
-            commit = git_commit()
+            commit, top = git_commit(), repository()
             names = {
-                "run_id": resume_id or _run_id(self.folder),
+                "run_id": resume_id or os.environ.get("WANDB_RUN_ID") or self.folder.id,
                 "resume": "allow" if resume_id else None,
                 "project": project,
                 "run_group": group,
                 "run_job_type": "train",
                 "run_tags": [*tags, *([commit] if commit else [])],
-                "run_name": self.folder.path.name,
+                "run_name": os.environ.get("WANDB_NAME") or name or self.folder.path.name,
+                # W&B looks where the run folder is, which need not be where the code is.
+                **({"git_root": str(top)} if top else {}),
+                **({"entity": entity} if entity else {}),
+                **({"run_notes": notes} if notes else {}),
             }
-            reason = self._start_wandb(names, flat_config, reason)
+            # W&B copies its settings deeply, but not functions.
+            self.run, self.mode, reason = start_wandb(
+                names, flat_config, self.folder, mode, reason, lambda: self._stop()
+            )
+            self._define_metrics()
+            if self.mode == "offline":
+                self.sync_command = self._sync("offline-run-*")
         print(self._wandb_line(reason), flush=True)
 
-    def _start_wandb(self, names: dict[str, Any], flat_config: Mapping[str, Any], reason: str) -> str:
-        """Start the W&B run, offline where online fails; return the reason for the mode it ended up in."""
-        server = _set_up_wandb().base_url
-        import wandb
-
-        limits = {name: _timeout(name) for name in _WANDB_TIMEOUTS}
-        names |= limits
-        try:
-            settings = wandb.Settings(
-                **names,
-                mode=self.mode,
-                root_dir=str(self.folder.path.resolve()),
-                reinit="finish_previous",  # by default W&B hands back a run that is still open, and mixes the two
-                finish_timeout_raises=True,
-                stop_fn=lambda: self._stop(),  # W&B copies its settings deeply, but not functions
-            )
-        except (wandb.Error, ValueError) as error:
-            raise UserError(f"W&B refuses a name of this run: {_without_advice(error)}") from error
-        try:  # inside a sweep, W&B takes project and id from its agent and not from these settings
-            with _saying_what_is_waited_for(f"{server} to answer", limits["init_timeout"], self.mode):
-                self.run = wandb.init(config=dict(flat_config), settings=settings)
-        except (wandb.Error, TimeoutError) as error:
-            if self.mode == "offline":
-                raise
-            wandb.teardown()  # the old session still holds the run's id
-            _set_up_wandb()
-            reason = f"{self.mode} failed: {_without_advice(error)}"
-            self.mode = settings.mode = "offline"
-            self.run = wandb.init(config=dict(flat_config), settings=settings)
+    def _define_metrics(self) -> None:
         self.run.define_metric("global_step")
         self.run.define_metric("*", step_metric="global_step")
-        if self.mode == "offline":
-            self.sync_command = self._sync("offline-run-*")
-        return reason
+        # Rows of their own: by define_metric(summary="max") the value itself would become an object, {"max": ...}, and
+        # sweeps and panels that name it would not find it.
+        for name in BEST:
+            self.run.define_metric(f"best/{name.removeprefix('eval/')}", step_metric="global_step", hidden=True)
+
+    def _note_best(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The best values so far of what a row has of them."""
+        for name in BEST:
+            if (value := row.get(name)) is not None and not value <= self._best.get(name, -math.inf):
+                self._best[name] = value
+        return {f"best/{name.removeprefix('eval/')}": self._best[name] for name in BEST if name in row}
 
     def _stop(self) -> None:
         """What W&B calls, in a thread of its own, to stop the run: a Ctrl-C that can be told from the user's."""
@@ -265,8 +210,9 @@ class Tracker:
         row |= {name: float(value) for name, value in metrics.items()}
         self._metrics.write(as_json(row) + "\n")
         self._metrics.flush()
+        best = self._note_best(row)
         if self.run:
-            self.run.log(row)
+            self.run.log(row | best)
 
     def log_video(self, key: str, path: str | Path, step: int) -> None:
         """Show the video file `path` (mp4, webm or gif) in W&B under `key`; the file stays where it is."""
@@ -281,6 +227,62 @@ class Tracker:
             import wandb
 
             self.run.log({key: wandb.Image(str(path)), "global_step": int(step)})
+
+    def log_episodes(self, rows: Sequence[Mapping[str, Any]], shots: Sequence[np.ndarray], step: int) -> None:
+        """Show an evaluation's episodes in W&B as the table `eval/episodes`, and keep W&B's `episodes.jsonl` as here.
+
+        Args:
+            rows: of `episodes.jsonl`.
+            shots: the films of the first of them, uint8 `[T_i, H, W, 3]`.
+            step: `global_step`.
+        """
+        if not self.run:
+            return
+        import wandb
+
+        with tempfile.TemporaryDirectory() as folder:
+            films = []
+            for place, frames in enumerate(shots):
+                path = Path(folder, f"{place}.mp4")
+                write_video(frames, path, fps=10)
+                films.append(wandb.Video(str(path), format="mp4"))
+            cells = [[*(row.get(name) for name in EPISODE_COLUMNS), film] for row, film in zip_longest(rows, films)]
+            table = wandb.Table([*EPISODE_COLUMNS, "video"], cells)
+            self.run.log({"eval/episodes": table, "global_step": int(step)})
+        # What comparisons pair runs by: all evaluations in one file, and not a table each.
+        self.run.save(str(self.folder.episodes), base_path=str(self.folder.path), policy="end")
+
+    def save_code(self, modules: Sequence[str | None]) -> None:
+        """Keep the files of a user's modules with the W&B run, as its code; this project's own are in its commit."""
+        files = source_files([name for name in modules if name])
+        if not self.run or not files:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for name, file in files.items():
+                target = Path(folder, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+            top = next(iter(files)).split("/")[0].removesuffix(".py")
+            self.run.log_code(folder, name=f"source-{self.run.project}-{top}")
+
+    def upload_checkpoints(self, start: str | None) -> None:
+        """Keep the newest and the best checkpoint on W&B from now on, where the run is online.
+
+        Args:
+            start: what the run started from, `policy.vla_config.model_path`: its input on W&B.
+        """
+        if self.run and self.mode in ("online", "shared"):
+            self._uploads = CheckpointUploads(self.run, start)
+
+    def checkpoint_written(self, path: Path) -> None:
+        """Tell of a checkpoint that is on the disk; returns at once."""
+        if self._uploads:
+            self._uploads.offer(path)
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the user, by mail or Slack as set there."""
+        if self.run:
+            self.run.alert(title=title, text=text, level="ERROR")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Add `values` to the run's results: `summary.json`, replaced as a whole, and W&B's summary."""
@@ -298,8 +300,12 @@ class Tracker:
             self._metrics.close()
         run, self.run = self.run, None
         if run:
+            uploads, self._uploads = self._uploads, None
+            limit = timeout("finish_timeout")
             try:
-                with _saying_what_is_waited_for("the upload", _timeout("finish_timeout"), self.mode):
+                with waiting_for_wandb("the upload", limit, self.mode):
+                    if uploads and not uploads.finish(limit):
+                        print(f"W&B: not all checkpoints were uploaded; they are in {self.folder.checkpoints}")
                     run.finish(exit_code=exit_code)
             except TimeoutError:
                 self.sync_command = self._sync("run-*")
@@ -326,6 +332,8 @@ class SilentTracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
+    def alert(self, title: str, text: str) -> None: ...
+
     def finish(self, exit_code: int = 0) -> None: ...
 
     def __enter__(self) -> SilentTracker:
@@ -334,50 +342,16 @@ class SilentTracker:
     def __exit__(self, *_) -> None: ...
 
 
-def _timeout(name: str) -> float:
-    """Seconds that W&B may take for something; its own variable in the environment wins."""
-    try:
-        return float(os.environ.get(f"WANDB_{name.upper()}", _WANDB_TIMEOUTS[name]))
-    except ValueError:
-        raise UserError(
-            f"WANDB_{name.upper()}: {os.environ[f'WANDB_{name.upper()}']!r} is no number of seconds"
-        ) from None
-
-
-@contextmanager
-def _saying_what_is_waited_for(what: str, seconds: float, mode: str) -> Iterator[None]:
-    """Say on the screen what W&B is waiting for, and how long at most, where it takes more than a moment."""
-    line = f"W&B: waiting for {what}, at most {seconds:g} s; everything is in the run folder as well"
-    timer = threading.Timer(_QUIET_S, lambda: print(line, flush=True))
-    timer.daemon = True
-    if mode != "offline":
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _run_id(folder: RunFolder) -> str:
-    """The id that `RunFolder.create` gave this folder."""
-    return os.environ.get("WANDB_RUN_ID") or folder.id
-
-
-def _without_advice(error: Exception) -> str:
-    """An error of W&B on one line, less the advice in it that is not ours to give."""
-    return re.split(r"Consider increasing|For further information", one_line(error))[0].strip()
-
-
-def _keep_rows_until(path: Path, step: int | None) -> float:
-    """Drop the rows of a metrics file with a later `global_step`; return `time/elapsed_s` of the last one kept."""
+def _keep_rows_until(path: Path, step: int | None) -> list[dict[str, Any]]:
+    """Drop the rows of a metrics file with a later `global_step`; return those that are kept."""
     if not path.exists():
-        return 0.0
+        return []
     rows = read_rows(path)
     if rows and step is None:
         raise UserError(f"{path} has the metrics of a run already: resume that run, or take another folder")
     kept = [row for row in rows if row["global_step"] <= step]
     replace_rows(path, kept)
-    return kept[-1]["time/elapsed_s"] if kept else 0.0
+    return kept
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from research.runs.tracking import git_commit
+from research.runs.code_version import git_commit
 from research.schema import UserError
 from research.study import figures
 from research.study.comparison import Comparison

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -204,8 +205,6 @@ def _read_choosing(path: Path, run: Run) -> tuple[str, str]:
 def read_wandb(path: str) -> list[Run]:
     """Read the runs of a W&B sweep, `entity/project/sweep_id`, or of a project, `entity/project`.
 
-    Single episodes are not on W&B: differences are then not paired by initial state.
-
     Raises:
         UserError: W&B has no such sweep or project, cannot be reached, or has no runs there.
     """
@@ -215,7 +214,7 @@ def read_wandb(path: str) -> list[Run]:
         api = wandb.Api()
         runs = list(api.sweep(path).runs if path.count("/") == 2 else api.runs(path))
         found = [_read_wandb_run(run) for run in runs]
-    except (wandb.Error, ValueError, OSError) as error:
+    except Exception as error:  # not all that the client raises is a wandb.Error
         raise UserError(f"W&B: cannot read {path}: {one_line(error)}") from error
     if not found:
         raise UserError(f"W&B: no runs in {path}")
@@ -233,14 +232,28 @@ def _read_wandb_run(run: Any) -> Run:
         *run.scan_history(keys=["global_step", "rollout/decisions"]),
     ]
     status = "complete" if run.state == "finished" else f"W&B state {run.state}"
+    config = dict(run.config)
+    name = f"{config['trainer.exp_name']}-{run.id}" if "trainer.exp_name" in config else run.name  # as its folder
     try:
-        found = _make_run(run.name, status, dict(run.config), [*evaluations, *rollouts])
+        found = _make_run(name, status, config, [*evaluations, *rollouts])
+        if found.complete and found.eval_steps:
+            _add_wandb_episodes(found, run)
     except UserError as error:
-        return _unreadable(run.name, error)
+        return _unreadable(name, error)
     found.url, found.code = _text(getattr(run, "url", "")), _text(getattr(run, "commit", ""))[:9]
     found.started = _text(getattr(run, "created_at", ""))[:16].replace("T", " ")
     found.machine = _text(getattr(run, "summary", {}).get("machine"))
     return _judged(found)
+
+
+def _add_wandb_episodes(found: Run, run: Any) -> None:
+    """The single episodes of a run on W&B, where it left them there."""
+    with TemporaryDirectory() as path:
+        folder = RunFolder(path)
+        for file in run.files(names=[folder.episodes.name]):
+            file.download(root=path).close()
+        if folder.episodes.is_file():
+            _add_episodes(found, folder)
 
 
 def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Run:

@@ -27,8 +27,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from research.plain_yaml import read_yaml, shown
 from research.schema import UserError
-from research.study.plain_yaml import read_yaml, shown
 
 METHODS = ("grid", "random", "bayes")
 COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")

@@ -259,3 +259,8 @@ def test_a_data_set_has_to_show_what_the_environment_shows(tmp_path):
 def test_the_recipe_for_meta_world_is_read():
     config = bc_vla.parse_config(bc_vla.BCConfig, [f"--config={ROOT}/experiments/configs/metaworld_bc.json"])
     assert config.env == "metaworld" and config.executed == 4 and len(config.env_config["task"]) == 3
+
+
+def test_a_size_that_is_not_the_environments_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"^model_config\.action_dim is 7, but the environment takes actions of 3"):
+        bc_vla.main(["--model_config.action_dim=7", f"--output={tmp_path / 'a.pt'}", "--samples=64"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import bc_vla
@@ -50,6 +51,27 @@ def test_integration_example_trains_as_printed(tmp_path, monkeypatch, capsys):
     assert evaluate_vla.main([f"--checkpoint={run}", "--output=out", "--trainer.progress_bar=False"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads(Path("out/summary.json").read_text())["eval/return"] == summary["eval/return"]
+
+
+@pytest.mark.slow
+def test_the_environment_of_the_guide_trains_as_printed(tmp_path, monkeypatch, capsys):
+    """Seven actions and a state of nine numbers, of which the configuration says nothing."""
+    guide = ROOT / "docs" / "vla_integration.md"
+    (model,) = (
+        block for block in blocks(guide, "python") if "class MyVLA(" in block and "def evaluate_actions" in block
+    )
+    (env,) = (block for block in blocks(guide, "python") if "class ArmEnv(" in block)
+    (config,) = (block for block in blocks(guide, "json") if "my_env:ArmEnv" in block)
+    (tmp_path / "arms_vla.py").write_text(model)
+    (tmp_path / "my_env.py").write_text(env)
+    (tmp_path / "my.json").write_text(config.replace("my_vla.", "arms_vla."))  # another test has imported my_vla
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_env", raising=False)
+    sizes = ["num_envs=8", "buffer_size=64", "iterations=1", "num_eval_envs=4", "num_eval_episodes=4"]
+    flags = [f"--trainer.{size}" for size in (*sizes, "progress_bar=false", "use_wandb=false")]
+    assert ppo_vla.main(["--config=my.json", *flags, "--algorithm.cfg.batch_size=64"]) == 0, capsys.readouterr().err
+    trained = load_checkpoint(next((tmp_path / "runs").iterdir()))["model_state_dict"]
+    assert trained["log_std"].shape == (7,)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/vla_integration.md"])

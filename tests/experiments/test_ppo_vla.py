@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from torch.distributions import Independent, Normal
 from worlds import ROOT, rows_without_times, run_folder, write_config
 
 from agents.small_vla import SmallVLA
+from research import progress_bar
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
@@ -149,7 +151,15 @@ BAD = [
     (["--policy.vla_config.model_class=agents.small_vla.SmolVLA"], "SmallVLA"),
     (["--policy.vla_config.model_class=torch.nn.Identity"], "get_value, evaluate_actions"),
     (["--policy.vla_config.model_path=nowhere.pt"], "nowhere.pt"),
-    (["--policy.action_dim=7"], "policy.action_dim is 7, but tabletop takes 3"),
+    (["--policy.action_dim=7"], "policy.action_dim is 7, but the environment takes actions of 3 numbers; leave it out"),
+    (
+        ["--policy.vla_config.model_config.action_dim=7"],
+        "policy.vla_config.model_config.action_dim is 7, but the environment takes actions of 3 numbers; leave it out",
+    ),
+    (
+        ["--policy.vla_config.model_config.proprio_dim=9"],
+        "policy.vla_config.model_config.proprio_dim is 9, but the environment offers proprio of 3 numbers",
+    ),
     (["--trainer.device=tpu9"], "trainer.device"),
     (["--trainer.device=meta"], "trainer.device: 'meta' cannot compute here"),
     (["--policy.freeze=[visoin_encoder]"], "vision_encoder"),
@@ -509,3 +519,12 @@ def test_weights_in_half_precision_are_not_trained(tmp_path, capsys):
     assert "trains action_head in half precision" in error and "trainer.autocast=bf16" in error
     flags = ["--policy.freeze=[action_head.mean]", "--trainer.iterations=1"]
     assert ppo_vla.main(["--config", str(config), *flags]) == 0
+
+
+def test_the_progress_bar_shows_evaluations_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress_bar, "LINE_EVERY_S", 0.0)
+    config = write_config(tmp_path, trainer__progress_bar=True)
+    assert ppo_vla.main(["--config", str(config), "--trainer.use_wandb=False"]) == 0
+    lines = re.findall(r"^(\w+) (\d+) %, (\S+) of (\S+) (\w+) in", capsys.readouterr().err, flags=re.MULTILINE)
+    assert ("evaluating", "100", "8", "8", "episode") in lines and ("training", "100", "192", "192", "step") in lines
+    assert lines[0][0] == "evaluating"  # before training

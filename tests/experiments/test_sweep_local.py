@@ -305,3 +305,13 @@ def test_a_storage_that_cannot_be_opened(capsys):
     assert sweep_local.main([write_sweep(), "--storage=nosuch://x"]) == 2
     error = capsys.readouterr().err
     assert "the storage nosuch://x cannot be opened" in error and error.count("\n") == 1
+
+
+def test_away_from_a_checkout_the_scripts_of_a_sweep_are_this_projects():
+    """One of the same name in the working directory goes first, and a path of the user's own is left alone."""
+    own = str(ROOT / "experiments" / "ppo_vla.py")
+    assert sweep_local.found("experiments/ppo_vla.py") == sweep_local.found("ppo_vla.py") == own
+    assert sweep_local.found("scripts/ppo_vla.py") == "scripts/ppo_vla.py"
+    assert sweep_local.found("experiments/mine.py") == "experiments/mine.py"
+    Path("ppo_vla.py").write_text("")
+    assert sweep_local.found("ppo_vla.py") == "ppo_vla.py"

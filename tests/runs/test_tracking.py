@@ -1,112 +1,33 @@
-"""W&B modes, and a run's metrics: the JSONL mirror, and what W&B gets of them."""
+"""A run's metrics: the JSONL mirror, and what W&B gets of them."""
 
+import importlib
 import json
 import math
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-import wandb
+from wandb_worlds import FLAT, NESTED, inspect, start_tracker
 from worlds import ROOT
 
 from research.runs import tracking
-from research.runs.folder import RunFolder
-from research.runs.tracking import Tracker, read_metrics, resolve_wandb_mode
+from research.runs.folder import RunFolder, append_rows
+from research.runs.tracking import Tracker, read_metrics
 from research.runs.video import write_video
 from research.schema import UserError
 
-pytestmark = pytest.mark.slow
-
-REPOSITORY = Path(__file__).parents[2]
-NESTED, FLAT = {"trainer": {"seed": 1}}, {"trainer.seed": 1}
-
-
-@pytest.fixture(autouse=True)
-def _no_account(monkeypatch, tmp_path):
-    """No W&B account, settings or session from outside the test, and none left behind."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_settings"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)  # `wandb offline` writes its setting into the working directory
-    yield
-    wandb.teardown()
-
-
-def start(folder, mode="disabled", **options):
-    return Tracker(folder, NESTED, FLAT, project="test", group="env-ppo-none", mode=mode, **options)
-
-
-def inspect(folder, *flags):
-    (run,) = Path(folder, "wandb").glob("offline-run-*")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, run]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-# ---- W&B mode
-
-
-@pytest.mark.parametrize(
-    ("wandb_mode", "use_wandb", "key", "expected", "why"),
-    [
-        (None, True, None, "offline", "no API key"),
-        (None, True, "k" * 40, "online", "an API key is configured"),
-        (None, False, "k" * 40, "disabled", "use_wandb is false"),
-        (None, False, None, "disabled", "use_wandb is false"),
-        ("offline", False, "k" * 40, "offline", "WANDB_MODE=offline"),
-        ("disabled", True, "k" * 40, "disabled", "WANDB_MODE=disabled"),
-        ("online", False, "k" * 40, "online", "WANDB_MODE=online"),
-        ("shared", True, "k" * 40, "shared", "WANDB_MODE=shared"),
-        ("online", True, None, "offline", "no API key"),
-        ("shared", True, None, "offline", "no API key"),
-    ],
-)
-def test_wandb_mode(monkeypatch, capfd, wandb_mode, use_wandb, key, expected, why):
-    for name, value in (("WANDB_MODE", wandb_mode), ("WANDB_API_KEY", key)):
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    mode, reason = resolve_wandb_mode(use_wandb)
-    assert mode == expected
-    assert why in reason
-    assert capfd.readouterr() == ("", "")
-
-
-def test_wandb_mode_finds_a_key_in_netrc_and_respects_wandb_offline(tmp_path):
-    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
-    assert resolve_wandb_mode(True)[0] == "online"
-    wandb.teardown()
-    subprocess.run([sys.executable, "-m", "wandb", "offline"], check=True, capture_output=True)
-    mode, reason = resolve_wandb_mode(True)
-    assert mode == "offline"
-    assert "wandb offline" in reason
-
-
-def test_wrong_wandb_mode_and_malformed_key_are_refused(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "too-short")
-    with pytest.raises(UserError, match="WANDB_API_KEY"):
-        resolve_wandb_mode(True)
-    for wrong in ("ofline", ""):
-        monkeypatch.setenv("WANDB_MODE", wrong)
-        with pytest.raises(UserError, match=f"WANDB_MODE is '{wrong}'.*offline"):
-            resolve_wandb_mode(False)
-
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_wandb_account")]
 
 # ---- tracker
 
 
 def test_disabled_run_mirrors_metrics_and_starts_no_wandb(tmp_path, capfd):
-    with start(tmp_path, reason="trainer.use_wandb is false") as tracker:
+    with start_tracker(tmp_path, reason="trainer.use_wandb is false") as tracker:
         tracker.log({"train/entropy": 1.5}, step=0)
         tracker.log({"train/entropy": torch.tensor(1.25), "train/approx_kl": math.nan, "bad": math.inf}, step=64)
         tracker.log_video("eval/video", "missing.mp4", step=64)
@@ -126,7 +47,7 @@ def test_offline_run_is_silent_and_readable(tmp_path, capfd, monkeypatch):
     folder = RunFolder.create(tmp_path / "runs", "exp").path
     write_video(np.zeros((3, 16, 16, 3), np.uint8), folder / "videos" / "eval.mp4", fps=5)
     iio.imwrite(folder / "curve.png", np.zeros((8, 8, 3), np.uint8))
-    with start(folder, "offline", reason="no API key is configured", tags=["vision"]) as tracker:
+    with start_tracker(folder, "offline", reason="no API key is configured", tags=["vision"]) as tracker:
         tracker.log({"eval/success_rate": 0.40625, "bad": math.nan}, step=4096)
         tracker.log_video("eval/video", folder / "videos" / "eval.mp4", step=4096)
         tracker.log_image("eval/curve", folder / "curve.png", step=4096)
@@ -156,9 +77,10 @@ def test_offline_run_is_silent_and_readable(tmp_path, capfd, monkeypatch):
 def test_metrics_survive_kill_and_nothing_prompts(tmp_path):
     script = f"""
 import os, signal, sys
-sys.path.insert(0, {str(REPOSITORY)!r})
-from research.runs.folder import RunFolder
-from research.runs.tracking import Tracker, resolve_wandb_mode
+sys.path.insert(0, {str(ROOT)!r})
+from research.runs.folder import RunFolder, append_rows
+from research.runs.tracking import Tracker
+from research.runs.wandb_session import resolve_wandb_mode
 mode, reason = resolve_wandb_mode(True)
 folder = RunFolder.create("runs", "exp")
 tracker = Tracker(folder, {{}}, {{}}, project="test", group="g", mode=mode, reason=reason)
@@ -183,29 +105,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize(("mode", "url"), [("online", "https://wandb.ai/me/p/runs/1"), ("offline", None)])
 def test_a_run_has_a_page_only_while_it_is_online(tmp_path, mode, url):
-    tracker = start(tmp_path)
+    tracker = start_tracker(tmp_path)
     assert tracker.url is None  # disabled
     tracker.run, tracker.mode = SimpleNamespace(url="https://wandb.ai/me/p/runs/1"), mode
     assert tracker.url == url
     tracker.run = None  # as `finish` leaves it
     assert tracker.url is None
     tracker.finish()
-
-
-def test_online_without_a_network_becomes_offline(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    folder = RunFolder.create(tmp_path, "exp").path
-    mode, reason = resolve_wandb_mode(True)
-    assert mode == "online"
-    with start(folder, mode, reason=reason) as tracker:
-        assert tracker.mode == "offline"
-        tracker.log({"train/entropy": 0.625}, step=1)
-    out, err = capfd.readouterr()
-    assert out.startswith("W&B: offline (online failed: ") and out.count("\n") == 1
-    assert err == ""
-    assert '"train/entropy":0.625' in inspect(folder)
 
 
 @pytest.mark.parametrize(("sweep", "project"), [("sweep", "of-the-sweep"), (None, "test")])
@@ -215,7 +121,7 @@ def test_run_takes_the_id_from_the_environment_and_a_sweep_its_project(tmp_path,
         monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
         monkeypatch.setenv("WANDB_PROJECT", project)
     folder = RunFolder.create(tmp_path, "exp").path
-    with start(folder, "offline") as tracker:
+    with start_tracker(folder, "offline") as tracker:
         assert tracker.run.settings.sweep_id == sweep
     summary = json.loads(inspect(folder, "--summary"))
     assert (summary["run_id"], summary["project"]) == ("abc-123", project)
@@ -225,12 +131,12 @@ def test_run_takes_the_id_from_the_environment_and_a_sweep_its_project(tmp_path,
 def test_resume_drops_the_rows_after_its_checkpoint(tmp_path, monkeypatch, step, kept):
     clock = iter([0, 10, 20, 30, 40, 1000, 1005])
     monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
-    with start(tmp_path) as tracker:
+    with start_tracker(tmp_path) as tracker:
         for at in (0, 64, 128, 192):
             tracker.log({"train/entropy": at}, at)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"global_step": 256, "train/ent')  # the process was killed in the middle of a row
-    with start(tmp_path, resume_step=step) as tracker:
+    with start_tracker(tmp_path, resume_step=step) as tracker:
         tracker.log({"train/entropy": -1}, 500)
     rows = read_metrics(tmp_path)
     assert [row["global_step"] for row in rows] == [*kept, 500]
@@ -240,9 +146,9 @@ def test_resume_drops_the_rows_after_its_checkpoint(tmp_path, monkeypatch, step,
 
 def test_resumed_run_keeps_its_wandb_id_and_summary(tmp_path):
     folder = RunFolder.create(tmp_path, "exp").path
-    with start(folder) as tracker:
+    with start_tracker(folder) as tracker:
         tracker.summary({"before": 0.5})
-    with start(folder, "offline", resume_id="abcdefgh", resume_step=0) as tracker:
+    with start_tracker(folder, "offline", resume_id="abcdefgh", resume_step=0) as tracker:
         tracker.summary({"after": 0.9})
     assert json.loads(inspect(folder, "--summary"))["run_id"] == "abcdefgh"
     assert json.loads((folder / "summary.json").read_text()) == {"before": 0.5, "after": 0.9}
@@ -250,23 +156,23 @@ def test_resumed_run_keeps_its_wandb_id_and_summary(tmp_path):
 
 def test_a_run_left_open_is_not_mixed_with_the_next(tmp_path):
     folders = [RunFolder.create(tmp_path, name).path for name in ("first", "second")]
-    start(folders[0], "offline").log({"left/open": 1}, 0)
-    with start(folders[1], "offline") as tracker:
+    start_tracker(folders[0], "offline").log({"left/open": 1}, 0)
+    with start_tracker(folders[1], "offline") as tracker:
         tracker.log({"next/one": 2}, 0)
     assert '"next/one":2' in inspect(folders[1]) and "left/open" not in inspect(folders[1])
 
 
 def test_metrics_of_another_run_are_not_overwritten(tmp_path):
-    with start(tmp_path) as tracker:
+    with start_tracker(tmp_path) as tracker:
         tracker.log({"a": 1}, 0)
     with pytest.raises(UserError, match="resume that run"):
-        start(tmp_path)
+        start_tracker(tmp_path)
     assert len(read_metrics(tmp_path)) == 1
 
 
 def test_tracker_refuses_a_missing_folder_and_names_wandb_does_not_take(tmp_path):
     with pytest.raises(UserError, match=r"cannot write to the run folder .*nowhere"):
-        start(tmp_path / "nowhere")
+        start_tracker(tmp_path / "nowhere")
     with pytest.raises(UserError, match="project name 'a/b'"):
         Tracker(tmp_path, {}, {}, project="a/b", group="g", mode="offline")
 
@@ -281,7 +187,7 @@ def test_exit_code_reaches_wandb(tmp_path, error, code):
 
     finished = []
     try:
-        with start(tmp_path) as tracker:
+        with start_tracker(tmp_path) as tracker:
             tracker.run = Run()
             if error:
                 raise error
@@ -296,31 +202,108 @@ def test_upload_that_does_not_finish_says_how_to_sync(tmp_path, capsys):
         def finish(self, exit_code):
             raise TimeoutError
 
-    with start(tmp_path) as tracker:
+    with start_tracker(tmp_path) as tracker:
         tracker.run = Run()
     assert f"wandb sync {tmp_path}/wandb/run-*" in capsys.readouterr().out
     assert tracker.sync_command == f"wandb sync {tmp_path}/wandb/run-*"
 
 
-def test_git_commit_is_short_marks_changes_and_is_none_outside_a_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert tracking.git_commit() is None
+# ---- on the run's page
 
-    def git(*arguments):
+
+def test_the_page_says_whose_run_it_is_and_what_was_printed(tmp_path, monkeypatch):
+    top = tmp_path / "clone"
+    top.mkdir()
+    for words in (["init"], ["commit", "--allow-empty", "-m", "first"]):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run(["git", "-C", str(top), *identity, *words], check=True, capture_output=True)
+    monkeypatch.setattr(tracking, "repository", lambda: top)
+    folder = RunFolder.create(tmp_path / "runs", "exp").path  # outside of the clone, as is the working directory
+    options = {"name": "ppo vision lr=0.001 seed=2", "entity": "a-team", "notes": "why it was made"}
+    with start_tracker(folder, "offline", **options) as tracker:
+        print("said on the screen")
+        settings = tracker.run.settings
+    head = subprocess.run(["git", "-C", str(top), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert settings.git_commit == head
+    found = json.loads(inspect(folder, "--summary"))
+    assert (found["name"], found["entity"], found["notes"]) == tuple(options.values())
+    assert "said on the screen" in [line["line"] for line in found["console"]]
 
-    git("init")
-    (tmp_path / "tracking.py").write_text("1")
-    git("add", "tracking.py")
-    git("commit", "-m", "first")
-    git("tag", "-a", "v1", "-m", "v1")
-    commit = git("rev-parse", "--short", "HEAD")
-    assert tracking.git_commit() == commit
-    (tmp_path / "tracking.py").write_text("2")
-    assert tracking.git_commit() == f"{commit}-dirty"
+
+def test_wandb_name_names_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_NAME", "by hand")
+    folder = RunFolder.create(tmp_path / "runs", "exp").path
+    with start_tracker(folder, "offline", name="by default"):
+        pass
+    assert json.loads(inspect(folder, "--summary"))["name"] == "by hand"
+
+
+def test_the_best_values_so_far_are_in_wandbs_summary_and_go_on_where_a_run_is_resumed(tmp_path):
+    folder = RunFolder.create(tmp_path / "runs", "exp").path
+    values = [(0, 0.25, -3.0), (64, 0.75, math.nan), (128, 0.5, -4.0)]
+    with start_tracker(folder) as tracker:
+        for step, success, reward in values:
+            tracker.log({"eval/success_rate": success, "eval/return": reward}, step)
+    assert not any("best" in name for row in read_metrics(folder) for name in row)
+    with start_tracker(folder, "offline", resume_id="abcdefgh", resume_step=100) as tracker:
+        tracker.log({"eval/success_rate": 0.5, "eval/return": -2.0}, 128)
+        tracker.log({"train/entropy": 1.0}, 192)
+    summary = json.loads(inspect(folder, "--summary"))["summary"]
+    assert (summary["best/success_rate"], summary["best/return"]) == (0.75, -2.0)
+    assert summary["eval/success_rate"] == 0.5  # a number, for sweeps and panels
+
+
+def test_episodes_are_a_table_with_their_films_and_a_file_for_comparisons(tmp_path, wandb_server):
+    folder = RunFolder.create(tmp_path / "runs", "exp")
+    common = {"task": "reach", "instruction": "go there", "episode_return": 1.5, "length": 8, "cut_off": False}
+    rows = [{"initial_state": i, "success": i == 1, **common} for i in range(3)]
+    append_rows(folder.episodes, [{"global_step": 64, **row} for row in rows])
+    with start_tracker(folder, "online") as tracker:
+        tracker.log_episodes(rows, [np.zeros((3, 16, 16, 3), np.uint8)] * 2, 64)
+        run = tracker.run.id
+    (logged,) = [row for row in wandb_server.runs[run].history if "eval/episodes" in row]
+    assert logged["global_step"] == 64
+    table = json.loads(wandb_server.contents[f"/upload/{run}/{logged['eval/episodes']['path']}"])
+    assert table["columns"] == [
+        "initial_state", "task", "instruction", "success", "episode_return", "length", "cut_off", "video"
+    ]  # fmt: skip
+    assert table["data"][1][:7] == [1, "reach", "go there", True, 1.5, 8, False]
+    assert [row[7] is not None for row in table["data"]] == [True, True, False]
+    assert wandb_server.contents[f"/upload/{run}/episodes.jsonl"] == folder.episodes.read_bytes()
+
+
+def test_an_alert_and_the_code_of_the_user_reach_the_server(tmp_path, wandb_server, monkeypatch):
+    (tmp_path / "their_model.py").write_text("x = 1\n")
+    (tmp_path / "private.txt").write_text("not this")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("their_model")
+    with start_tracker(RunFolder.create(tmp_path / "runs", "exp"), "online") as tracker:
+        tracker.save_code(["their_model", "agents.small_vla", None])
+        tracker.alert("stopped: not a number", "action is NaN")
+        run = tracker.run.id
+    assert wandb_server.runs[run].alerts == [("ERROR", "stopped: not a number", "action is NaN")]
+    (code,) = [version for version in wandb_server.versions if version.type == "code"]
+    assert set(code.files) == {"their_model.py"} and code.run == run
+    assert wandb_server.file_of(code, "their_model.py") == b"x = 1\n"
+
+
+def test_what_has_no_page_takes_all_that_in_silence(tmp_path, capsys):
+    with start_tracker(tmp_path) as tracker:
+        capsys.readouterr()
+        tracker.alert("a", "b")
+        tracker.save_code(["json"])
+        tracker.log_episodes([], [], 0)
+        tracker.upload_checkpoints("weights.pt")
+        tracker.checkpoint_written(tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_checkpoints_of_an_offline_run_stay_here(tmp_path, wandb_server, monkeypatch):
+    folder = RunFolder.create(tmp_path / "runs", "exp")
+    with start_tracker(folder, "offline") as tracker:
+        tracker.upload_checkpoints("weights.pt")
+        tracker.checkpoint_written(folder.checkpoint(1))
+    assert not wandb_server.versions
 
 
 # ---- reading
@@ -335,43 +318,3 @@ def test_read_metrics_tolerates_a_torn_last_line_only(tmp_path):
     path.write_text('{"global_step": 0}\n{"glob\n{"global_step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(tmp_path)
-
-
-def test_what_is_waited_for_is_on_the_screen(tmp_path, capsys, monkeypatch):
-    """A server that vanished in mid-run: silence would look like a hang."""
-
-    class Slow:
-        def finish(self, exit_code):
-            time.sleep(0.3)
-
-    monkeypatch.setattr(tracking, "_QUIET_S", 0.05)
-    tracker = Tracker(tmp_path, {}, {}, project="p", group="g", mode="disabled")
-    tracker.run, tracker.mode = Slow(), "online"
-    capsys.readouterr()
-    tracker.finish()
-    assert capsys.readouterr().out == (
-        "W&B: waiting for the upload, at most 60 s; everything is in the run folder as well\n"
-    )
-
-
-def test_a_server_that_never_answers_is_named_while_it_is_waited_for_and_not_for_long(tmp_path):
-    """It takes the connection and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        script = (
-            "from research.runs.tracking import Tracker, resolve_wandb_mode; mode, why = resolve_wandb_mode(True);"
-            f"t = Tracker({str(tmp_path)!r}, {{}}, {{}}, project='p', group='g', mode=mode, reason=why); t.finish()"
-        )
-        environment = os.environ | {
-            "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "WANDB_INIT_TIMEOUT": "5",
-            "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        start = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
-        )
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.strip().splitlines()
-    assert first.startswith(f"W&B: waiting for {address} to answer, at most 5 s")
-    assert second.startswith("W&B: offline (online failed:") and "upload later with" in second
-    assert time.monotonic() - start < 60

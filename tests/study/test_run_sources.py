@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import wandb
-from study_worlds import STATES, config_of, make_run, write_choosing, write_return_study, write_study
+from standin_wandb_server import ENTITY
+from study_worlds import STATES, config_of, make_run, put_on_wandb, write_choosing, write_return_study, write_study
 
 from research.options import flatten_dict
 from research.schema import UserError
@@ -208,7 +209,9 @@ def wandb_run(folder, state="finished"):
         return [{key: row[key] for key in keys} for row in rows if set(keys) <= set(row)]
 
     config = flatten_dict(json.loads((folder / "config.json").read_text()))
-    return SimpleNamespace(name=folder.name, state=state, config=config, scan_history=history)
+    return SimpleNamespace(
+        name=folder.name, id="abc", state=state, config=config, scan_history=history, files=lambda names: []
+    )
 
 
 def test_wandb_gives_the_rows_of_the_run_folders(study, monkeypatch):
@@ -241,6 +244,19 @@ def test_wandb_gives_the_rows_of_runs_without_success(return_study, monkeypatch)
         run.folder, run.episodes = None, [""] * len(run.eval_scores)
     assert read_wandb("me/vla-rl") == local
     assert compare(local).arms[0].mean.value == pytest.approx(987.6)
+
+
+def test_runs_on_wandb_are_paired_by_initial_state_as_their_folders_are(study, wandb_server):
+    """By the real client: the table of runs is the same, by whichever way it was read."""
+    folders = put_on_wandb(wandb_server, study, "study")
+    runs, local = read_wandb(f"{ENTITY}/study"), read_folders([str(study)])
+    assert [run.run for run in runs] == [f"exp-id{place}" for place in range(len(folders))]  # what folders are called
+    assert [run.episodes for run in runs] == [run.episodes for run in local] and runs[0].episodes[-1]
+    assert [run.states for run in runs] == [run.states for run in local]
+    assert not any("single episodes are missing" in note for note in compare(runs).notes)
+    assert [(arm.mean.value, arm.mean.low) for arm in compare(runs).arms] == [
+        (arm.mean.value, arm.mean.low) for arm in compare(local).arms
+    ]
 
 
 def test_a_foreign_run_in_a_project_on_wandb_is_marked_and_left_out(study, monkeypatch):

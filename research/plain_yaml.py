@@ -8,30 +8,35 @@ which PyYAML takes the last without a word.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from research.schema import UserError, one_line
+from research.errors import UserError, one_line
 
 DEEPEST, MOST = 20, 100_000  # levels, values
 _DEEPEST_READ = 100  # levels, whatever Python's own limit is in this process: some packages raise it
 _LARGEST = 2**63 - 1
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, core: bool = False) -> Any:
     """Read a file of plain values.
 
+    Args:
+        path: of the file.
+        core: what stands there is what it looks like, by the core schema of YAML 1.2 (section 10.3): `off` and `no` are
+            text, 1e-5 is a number. Otherwise it is read as W&B reads it, by YAML 1.1.
     Raises:
         UserError: it cannot be read, is not YAML, or holds something else; the message does not name the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        content = yaml.load(text, _Loader)
+        content = yaml.load(text, _CoreLoader if core else _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {one_line(error)[:200]}") from None
     # PyYAML's own: a date or a number that there is none of, a tag such as !!bool on something else.
@@ -66,6 +71,27 @@ class _Loader(yaml.SafeLoader):
                     raise UserError(f"line {key.start_mark.line + 1}: {shown(key.value)} is given twice")
                 seen.add(key.value)
         return node
+
+
+class _CoreLoader(_Loader):
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+
+
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", _CoreLoader.construct_yaml_int)
+# kind -> (what it looks like, how it may begin)
+_CORE = {
+    "null": (r"~|null|Null|NULL|", [*"~nN", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", [*"-+0123456789"]),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", [*"-+.0123456789"]),
+    "merge": (r"<<", ["<"]),
+}
+for _kind, (_form, _begins) in _CORE.items():
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})$"), _begins)
 
 
 def _check_plain(content: Any) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from research.plain_yaml import read_yaml
 from research.schema import UserError
-from research.study.plain_yaml import read_yaml
 
 BAD = [
     ("a: {b: 2001-99-99}", "month must be in 1..12"),
