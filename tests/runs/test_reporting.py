@@ -9,6 +9,7 @@ import pytest
 from research.runs.folder import RunFolder
 from research.runs.reporting import last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker
+from research.runs.video import frame_strip
 from research.training.evaluation import Episode, Evaluation
 
 FRAMES = [np.stack([np.full((16, 24, 3), 20 * i, np.uint8) for i in range(11)])]
@@ -54,7 +55,7 @@ def test_the_end_says_and_records_what_was_achieved(tracker, capsys):
     images = []
     tracker.log_image = lambda *arguments: images.append(arguments)
     tracker.sync_command = "wandb sync here"
-    result = evaluation([True, False], FRAMES)
+    result = evaluation([False, True], [np.full_like(FRAMES[0], 90), *FRAMES])
     summarise(tracker, tracker.folder, 4096, {"eval/return": 2.0, "eval/success_rate": 0.25}, result, {"exit_code": 0})
     out = capsys.readouterr().out.splitlines()
     assert out[-3:] == [
@@ -68,8 +69,9 @@ def test_the_end_says_and_records_what_was_achieved(tracker, capsys):
     assert images == [("learning_curve", tracker.folder.learning_curve, 4096)]
     assert tracker.folder.learning_curve.exists()
     strip = iio.imread(tracker.folder.strip)
-    assert strip.shape == (16, 6 * (24 + 2) - 2, 3)  # six frames, from first to last
+    assert strip.shape[1] == 6 * (24 + 2) - 2  # six frames, from first to last, of the episode that succeeded
     assert (strip[0, 0] == 0).all() and (strip[0, -1] == 200).all()
+    assert (strip[16:] == frame_strip(FRAMES[0], 6, caption=result.captions[1])[16:]).all() and len(strip) > 16
 
 
 def test_a_run_without_evaluations_or_rollouts_ends_all_the_same(tracker, capsys):
