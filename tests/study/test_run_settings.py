@@ -57,3 +57,11 @@ def test_settings_of_a_run_that_cannot_be_read_count_for_nothing(tmp_path):
         make_run(tmp_path / f"{seed}", seed=seed, final=np.ones(40))
     (make_run(tmp_path / "bad", seed=3) / "config.json").write_text("{")
     assert all(run.settings == {} for run in read_folders([str(tmp_path)]))
+
+
+def test_sizes_of_the_environment_are_the_same_said_or_not(tmp_path):
+    make_run(tmp_path / "said", policy__action_dim=3, policy__vla_config__model_config={"action_dim": 3, "width": 8})
+    make_run(tmp_path / "told", seed=2, policy__vla_config__model_config={"width": 8})
+    runs = read_folders([str(tmp_path)])
+    assert len(runs) == 2 and all(run.settings == {} for run in runs)
+    assert all(run.common == {"policy.vla_config.model_config.width": 8} for run in runs)
