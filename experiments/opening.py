@@ -69,6 +69,7 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
         name=trainer.wandb_name or default_name(config),
         entity=trainer.wandb_entity,
         notes=trainer.wandb_notes,
+        tensorboard=trainer.tensorboard,
         resume_id=folder.id if resumed else None,
         resume_step=progress.env_steps if resumed else -1 if restarted else None,
     )

@@ -136,6 +136,8 @@ class TrainerConfig:
     """W&B tags, besides the ones every run gets."""
     wandb_checkpoints: bool = True
     """Keep the newest and the best checkpoint on W&B while the run is online, and what it started from."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run folder, too (extra tensorboard)."""
 
     def __post_init__(self) -> None:
         _refuse_beyond(self, seed=2**32 - 1, threads=4096, num_envs=2**20, iterations=10**9, buffer_size=2**28)

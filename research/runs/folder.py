@@ -15,6 +15,7 @@
 | `splits/`              | what `evaluate_vla.py --split=all` wrote: episodes, summary, videos             |
 | `choosing/`            | what `evaluate_vla.py` wrote on other states, to choose a learning rate on      |
 | `wandb/`               | W&B's own files                                                                 |
+| `tensorboard/`         | TensorBoard's event files, where they were asked for                            |
 """
 
 from __future__ import annotations
@@ -165,6 +166,10 @@ class RunFolder:
     @property
     def strip(self) -> Path:
         return self.videos / "strip.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def learning_curve(self) -> Path:

@@ -60,6 +60,7 @@ from typing import TYPE_CHECKING, Any
 
 from research.runs.code_version import git_commit, repository, source_files
 from research.runs.folder import RunFolder, as_json, read_json, read_rows, replace_rows, write_json
+from research.runs.tensorboard import EventFiles
 from research.runs.video import write_video
 from research.runs.wandb_checkpoints import CheckpointUploads
 from research.runs.wandb_session import start_wandb, timeout, waiting_for_wandb
@@ -92,6 +93,7 @@ class Tracker:
         name: what W&B calls the run; None: as its folder. WANDB_NAME wins.
         entity: the W&B user or team that the project is of; None: the account's own.
         notes: what W&B shows beside the run.
+        tensorboard: write TensorBoard's event files, too.
         resume_id: W&B id of the run to continue; None starts a new one. Inside a sweep the agent's id is taken.
         resume_step: `global_step` of the checkpoint that the run continues from: later rows of `metrics.jsonl` are
             dropped, as the run will write them again; -1 drops all. W&B cannot drop what it has.
@@ -119,6 +121,7 @@ class Tracker:
         name: str | None = None,
         entity: str | None = None,
         notes: str | None = None,
+        tensorboard: bool = False,
         resume_id: str | None = None,
         resume_step: int | None = None,
     ):
@@ -139,6 +142,7 @@ class Tracker:
         self._best: dict[str, float] = {}
         for row in kept:
             self._note_best(row)
+        self._events = EventFiles(self.folder, resume_step) if tensorboard else None
 
         if mode != "disabled":
             commit, top = git_commit(), repository()
@@ -211,6 +215,8 @@ class Tracker:
         self._metrics.write(as_json(row) + "\n")
         self._metrics.flush()
         best = self._note_best(row)
+        if self._events:
+            self._events.log(row, step)
         if self.run:
             self.run.log(row | best)
 
@@ -298,6 +304,8 @@ class Tracker:
         """
         with suppress(OSError):  # a full disk; whoever logged the row was told
             self._metrics.close()
+            if self._events:
+                self._events.close()
         run, self.run = self.run, None
         if run:
             uploads, self._uploads = self._uploads, None

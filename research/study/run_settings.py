@@ -28,7 +28,7 @@ NOT_KEPT = (
     "trainer.exp_name", ENVIRONMENT, "trainer.env_config", SEED, "trainer.run_dir", "trainer.use_wandb",
     "trainer.resume", "trainer.progress_bar", "trainer.save_freq", "trainer.eval_freq", "trainer.num_eval_envs",
     "trainer.num_eval_episodes", "trainer.threads", "trainer.keep_checkpoints", "trainer.worker_timeout",
-    "trainer.ray_address", SCOPE, RATE,
+    "trainer.ray_address", "trainer.tensorboard", SCOPE, RATE,
     # They follow from the environment, whether they are said or not.
     "policy.action_dim", "policy.vla_config.model_config.action_dim", "policy.vla_config.model_config.proprio_dim",
 )  # fmt: skip
