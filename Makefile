@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 2
 READY := $(VENV)/.ready
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Without a GPU, torch's build for CPUs: the default one brings gigabytes of CUDA. Where its index cannot be reached, the
+# next line of the recipe takes what pip's own index has.
+CPU_TORCH = --no-deps --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements.txt)
 
 .PHONY: train train-metaworld test test-fast test-faults test-cluster lint pretrain evaluate clean
 
@@ -28,7 +32,7 @@ test-faults: $(READY)  ## kills, full disks, broken files, many times over: docs
 	$(VENV)/bin/python -m pytest -m "faults or properties" --hypothesis-profile=faults -s $(ARGS)
 
 test-cluster: $(READY)  ## workers on a Ray cluster of two nodes, one of which is killed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .[ray]
+	$(PIP) -e .[ray]
 	$(VENV)/bin/python -m pytest -m cluster -s $(ARGS)
 
 lint: $(READY)  ## what CI checks besides the tests
@@ -38,7 +42,8 @@ lint: $(READY)  ## what CI checks besides the tests
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is needed; set PYTHON=python3.11" && false)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	command -v nvidia-smi >/dev/null || $(PIP) $(CPU_TORCH) 2>/dev/null || true
+	$(PIP) -r requirements.txt
 	@touch $(READY)
 
 clean:  ## remove the environment and caches; runs stay

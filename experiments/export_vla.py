@@ -6,7 +6,8 @@
 Low-rank adapters are folded into their layers, so that names and shapes are those of the model's class. The file (.pt,
 or .safetensors) is what policy.vla_config.model_path takes, and `load_state_dict` of the class. The folder is what the
 model's family has: transformers' of pi0, LeRobot's of SmolVLA, the public layout of OpenVLA; its library reads it, and
-here the option `pretrained` of the model.
+here the option `pretrained` of the model. Of other models it is one of the Hugging Face hub, which `SharedPolicy` of
+agents/hub.py reads (`from_pretrained`) and uploads (`push_to_hub`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from trained_policy import load_trained_model
 
+from agents.hub import SharedPolicy
 from research.runs.folder import replacing
 from research.schema import UserError
 from research.training.lora import merge_lora
@@ -61,16 +63,17 @@ def export(checkpoint: str, output: Path, trusted: bool = False) -> int:
         raise UserError(f"--output: {output} ends in {output.suffix!r}; use .pt or .safetensors, or none for a folder")
     as_file = output.suffix in FILES and not output.is_dir()
     trained = load_trained_model(checkpoint, trusted)
-    if not as_file and not hasattr(trained.model, "export"):
-        name = trained.config.policy.vla_config.model_class
-        raise UserError(f"--output: {name} has no folder of its own; name a file, .pt or .safetensors")
     model = merge_lora(trained.model)
     try:
         if as_file:
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(model, output)
-        else:
+        elif hasattr(model, "export"):
             model.export(output)
+        else:
+            vla, autocast = trained.config.policy.vla_config, trained.config.trainer.autocast
+            shared = SharedPolicy.of(model, vla.model_class, trained.arguments, trained.observations, autocast)
+            shared.save_pretrained(output)
     except OSError as error:
         raise UserError(f"--output: cannot write {output}: {error.strerror}") from error
     except SafetensorError as error:  # the library's own, where a disk is full

@@ -2,7 +2,7 @@
 
 A folder of the same name further ahead on the path (the working directory under `python -m`, PYTHONPATH) would be taken
 instead, and what a script then says is of no use to anyone. Nor is what TorchRL says where MuJoCo, which it imports,
-does not know the MUJOCO_GL that is set.
+does not know the MUJOCO_GL that is set. And a script whose packages are in an extra of the project says which one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# script -> the extra of pyproject.toml, and what of it the script cannot be imported without
+EXTRAS = {
+    "compare_runs.py": ("study", ("plotly",)),
+    "wandb_report.py": ("study", ("plotly",)),
+    "sweep_local.py": ("study", ("optuna", "sqlalchemy")),
+}
 KNOWN_BY = {"agents": "vla.py", "envs": "simulator.py", "research": "schema.py"}
 
 
@@ -40,6 +46,15 @@ def check_mujoco_gl() -> None:
         sys.exit(2)
 
 
+def check_extras(script: str) -> None:
+    """End a script with one line where a package of an extra that it needs is not installed."""
+    extra, needed = EXTRAS.get(script, ("", ()))
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        print(f"error: {script} needs {', '.join(absent)}, which a plain install leaves out; ", end="", file=sys.stderr)
+        print(f"run: pip install -e .[{extra}]", file=sys.stderr)
+        sys.exit(2)
+
+
 for name in KNOWN_BY:
     if others := others_called(name):
         print(f"{others[0]} has the name of this project's {name}/ and is hidden by it; rename it to use it")
@@ -47,4 +62,5 @@ for name in KNOWN_BY:
         sys.path.insert(0, str(ROOT))
         importlib.invalidate_caches()
 
+check_extras(Path(sys.argv[0]).name)
 check_mujoco_gl()

@@ -3,9 +3,11 @@
     python experiments/sweep_local.py sweeps/freeze.yaml
     python experiments/sweep_local.py sweeps/bayes.yaml --workers=2 --trials=40
     python experiments/sweep_local.py sweeps/freeze.yaml --storage=postgresql://user@host/database
+    python experiments/sweep_local.py sweeps/freeze.yaml --status        # from another terminal: how far it is
 
 Every trial is an ordinary run of the sweep's script in its own process, its folder under <trainer.run_dir>/<sweep>/.
-Optuna keeps the trials, in sweep.db there. Ctrl-C lets the runs write checkpoints and stops; started again, after that
+Optuna keeps the trials, in sweep.db there; its dashboard shows them (`pip install optuna-dashboard`, then
+`optuna-dashboard sqlite:///<that file>`). Ctrl-C lets the runs write checkpoints and stops; started again, after that
 or after a kill, the sweep goes on where it was, each run from its own checkpoint. The same command in another terminal
 adds workers. Values added to a grid are run at the next start.
 
@@ -20,14 +22,11 @@ W&B is offline unless WANDB_MODE says otherwise. Workers share the GPUs that CUD
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,23 +34,23 @@ import packages  # noqa: F401
 
 import optuna
 from configuration import with_default_config
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from research.config import ExperimentConfig
 from research.options import parse_config
-from research.runs.folder import RunFolder
-from research.runs.tracking import read_metrics
+from research.progress_bar import ProgressBar
 from research.schema import UserError
 from research.study.run_settings import RATE, SCOPE, SEED
 from research.study.sweep_file import Sweep, check_options, load_sweep
 from research.study.sweep_locks import STOP_S, Lock
+from research.study.sweep_progress import HOST, STARTED_AT, SweepProgress
 from research.study.trials import STORAGE_LOST, SweepTrials, first_line
 from research.training.interruption import Interruption
 
 POLL_S = 0.5
+SHOW_S = 2.0  # between two looks at how far the runs are
 MOST_FAILURES = 3  # in a row: then more than one trial is wrong, and the sweep gives up
 MOST_STARTS = 5  # of a run that something outside keeps ending
-HOST = socket.gethostname()
 
 
 @dataclass
@@ -74,14 +73,15 @@ class Run:
 class LocalSweep:
     """This process's share of a sweep: it starts runs, tells Optuna what they log, and notes how they end."""
 
-    def __init__(self, sweep: Sweep, workers: int, most: int | None, storage: str | None):
-        self.sweep, self.workers = sweep, workers
-        sweep = replace(sweep, program=found(sweep.program))
+    def __init__(self, sweep: Sweep, workers: int, most: int | None, storage: str | None, begin: bool = True):
+        self.sweep = sweep = replace(sweep, program=found(sweep.program))
+        self.workers = workers
         if not Path(sweep.program).is_file():
             raise UserError(f"{sweep.path}: program: {sweep.program} does not exist (current directory: {Path.cwd()})")
         check_options(sweep, config_of)
         self.folder = Path(config_of(sweep.flags(sweep.corners()[0])).trainer.run_dir) / sweep.name
-        self.trials = SweepTrials(sweep, self.folder, most, storage)
+        self.trials = SweepTrials(sweep, self.folder, most, storage, begin)
+        self.progress = SweepProgress(self.trials, lambda p: config_of(sweep.flags(p)).trainer.env_steps_planned)
         self.runs: list[Run] = []
         self.failures, self.problem, self.exhausted = 0, "", False
 
@@ -96,7 +96,7 @@ class LocalSweep:
         extra = [f"--trainer.run_dir={self.folder}", f"--trainer.wandb_tags+={f'sweep:{self.sweep.name}'[:64]}"]
         if self.sweep.project:
             extra.append(f"--trainer.wandb_project_name={self.sweep.project}")
-        folder = self.run_folder(trial.number)
+        folder = self.progress.run_folder(trial.number)
         if folder and folder.last_checkpoint:
             extra.append(f"--trainer.resume={folder}")
         elif folder:
@@ -107,6 +107,7 @@ class LocalSweep:
         environment.pop("WANDB_SWEEP_ID", None)
         trial.set_user_attr("starts", trial.user_attrs.get("starts", 0) + 1)
         trial.set_user_attr("host", HOST)
+        trial.set_user_attr(STARTED_AT, self.progress.steps(trial.number))
         run = Run(trial, lock, reported=len(self.trials.all()[trial.number].intermediate_values))
         if folder and folder.finished:  # while nobody watched
             self.conclude(run, 0)
@@ -123,7 +124,7 @@ class LocalSweep:
     def follow(self, run: Run) -> None:
         """Tell Optuna what the run has logged since the last look, and stop the run if Optuna has seen enough."""
         over = run.process.poll() is not None
-        values = self.metric_values(run.trial.number)
+        values = self.progress.metric_values(run.trial.number)
         for step in range(run.reported, len(values)):
             run.trial.report(values[step], step)
             if not over and run.trial.should_prune():
@@ -136,11 +137,11 @@ class LocalSweep:
     def conclude(self, run: Run, code: int) -> None:
         """Note how a run ended."""
         trial, number = run.trial, run.trial.number
-        values = self.metric_values(number)
+        values = self.progress.metric_values(number)
         trial.set_user_attr("exit_code", code)
-        if code == 0 and values:
+        if code == 0 and (values or self.sweep.metric is None):
             self.failures = 0
-            self.trials.tell(trial, values[-1])
+            self.trials.tell(trial, values[-1] if values else None)
         elif run.stopped == "early":
             self.trials.tell(trial, state=TrialState.PRUNED)
         elif run.stopped or (self.from_outside(number, code) and trial.user_attrs["starts"] < MOST_STARTS):
@@ -158,7 +159,7 @@ class LocalSweep:
 
     def from_outside(self, number: int, code: int) -> bool:
         """Whether something outside of the run ended it, so that it may come further another time."""
-        folder = self.run_folder(number)
+        folder = self.progress.run_folder(number)
         return code < 0 or code > 128 or (code == 1 and folder is not None and folder.stopped_by == "simulator")
 
     def run(self) -> int:
@@ -166,7 +167,7 @@ class LocalSweep:
         with Interruption() as interruption:
             try:
                 self.work(interruption)
-                print(f"\n{self.table()}")
+                print(f"\n{self.progress.table()}")
             except STORAGE_LOST as error:
                 self.stop_all()
                 print(f"error: the database that keeps the trials is gone: {first_line(error)}", file=sys.stderr)
@@ -190,6 +191,9 @@ class LocalSweep:
 
     def work(self, interruption: Interruption) -> None:
         """Start runs and follow them until they are over and no more are to be started."""
+        begun = round(self.progress.done(), 2)
+        bar = ProgressBar(total=self.trials.most, initial=begun, desc=self.sweep.name, unit="trials", smoothing=0)
+        shown_at = 0.0
         try:
             while True:
                 self.trials.check()
@@ -202,10 +206,15 @@ class LocalSweep:
                     self.exhausted = self.failures >= MOST_FAILURES or not self.start()
                 if not self.runs and (interruption.code or self.exhausted):
                     break
+                if time.monotonic() >= shown_at + SHOW_S:
+                    self.show(bar)
+                    shown_at = time.monotonic()
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             for run in self.runs:
                 run.process.kill()
+        finally:
+            bar.close()
 
     def stop_all(self) -> None:
         """End all runs before another machine may take them: each is asked to, and killed after `STOP_S` seconds."""
@@ -219,42 +228,17 @@ class LocalSweep:
                 run.process.kill()
                 run.process.wait()
 
-    def run_folder(self, number: int) -> RunFolder | None:
-        """Where a trial's run lies; None where it has not begun."""
-        return next(map(RunFolder, self.folder.glob(f"*-{self.trials.run_id(number)}")), None)
-
-    def metric_values(self, number: int) -> list[float]:
-        """What the run has logged of the sweep's metric, oldest first."""
-        folder = self.run_folder(number)
-        rows = read_metrics(folder) if folder and folder.metrics.exists() else []
-        return [row[self.sweep.metric] for row in rows if math.isfinite(row.get(self.sweep.metric, math.nan))]
-
-    def row(self, trial: FrozenTrial) -> list[str]:
-        """A trial's line of the table: number, state, swept values, last value of the metric, note."""
-        states = {"WAITING": "interrupted", "COMPLETE": "done", "PRUNED": "stopped early", "FAIL": "failed"}
-        values = [*trial.intermediate_values.values(), *(trial.values or [])][-1:]
-        point = trial.user_attrs.get("point", {})
-        cells = [states.get(trial.state.name, "running"), *(point.get(name, "") for name in self.sweep.varied), *values]
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells] + [""] * (not values)
-        elsewhere = f"on {host}" if (host := trial.user_attrs.get("host", HOST)) != HOST else ""
-        return [str(trial.number), *cells, "  ".join(filter(None, [elsewhere, trial.user_attrs.get("note", "")]))]
-
     def say(self, number: int) -> None:
         """Print one line about a trial whose state has changed."""
-        trials = self.trials.all()
-        over = sum(trial.state.is_finished() for trial in trials)
-        print(f"[{over}/{self.trials.most}] trial " + "  ".join(filter(None, self.row(trials[number]))), flush=True)
+        ProgressBar.write(self.progress.line(number), file=sys.stdout)
+        sys.stdout.flush()
 
-    def table(self) -> str:
-        """All trials, one line each, under a header."""
-        names = [name.rpartition(".")[2] for name in self.sweep.varied]
-        rows = [["trial", "state", *names, self.sweep.metric, ""], *map(self.row, self.trials.all())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts = Counter(row[1] for row in rows[1:])
-        return "\n".join(
-            [*lines, ", ".join(f"{n} {state}" for state, n in counts.items()) + f", of {self.trials.most}"]
-        )
+    def show(self, bar: ProgressBar) -> None:
+        """Show how far the sweep is, its other processes' runs included, and how far each run of this one."""
+        trials = self.trials.all()
+        parts = [(run.trial.number, self.progress.fraction(trials[run.trial.number])) for run in self.runs]
+        bar.n = round(self.progress.done(), 2)
+        bar.set_postfix_str(", ".join(f"trial {number}: {part:.0%}" for number, part in parts))
 
 
 def found(program: str) -> str:
@@ -275,6 +259,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, help="most runs of the sweep; also ends a random or Bayesian one")
     storage = "database of the trials, default sqlite:///<sweep's folder>/sweep.db; for several machines PostgreSQL"
     parser.add_argument("--storage", help=storage)
+    parser.add_argument("--status", action="store_true", help="say how far the sweep is, and change nothing")
     options = parser.parse_args(argv)
     if options.workers < 1 or (options.trials is not None and options.trials < 1):
         parser.error("--workers and --trials must be at least 1")
@@ -284,7 +269,12 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = read_options(argv)
     try:
-        return LocalSweep(load_sweep(options.sweep), options.workers, options.trials, options.storage).run()
+        sweep = load_sweep(options.sweep)
+        work = LocalSweep(sweep, options.workers, options.trials, options.storage, begin=not options.status)
+        if not options.status:
+            return work.run()
+        print(work.progress.status())
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import packages  # noqa: F401
 
 import numpy as np
 from assembling import choose_device
-from building import load_trained, make_model
+from building import load_trained, make_model, model_arguments
 from resuming import load_run
 from tensordict import TensorDictBase
 from torch import nn
@@ -29,6 +29,8 @@ class TrainedModel(NamedTuple):
     config: ExperimentConfig
     observations: TensorDictBase
     """Zeros `[2]` as the environment offers observations."""
+    arguments: dict[str, Any]
+    """What its constructor was called with."""
 
 
 def load_trained_model(checkpoint: str, trusted: bool = False, device: str = "cpu") -> TrainedModel:
@@ -54,12 +56,13 @@ def load_trained_model(checkpoint: str, trusted: bool = False, device: str = "cp
     env.close()
     where = choose_device(device)
     observations = observations.to(where)
+    arguments = model_arguments(config, observations, action_shape, choices)
     model = make_model(config, observations, action_shape, where, expect_fresh=True, choices=choices).model
     load_trained(model, trained)
-    return TrainedModel(model, config, observations)
+    return TrainedModel(model, config, observations, arguments)
 
 
 def load_policy(checkpoint: str, trusted: bool = False, device: str = "auto") -> Callable[..., np.ndarray]:
     """`act(observation, deterministic=True)` of a run, see `agents.serving.serve`; arguments as above."""
-    model, config, observations = load_trained_model(checkpoint, trusted, device)
-    return serve(model, observations, config.trainer.autocast)
+    trained = load_trained_model(checkpoint, trusted, device)
+    return serve(trained.model, trained.observations, trained.config.trainer.autocast)

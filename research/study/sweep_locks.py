@@ -51,6 +51,9 @@ class Lock:
 class FolderLocks:
     """Locked files, for the processes of one machine, and of those whose network file system has locks that hold.
 
+    The system lets go of them with the last process that holds them, however it ends. By `fcntl`, as the package
+    filelock has no descriptor that a run could inherit.
+
     Args:
         folder: the sweep's.
         log: the file of a trial's number; its folder is made if need be.
@@ -79,7 +82,7 @@ class FolderLocks:
             return False
         with self.log(number).open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: who looks is not taken for who holds
             except BlockingIOError:
                 return True
         return False

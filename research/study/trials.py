@@ -33,20 +33,26 @@ class SweepTrials:
         most: upper limit on the trials, besides the grid's size and the sweep's `run_cap`; None for no other.
         storage: URL of a database, default SQLite in the folder. PostgreSQL keeps the processes of many machines
             apart, and others those of one, by files in the folder.
+        begin: False only looks at what is there, with the limit that the sweep was started with.
     Attributes:
         most: how many trials the sweep has in the end.
         token: short random name of this sweep, for ids.
     Raises:
-        UserError: a sweep without an end, a folder or database that cannot be opened, or one with another sweep in it.
+        UserError: a sweep without an end, a folder or database that cannot be opened, or one with another sweep in it;
+            where it does not `begin`, one that has not begun.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path, most: int | None = None, storage: str | None = None):
+    def __init__(
+        self, sweep: Sweep, folder: Path, most: int | None = None, storage: str | None = None, begin: bool = True
+    ):
         self.sweep, self.folder = sweep, folder
         self.points = json.loads(json.dumps(sweep.grid())) if sweep.method == "grid" else None  # as read back
         limits = [n for n in (most, sweep.run_cap, self.points and len(self.points)) if n]
-        if not limits:
+        if not limits and begin:
             raise UserError(f"{sweep.path}: a {sweep.method} sweep has no end; give it a run_cap, or --trials=N")
-        self.most = min(limits)
+        if not begin and not storage and not (folder / "sweep.db").is_file():
+            raise _not_begun(sweep, folder)
+        self.most = min(limits, default=0)
         self.token = ""
         self._failed: list[int] = []
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -59,13 +65,17 @@ class SweepTrials:
         try:
             self._locks = self._make_locks(url)
             with self.locked():
-                self._study = self._open(url)
+                self._study = self._open(url, begin)
         except ModuleNotFoundError as error:
             extra = ": pip install -e .[postgres]" if error.name == "psycopg" else ""
             raise UserError(f"the storage {shown} needs the package {error.name}{extra}") from None
         except (*STORAGE_LOST, ImportError, ValueError) as error:
             raise UserError(f"the storage {shown} cannot be opened: {first_line(error)}") from None
         self.token = self._study.user_attrs["token"]
+        if begin:
+            self._study.set_user_attr("most", self.most)
+        else:
+            self.most = most or self._study.user_attrs.get("most") or max(self.most, len(self.all()))
 
     def _make_locks(self, url: URL) -> FolderLocks | DatabaseLocks:
         files = FolderLocks(self.folder, self.log)
@@ -76,7 +86,7 @@ class SweepTrials:
             raise UserError(f"the storage {shown}: its driver cannot hold a sweep's locks; write {known}")
         return DatabaseLocks(url, self.sweep.name, files)
 
-    def _open(self, url: URL) -> optuna.Study:
+    def _open(self, url: URL, begin: bool) -> optuna.Study:
         sweep, pruner = self.sweep, NopPruner()
         if sweep.min_iter:  # W&B's "hyperband" is one bracket of it, which is asynchronous successive halving
             pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
@@ -87,6 +97,8 @@ class SweepTrials:
             "postgresql": {"connect_args": CONNECTION, "pool_pre_ping": True},
         }.get(url.get_backend_name(), {})
         self._storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=options)
+        if not begin and sweep.name not in optuna.get_all_study_names(self._storage):
+            raise _not_begun(sweep, self.folder)
         study = optuna.create_study(
             storage=self._storage, study_name=sweep.name, load_if_exists=True, sampler=sampler, pruner=pruner,
             direction="maximize" if sweep.maximize else "minimize",
@@ -171,9 +183,11 @@ class SweepTrials:
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def tell(self, trial: optuna.Trial, value: float | None = None, state: TrialState | None = None) -> None:
-        """Note a trial's result, or that it was stopped early (PRUNED) or failed (FAIL)."""
+        """Note a trial's result, none where the sweep has no metric, or that it was stopped early or failed."""
         if state == TrialState.FAIL:
             self._failed.append(trial.number)
+        if value is None and state is None:
+            value = 0.0  # Optuna completes no trial without one; a sweep without a metric asks for none
         self._study.tell(trial, value, state)
 
     def _target_reached(self, trials: list[FrozenTrial]) -> bool:
@@ -185,6 +199,10 @@ class SweepTrials:
 def first_line(error: BaseException) -> str:
     """What went wrong in a database, in one line: Optuna's own words for it hide the cause."""
     return str(error.__cause__ or error).splitlines()[0]
+
+
+def _not_begun(sweep: Sweep, folder: Path) -> UserError:
+    return UserError(f"{sweep.path}: --status: the sweep has no trials in {folder}; start it first, without --status")
 
 
 def _read_url(text: str) -> URL:

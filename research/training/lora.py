@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from research.schema import UserError
+
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can carry an adapter, by dotted name: linear (GPT-2's too), 1d and 2d convolutional, embeddings.
@@ -53,9 +55,14 @@ def add_adapters(model: nn.Module, layers: Sequence[str], rank: int, alpha: floa
         model: changed in place.
         layers: names out of `adaptable_layers`.
         rank, alpha: see `research.config.LoRAConfig`.
+    Raises:
+        UserError: the extra lora is not installed.
     """
-    import peft
-    from peft.tuners.tuners_utils import cast_adapter_dtype
+    try:
+        import peft
+        from peft.tuners.tuners_utils import cast_adapter_dtype
+    except ImportError as error:
+        raise UserError(f"low-rank adapters need peft ({error}); run: pip install -e .[lora]") from None
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # peft matches a text as a regular expression against the whole name, but a list against the ends of names.

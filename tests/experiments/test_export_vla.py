@@ -13,6 +13,7 @@ import torch
 from trained_policy import load_policy, load_trained_model
 from worlds import ROOT, all_weights, run_folder, write_config
 
+from agents.hub import SharedPolicy
 from agents.loading import load_vla_model
 from agents.openvla import OpenVLA
 from agents.policy import VLAPolicy
@@ -49,6 +50,18 @@ def test_exported_weights_are_the_trained_policy_under_the_classs_own_names(run,
     assert b.abs().max() > 0
     torch.testing.assert_close(model.get_submodule(layer).weight, base + 16 / 8 * b @ a)
     assert model(observations, deterministic=True).shape == (8, 3)
+
+
+def test_a_folder_of_the_hub_acts_as_the_run_does(run, tmp_path):
+    assert export_vla.main([f"--checkpoint={run}", f"--output={tmp_path / 'shared'}"]) == 0
+    act, shared = load_policy(str(run), device="cpu"), SharedPolicy.from_pretrained(tmp_path / "shared")
+    shared.save_pretrained(tmp_path / "again")
+    again = SharedPolicy.from_pretrained(tmp_path / "again")
+    observations = TabletopEnv(4, "reach", modalities=["rgb", "proprio"]).reset()["observation"]
+    for row in range(4):
+        seen = {key: observations[key][row].numpy() for key in ("rgb", "proprio")}
+        assert np.abs(act(seen) - shared.act(seen)).max() < 1e-6  # the adapters are merged: another order of sums
+        assert np.array_equal(shared.act(seen), again.act(seen))
 
 
 def test_a_residual_is_exported_by_its_name_and_served_from_its_run(tmp_path):
@@ -106,7 +119,7 @@ def test_a_familys_folder_holds_what_was_trained_and_not_what_it_started_from(op
 
 
 def test_a_run_is_served_with_the_actions_of_its_rollouts(run):
-    act, (model, config, _) = load_policy(str(run), device="cpu"), load_trained_model(str(run))
+    act, (model, config, *_) = load_policy(str(run), device="cpu"), load_trained_model(str(run))
     rollouts = Rollouts(TabletopEnv(1, **config.trainer.env_config), VLAPolicy(model), 4)
     torch.manual_seed(3)
     batch = rollouts.next()
@@ -123,7 +136,6 @@ def test_a_run_is_served_with_the_actions_of_its_rollouts(run):
     [
         ("nowhere", "x.pt", "neither a run folder"),
         (None, "x.bin", "use .pt or .safetensors, or none for a folder"),
-        (None, "folder", "agents.small_vla.SmallVLA has no folder of its own; name a file, .pt or .safetensors"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path, capsys, checkpoint, output, message):

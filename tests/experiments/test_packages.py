@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tomllib
+
+import packages
 
 import pytest
 from worlds import ROOT
@@ -26,6 +30,20 @@ def test_folders_of_the_same_name_hide_nothing_and_are_named(tmp_path, init):
         done.stdout
         == f"{tmp_path}/envs has the name of this project's envs/ and is hidden by it; rename it to use it\n"
     )
+
+
+def test_a_script_names_the_extra_that_a_plain_install_lacks(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name))
+    packages.check_extras("compare_runs.py")
+    packages.check_extras("ppo_vla.py")
+    with pytest.raises(SystemExit, match="2"):
+        packages.check_extras("sweep_local.py")
+    error = "error: sweep_local.py needs optuna, which a plain install leaves out; run: pip install -e .[study]\n"
+    assert capsys.readouterr().err == error
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, needed in packages.EXTRAS.values():
+        assert set(needed) <= {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}
 
 
 def test_a_mujoco_gl_that_does_not_exist_is_one_line(tmp_path):

@@ -17,8 +17,10 @@ from study_worlds import write_sweep
 from sweep_worlds import SCRIPT, children, in_background, wait_for
 from worlds import ROOT, write_config
 
+from research import progress_bar
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
+from research.study.sweep_file import load_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -137,6 +139,36 @@ def test_workers_run_at_once_and_share_the_cores(monkeypatch):
     ended = sorted(json.loads(path.read_text())["ended"] for path in Path("runs/s").glob("*/summary.json"))
     assert begun[1] < ended[0] and begun[3] < ended[2]  # two at a time
     assert begun[2] > ended[0]  # and no more
+
+
+def test_another_terminal_sees_how_far_the_runs_are(capsys):
+    budget = {"trainer.iterations": {"value": 20}, "trainer.max_env_steps": {"value": 20}}
+    path = write_sweep(rates=[1.0], parameters=budget)
+    assert sweep_local.main([path, "--status"]) == 2
+    assert "the sweep has no trials in runs/s; start it first" in capsys.readouterr().err and not Path("runs").exists()
+    process = in_background(path, "--trials=2", pace=0.5)
+    wait_for(lambda: rows() >= 3, alive=(process,))
+    assert sweep_local.main([path, "--status"]) == 0
+    told = capsys.readouterr().out
+    assert "1 running, of 2, 1 waiting" in told and "%, " in told and " of 20 env steps" in told
+    assert "time left: about" in told and process.poll() is None
+    process.terminate()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 143 and "interrupted" in out, err
+    assert sweep_local.main([path, "--status"]) == 0
+    assert "nothing runs" in capsys.readouterr().out
+
+
+def test_a_running_sweep_shows_the_steps_inside_its_runs(monkeypatch, capsys):
+    """A line where it writes to no terminal, here after no time instead of a minute."""
+    monkeypatch.setattr(progress_bar, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(sweep_local, "SHOW_S", 0.0)
+    monkeypatch.setenv("PACE", "0.2")
+    budget = {"trainer.iterations": {"value": 5}, "trainer.max_env_steps": {"value": 5}, "trainer.seed": {"value": 1}}
+    assert sweep_local.main([write_sweep(rates=[1.0, 2.0], metric=None, parameters=budget)]) == 0
+    out, err = capsys.readouterr()
+    assert "trial 0: 40%" in err and "trial 1: 60%" in err and "1.4 of 2 trials" in err and " left" in err
+    assert "2 done, of 2" in out
 
 
 def test_two_processes_share_a_sweep():
@@ -313,5 +345,10 @@ def test_away_from_a_checkout_the_scripts_of_a_sweep_are_this_projects():
     assert sweep_local.found("experiments/ppo_vla.py") == sweep_local.found("ppo_vla.py") == own
     assert sweep_local.found("scripts/ppo_vla.py") == "scripts/ppo_vla.py"
     assert sweep_local.found("experiments/mine.py") == "experiments/mine.py"
+    Path("sweep.yaml").write_text(
+        "{name: away, program: experiments/ppo_vla.py, method: grid, parameters: {trainer.seed: {values: [1]}}}"
+    )
+    sweep = sweep_local.LocalSweep(load_sweep("sweep.yaml"), 1, None, None).sweep
+    assert own in sweep.words(sweep.corners()[0])
     Path("ppo_vla.py").write_text("")
     assert sweep_local.found("ppo_vla.py") == "ppo_vla.py"

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import sweep_local
 from study_worlds import write_sweep
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from worlds import ROOT
 
 from research.schema import UserError
-from research.study.sweep_file import Parameter, arguments, check_options, load_sweep
+from research.study.sweep_file import FORMS, arguments, check_options, load_sweep
 
 RATE = "algorithm.cfg.learning_rate"
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -82,14 +83,30 @@ def test_hyperband_begins_at_min_iter_or_at_its_lowest_bracket(spec, expected):
     assert (sweep.min_iter, sweep.eta) == expected
 
 
-def test_values_are_drawn_as_wandb_draws_them():
-    assert Parameter("a", low=0.1, high=10.0, log=True).distribution().log
-    assert Parameter("a", low=0, high=100, q=5).value(12.6) == 15
-    assert Parameter("a", low=0.0, high=1.0, q=0.25).value(0.6) == 0.5
-    listed = Parameter("a", choices=("none", ["x"], True))
-    assert [listed.value(drawn) for drawn in listed.distribution().choices] == ["none", ["x"], True]
-    whole = Parameter("a", low=1, high=9, integer=True).distribution()
-    assert (whole.low, whole.high) == (1, 9)
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_are_passed_in_the_forms_of_wandb(form):
+    """Its own client says what each is."""
+    point = {"a.b": 1e-5, "on": True, "off": False, "none": None, "list": ["x", 1], "text": "two words"}
+    asked = create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})
+    assert arguments(point, form) == asked[form[2:-1]]
+    sweep = load_sweep(write_sweep(command=["${interpreter}", "${program}", form]))
+    assert sweep.words({RATE: 0.5}, ["--more"])[2:] == [*arguments({RATE: 0.5}, form), "--more"]
+    check_options(sweep, sweep_local.config_of)  # the options and values; the script itself knows its form
+
+
+def test_environment_variables_stand_in_a_command_as_with_wandb(monkeypatch):
+    monkeypatch.setenv("DATA", "/data sets")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    command = ["${interpreter}", "${program}", "--data=${envvar:DATA}/${envvar:DATA}", "${envvar:NOWHERE}", "${args}"]
+    words = load_sweep(write_sweep(command=command)).words({})
+    assert words[2:] == create_sweep_command(command)[2:-1] == ["--data=/data sets//data sets", "NOWHERE"]
+
+
+def test_a_sweep_that_only_tries_points_needs_no_metric():
+    for method in ("grid", "random"):
+        ranges = {RATE: {"min": 0.25, "max": 4.0}} if method == "random" else {}
+        sweep = load_sweep(write_sweep(method=method, metric=None, parameters=ranges))
+        assert sweep.metric is None and sweep.target is None
 
 
 BAD = [
@@ -109,8 +126,8 @@ BAD = [
     ({"parameters": {"policy.freeze": {"values": ["none", "visoin"]}}}, "'visoin' is none of the presets"),
     ({"parameters": {"trainer.seed": {"values": [1, -1]}}}, "trainer.seed"),
     ({"parameters": {"policy": {"parameters": {"freeze": {"value": "none"}}}}}, "write dotted names"),
-    ({"parameters": {RATE: {"distribution": "normal", "mu": 1}}}, "unknown key 'mu'"),
-    ({"parameters": {RATE: {"distribution": "normal"}}, "method": "random"}, "distribution 'normal' is not supported"),
+    ({"parameters": {RATE: {"distribution": "normal", "mu": 1}}}, "not a range (distribution normal"),
+    ({"parameters": {RATE: {"distribution": "normal", "mean": 1}}, "method": "random"}, "unknown key 'mean'"),
     ({"parameters": {RATE: {"min": 1.0}}, "method": "random"}, "max is missing"),
     ({"parameters": {RATE: {"min": 2.0, "max": 1.0}}, "method": "random"}, "needs min < max"),
     ({"parameters": {RATE: {"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}}, "method": "random"},
@@ -118,10 +135,12 @@ BAD = [
     ({"method": "random"}, "give it a run_cap, or --trials=N"),
     ({"early_terminate": {"type": "envelope"}}, "use hyperband"),
     ({"early_terminate": {"type": "hyperband"}}, "needs min_iter, or max_iter and s"),
-    ({"metric": None}, "metric is missing"),
+    ({"metric": None, "method": "bayes"}, "metric is missing: method: bayes decides by it"),
+    ({"metric": None, "early_terminate": {"type": "hyperband", "min_iter": 1}}, "early_terminate decides by it"),
     ({"metric": {"name": "x", "goal": "max"}}, "minimize or maximize"),
-    ({"command": ["python", "${program}"]}, "${args} at its end"),
-    ({"command": ["python", "${program}", "${args_json}"]}, "${args_json} is not supported"),
+    ({"command": ["python", "${program}"]}, "${args}, or another form of it, at its end"),
+    ({"command": ["${program}", "${args_json_file}"]}, "${args_json_file} is not supported; use ${env}"),
+    ({"command": []}, "needs ${program}"),
     ({"program": "nowhere.py"}, "program: nowhere.py does not exist (current directory: /"),
     ({"parameters": {RATE: {"min": 1, "max": 2, "distribution": ["x"]}}, "method": "random"}, "['x'] is not supported"),
     ({"parameters": {RATE: {"min": -9.0e307, "max": 9.0e307}}, "method": "random"}, "the range is too wide"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from agents.stages import stage_name
 from research.config import LoRAConfig
 from research.schema import UserError
 from research.training.freezing import freeze, parameter_groups, part_names
-from research.training.lora import adaptable_layers, adapter_changes, is_adapter, merge_lora
+from research.training.lora import adaptable_layers, adapter_changes, add_adapters, is_adapter, merge_lora
 
 
 def observations() -> TensorDict:
@@ -281,3 +282,9 @@ def test_auto_means_the_layers_that_the_model_names_and_targets_win():
     assert adapted(targets=["fusion.question"]) == {"fusion.question"}
     with pytest.raises(UserError, match="no trainable layer to adapt; name layers in policy.lora.targets; SmallVLA"):
         adapted(["vision", "fusion", "lora"])
+
+
+def test_without_peft_adapters_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"need peft .*; run: pip install -e .\[lora\]"):
+        add_adapters(nn.Linear(2, 2), [], 1, 1.0)

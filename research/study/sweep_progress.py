@@ -1,0 +1,174 @@
+"""How far a local sweep is: its trials in a table, the steps inside those that run, the time that is left."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from research.runs.folder import RunFolder
+from research.runs.tracking import read_metrics
+from research.schema import UserError
+from research.study.trials import SweepTrials
+
+HOST = socket.gethostname()
+STATES = {"WAITING": "interrupted", "COMPLETE": "done", "PRUNED": "stopped early", "FAIL": "failed"}
+STARTED_AT = "started_at"  # user attribute of a trial: env steps that it had when its last process began
+
+
+class SweepProgress:
+    """Reads what the trials of a sweep and their run folders say; changes nothing.
+
+    Args:
+        trials: of the sweep.
+        budget: a trial's env steps from its point, `{option: value}`; a `UserError` of it means that they are unknown.
+    """
+
+    def __init__(self, trials: SweepTrials, budget: Callable[[dict[str, Any]], int]):
+        self.trials, self.sweep, self.folder = trials, trials.sweep, trials.folder
+        self._budget, self._budgets = budget, {}
+
+    def run_folder(self, number: int) -> RunFolder | None:
+        """Where a trial's run lies on this machine; None where it has not begun."""
+        return next(map(RunFolder, self.folder.glob(f"*-{self.trials.run_id(number)}")), None)
+
+    def metric_values(self, number: int) -> list[float]:
+        """What a trial's run has logged of the sweep's metric, oldest first."""
+        values = [row.get(self.sweep.metric, math.nan) for row in self._rows(number)] if self.sweep.metric else []
+        return [value for value in values if math.isfinite(value)]
+
+    def steps(self, number: int) -> int:
+        """Env steps that a trial's run has logged."""
+        return int(max((row["global_step"] for row in self._rows(number) if "global_step" in row), default=0))
+
+    def fraction(self, trial: FrozenTrial) -> float:
+        """How much of a trial is over, from 0 to 1; of its env steps, where it runs or was interrupted."""
+        if trial.state.is_finished():
+            return 1.0
+        planned = self._planned(trial)
+        return min(1.0, self.steps(trial.number) / planned) if planned else 0.0
+
+    def done(self) -> float:
+        """Trials that are over, and of the others the parts that are."""
+        return sum(map(self.fraction, self.trials.all()))
+
+    def running(self) -> list[FrozenTrial]:
+        """Trials that a process of this machine, or of another, runs."""
+        return [t for t in self.trials.all() if t.state == TrialState.RUNNING and self.trials.is_alive(t.number)]
+
+    def seconds_left(self) -> float | None:
+        """Time until the sweep's end with as many trials at a time as now; None where nothing says so.
+
+        Of a trial, by the mean time of those that were run in one piece; else by the pace of those that run.
+        """
+        trials, running = self.trials.all(), self.running()
+        whole = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and not _start(t)]
+        lengths = [t.duration.total_seconds() for t in whole] or list(filter(None, map(self._length, running)))
+        if not running or not lengths:
+            return None
+        length, parts = sum(lengths) / len(lengths), [1 - self.fraction(t) for t in running]
+        waiting = sum(1 - self.fraction(t) for t in trials if not t.state.is_finished()) - sum(parts)
+        waiting += max(0, self.trials.most - len(trials))
+        return length * max(*parts, (waiting + sum(parts)) / len(running)) if parts else None
+
+    def row(self, trial: FrozenTrial) -> list[str]:
+        """A trial's line of the table: number, state, swept values, last value of the metric, notes."""
+        values = [*trial.intermediate_values.values(), *(trial.values or [])][-1:] if self.sweep.metric else []
+        point = trial.user_attrs.get("point", {})
+        cells = [self._state(trial), *(point.get(name, "") for name in self.sweep.varied), *values]
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells] + [""] * (not values)
+        elsewhere = f"on {host}" if (host := trial.user_attrs.get("host", HOST)) != HOST else ""
+        notes = [self._inside(trial), elsewhere, trial.user_attrs.get("note", "")]
+        return [str(trial.number), *cells, "  ".join(filter(None, notes))]
+
+    def line(self, number: int) -> str:
+        """One line about a trial, and how many are over."""
+        trials = self.trials.all()
+        over = sum(trial.state.is_finished() for trial in trials)
+        return f"[{over}/{self.trials.most}] trial " + "  ".join(filter(None, self.row(trials[number])))
+
+    def table(self) -> str:
+        """All trials, one line each, under a header, and how many are in which state."""
+        names = [name.rpartition(".")[2] for name in self.sweep.varied]
+        rows = [["trial", "state", *names, self.sweep.metric or "", ""], *map(self.row, self.trials.all())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        counts = Counter(row[1] for row in rows[1:])
+        return "\n".join(
+            [*lines, ", ".join(f"{n} {state}" for state, n in counts.items()) + f", of {self.trials.most}"]
+        )
+
+    def status(self) -> str:
+        """The table, the best trial so far, and the time that is left."""
+        left, running = self.seconds_left(), self.running()
+        waits = max(0, self.trials.most - len(self.trials.all()))
+        lines = [self.table() + f", {waits} waiting" * (waits > 0)]
+        if best := self._best():
+            lines.append(f"best so far: {best}")
+        if not running:
+            lines.append("nothing runs")
+        else:
+            at_once = f"with {len(running)} at a time, as now"
+            lines.append("time left: " + (f"about {clock(left)} {at_once}" if left is not None else "not known yet"))
+        return "\n".join(lines)
+
+    def _state(self, trial: FrozenTrial) -> str:
+        if trial.state == TrialState.RUNNING:  # after a kill, until a worker takes it again
+            return "running" if self.trials.is_alive(trial.number) else "not running now"
+        return STATES[trial.state.name]
+
+    def _best(self) -> str | None:
+        done = [t for t in self.trials.all() if t.state == TrialState.COMPLETE]
+        if not done or not self.sweep.metric:
+            return None
+        best = (max if self.sweep.maximize else min)(done, key=lambda t: t.value)
+        point = " ".join(f"{name}={best.user_attrs['point'][name]}" for name in self.sweep.varied)
+        where = self.run_folder(best.number)
+        return f"{best.value:.4g}, trial {best.number}" + f" ({point})" * bool(point) + f" in {where}" * bool(where)
+
+    def _inside(self, trial: FrozenTrial) -> str:
+        if trial.state.is_finished() or not (planned := self._planned(trial)):
+            return ""
+        steps = self.steps(trial.number)
+        return f"{100 * min(1.0, steps / planned):.0f} %, {steps:,} of {planned:,} env steps" if steps else ""
+
+    def _length(self, trial: FrozenTrial) -> float | None:
+        """Seconds that the whole of a running trial takes, at the pace of its process."""
+        planned, begun = self._planned(trial), _start(trial)
+        new = self.steps(trial.number) - begun
+        if not planned or new <= 0 or trial.datetime_start is None:
+            return None
+        return (datetime.now() - trial.datetime_start).total_seconds() * planned / new
+
+    def _planned(self, trial: FrozenTrial) -> int | None:
+        point = trial.user_attrs.get("point")
+        if point is None:  # another process is about to write it
+            return None
+        key = repr(point)
+        if key not in self._budgets:
+            try:
+                self._budgets[key] = self._budget(point)
+            except UserError:  # the sweep's file was changed since
+                self._budgets[key] = None
+        return self._budgets[key]
+
+    def _rows(self, number: int) -> list[dict[str, float]]:
+        folder = self.run_folder(number)
+        return read_metrics(folder) if folder and folder.metrics.exists() else []
+
+
+def _start(trial: FrozenTrial) -> int:
+    return trial.user_attrs.get(STARTED_AT, 0)
+
+
+def clock(seconds: float) -> str:
+    """A time for people: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
