@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -29,3 +34,22 @@ def _one_thread_and_no_account(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_SWEEP_ID"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def start_process():
+    """Starts commands in process groups of their own, of which none outlives the test."""
+    groups = []
+
+    def start(*command: str, **environment: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        groups.append(process.pid)
+        return process
+
+    yield start
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)

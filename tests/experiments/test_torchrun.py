@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import ppo_vla
@@ -24,23 +23,14 @@ SCRIPT = ROOT / "experiments" / "ppo_vla.py"
 
 
 @pytest.fixture
-def torchrun():
-    """Starts torchrun in a process group of its own, of which nothing outlives the test."""
-    groups = []
+def torchrun(start_process):
+    """Starts the main job in so many processes."""
 
     def start(processes: int, *words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        process = subprocess.Popen(
-            [*command, str(SCRIPT), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
-        )  # fmt: skip
-        groups.append(process.pid)
-        return process
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+        return start_process(*launcher, str(SCRIPT), *words, PYTHONPATH=str(ROOT / "tests"))
 
-    yield start
-    for group in groups:
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+    return start
 
 
 def finished(process: subprocess.Popen) -> str:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -143,23 +142,9 @@ def test_what_a_killed_run_left_in_shared_memory_goes_with_the_next(tmp_path):
 
 
 @pytest.fixture
-def launch():
-    """Starts scripts in process groups of their own, of which none outlives the test."""
-    groups = []
-
-    def start(*words: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-u", str(SCRIPT), *words],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        groups.append(process.pid)
-        return process
-
-    yield start
-    for group in groups:
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+def launch(start_process):
+    """Starts the main job."""
+    return lambda *words: start_process(sys.executable, "-u", str(SCRIPT), *words, OMP_NUM_THREADS="1")
 
 
 def started(launch, tmp_path: Path, **changes) -> tuple[subprocess.Popen, list[int]]:
