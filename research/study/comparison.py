@@ -217,7 +217,9 @@ def compare(
         }
         choices = _choose(chosen_on, choosing_seeds, complete[0].bounded, notes)
         notes += few_seeds_note(choices)
-        notes.insert(0, describe_choice(noun_of(by), complete[0].measure, choose_on, choosing_seeds))
+        chosen = any(choice.rates > 1 for choice in choices.values())
+        if chosen or choosing_seeds or choose_on == "states":  # the last two leave something out of the numbers
+            notes.insert(0, describe_choice(noun_of(by), complete[0].measure, choose_on, choosing_seeds))
     comparison = Comparison(
         by, equal, list(runs), budgets["steps"], budgets["seconds"], interrupted, cells,
         {cell: math.nan if scores is None else float(scores.mean()) for cell, scores in chosen_on.items()}, [], [], [],
