@@ -1,0 +1,48 @@
+"""The README's first screen says what the committed rows say."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from worlds import ROOT
+
+from research.study.comparison import compare
+from research.study.run_table import read_table
+
+RESULTS = ROOT / "experiments" / "results"
+TEXT = " ".join((ROOT / "README.md").read_text().split())
+
+
+def shown(estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def test_what_to_freeze_in_one_sentence():
+    study = compare(read_table(RESULTS / "freeze_learning_rate" / "runs.csv"), choosing_seeds=(1, 2))
+    arms = {arm.arm: arm for arm in study.arms}
+    nothing, adapters = shown(arms["none"].mean), shown(arms["lora"].mean)
+    assert f"nothing (success {nothing}), or all but low-rank adapters ({adapters})" in TEXT
+    assert "lora" not in arms["none"].separable_from and "which cannot be told apart" in TEXT
+    worst = min(study.arms, key=lambda arm: arm.mean.value)
+    assert worst.arm == "backbone" and set(worst.separable_from) == set(arms) - {"backbone"}
+    assert f"heads alone are worst ({shown(worst.mean)})" in TEXT
+    rates = [arm.learning_rate for arm in study.arms]
+    assert max(rates) / min(rates) == pytest.approx(16) and "the best rates lie a factor of 16 apart" in TEXT
+
+
+def test_the_row_of_speed():
+    with open(RESULTS / "throughput" / "resnet18-tabletop-cpu.csv") as file:
+        rows = {row["row"]: row for row in csv.DictReader(file)}
+
+    def rate(row: str) -> str:
+        return f"{float(rows[row]['env_steps_per_second']):.0f}"
+
+    def size(row: str) -> str:
+        return f"{float(rows[row]['bytes_per_transition']):,.0f}"
+
+    ours, half, theirs = "ours/backbone/fp32/standard", "ours/backbone/bf16/standard", "sb3/backbone/fp32/standard"
+    assert f"| {rate(ours)} / {rate(half)}; {rate(theirs)} | {size(ours)} / {size(half)}; {size(theirs)} |" in TEXT
+    nothing = f"{rate('ours/none/fp32/standard')} against {rate('sb3/none/fp32/standard')}"
+    assert f"With nothing frozen it is {nothing}" in TEXT
+    assert round(float(rate(ours)) / float(rate(theirs))) == 6 and "six times as fast" in TEXT
