@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -211,8 +212,9 @@ def compare(
         chosen_on, choices = {}, {arm: Choice(rate, 0, 1, {}) for arm, rate in cells}
     else:
         choose_on = choose_on or best_criterion(cells.values(), choosing_seeds)
+        rates = Counter(arm for arm, _ in cells)
         chosen_on = {
-            cell: choosing_scores(members, choose_on, choosing_seeds, equal, budgets[equal])
+            cell: choosing_scores(members, choose_on, choosing_seeds, equal, budgets[equal], alone=rates[cell[0]] == 1)
             for cell, members in cells.items()
         }
         choices = _choose(chosen_on, choosing_seeds, complete[0].bounded, notes)

@@ -43,7 +43,12 @@ def _that_choose(cell: Sequence[Run], choosing_seeds: Sequence[int]) -> list[Run
 
 
 def choosing_scores(
-    cell: Sequence[Run], choose_on: ChooseOn, choosing_seeds: Sequence[int], axis: Axis, place: float
+    cell: Sequence[Run],
+    choose_on: ChooseOn,
+    choosing_seeds: Sequence[int],
+    axis: Axis,
+    place: float,
+    alone: bool = False,
 ) -> Array | None:
     """The scores `[n, K]` that a rate is chosen by, K = 1 for training scores; None for a cell without choosing seeds.
 
@@ -51,6 +56,7 @@ def choosing_scores(
         cell: the runs of an arm at a rate.
         choose_on: as in `compare`, with `choosing_seeds`.
         axis, place: where the final evaluation is, for the choice on every other state.
+        alone: whether it is the arm's only rate, so that runs without a training score, NaN, are in nobody's way.
     Raises:
         UserError: a run without such scores, or one whose other states are among the reported ones.
     """
@@ -62,7 +68,7 @@ def choosing_scores(
     if choose_on == "other_states":
         _check_other_states(members)
         return np.array([run.scores(run.choosing_episodes) for run in members])
-    if missing := [run for run in members if math.isnan(run.training_score)]:
+    if not alone and (missing := [run for run in members if math.isnan(run.training_score)]):
         raise UserError(
             f"{missing[0].run} has no training {missing[0].measure} to choose the learning rate on; choose on states"
         )

@@ -1,5 +1,7 @@
 """What chooses a scope's learning rate, what it refuses to be chosen by, and which rates it cannot tell apart."""
 
+import math
+
 import numpy as np
 import pytest
 from study_worlds import STATES, make_run, write_choosing
@@ -120,3 +122,15 @@ def test_fewer_than_three_choosing_seeds_are_noted(tmp_path, seeds, noted):
     notes = compare(read_folders([str(tmp_path)]), choosing_seeds=seeds).notes
     text = "Learning rates chosen on fewer than 3 seeds, which are too few: none (2)."
     assert (text in notes) == noted
+
+
+def test_an_only_rate_needs_no_training_score_and_one_of_several_does(tmp_path):
+    """A short run ends before its first episode does."""
+    for seed in (1, 2):
+        make_run(tmp_path / f"{seed}", seed=seed, sampled=math.nan)
+    comparison = compare(read_folders([str(tmp_path)]))
+    assert [arm.learning_rate for arm in comparison.arms] == [1e-4]
+    assert not any("chosen" in note for note in comparison.notes)
+    make_run(tmp_path / "other", rate=1e-3)
+    with pytest.raises(UserError, match="has no training success to choose the learning rate on"):
+        compare(read_folders([str(tmp_path)]))
