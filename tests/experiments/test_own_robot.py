@@ -11,9 +11,11 @@ import numpy as np
 import ppo_vla
 import pytest
 from gymnasium.utils.env_checker import check_env
+from sweep_local import LocalSweep
 from worlds import ROOT
 
 from research.runs.checkpoint import load_checkpoint
+from research.study.sweep_file import load_sweep
 
 PAGE = (ROOT / "docs" / "own_robot.md").read_text()
 
@@ -47,6 +49,13 @@ def test_the_example_trains_both_ways_and_is_filmed_as_printed(folder, capsys):
     assert {row["instruction"] for row in rows} == {"reach the red square"}
     assert before_after.main([str(run), "--states", "0", "1"]) == 0
     assert (folder / "before_after.gif").stat().st_size > 1000
+
+
+def test_the_sweep_of_the_example_has_its_six_runs(folder):
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    (folder / "my_sweep.yaml").write_text(text)
+    sweep = LocalSweep(load_sweep("my_sweep.yaml"), workers=1, most=None, storage=None)
+    assert sweep.trials.most == 6 and "--config=my_robot.json" in sweep.sweep.words(sweep.sweep.corners()[0])
 
 
 def test_the_environment_of_the_example_is_one_that_gymnasium_accepts_and_can_be_solved(folder):
