@@ -65,6 +65,11 @@ class ProgressBar(tqdm):
             self._print_line()
         return True
 
+    def clear(self, nolock: bool = False) -> None:
+        """Make place for a line that is written beside the bar; lines need none, and no carriage return."""
+        if not self.as_lines:
+            super().clear(nolock)
+
     def _print_line(self) -> None:
         self.line_at = self.format_dict["elapsed"]
         print(str(self).strip(), file=self.fp, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 
 import pytest
@@ -98,3 +99,9 @@ def test_none_is_shown_where_it_is_disabled(file):
     for _ in ProgressBar(range(3), file=file, disable=True):
         pass
     assert file.getvalue() == "" and progress_bar.LINE_EVERY_S == 60
+
+
+def test_a_line_beside_it_leaves_nothing_where_there_is_no_terminal(capsys):
+    with ProgressBar(total=2):
+        ProgressBar.write("trial 0 is done", file=sys.stdout)
+    assert capsys.readouterr() == ("trial 0 is done\n", "")

@@ -38,6 +38,8 @@ def wandb_server(no_wandb_account, monkeypatch):
     with StandInServer() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
+        # The server is there; on a busy machine W&B's own process takes its time to start.
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
         yield server
         wandb.teardown()
         assert server.unknown == []

@@ -157,6 +157,22 @@ def test_the_table_of_grpo_is_that_of_the_committed_runs():
     assert f"{less.value:.3f} [{less.low:.3f},\n{less.high:.3f}] better" in text
 
 
+def test_the_table_of_the_token_policy_is_that_of_the_committed_runs():
+    """Seed, before, at 0.2, 0.4 and 0.6 million env steps, at the end, seconds."""
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## A token policy of a known family")[1]
+    text, runs = text.split("\n## ")[0], read_table(STUDY.parent / "openvla_reach" / "runs.csv")
+    for run in runs:
+        scores = [f"{run.eval_scores[i]:.3f}" for i in (0, 2, 4, 6)]
+        assert [round(run.eval_steps[i], -5) for i in (0, 2, 4, 6)] == [0, 200_000, 400_000, 600_000]
+        solved = int(sum(run.episodes_at("steps", run.eval_steps[-1])))
+        low, high = wilson_interval(solved, 256)
+        end = f"**{solved / 256:.3f}** [{low:.3f}, {high:.3f}]"
+        assert f"| {' | '.join([str(run.seed), *scores, end, f'{run.eval_seconds[-1]:.0f}'])} |" in text
+    mean = compare(runs).arms[0].mean
+    assert f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}] for a\nnew seed and new states" in text
+    assert len(runs) == 5 and mean.low >= 0.9
+
+
 def test_the_main_jobs_table_is_that_of_the_committed_runs():
     """Seed, before, at 0.2, 0.4 and 0.8 million env steps, at the end, seconds."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## The main job")[1].split("## ")[0]
