@@ -149,7 +149,7 @@ def run_what_is_missing(options: argparse.Namespace) -> None:
         returns = evaluate(trained.act, env, options.episodes)
         words = " ".join(f"{value:.3f}" for value in returns)
         mean = round(float(np.mean(returns)), 3)
-        append(options.table, Row(algorithm, env, seed, task.env_steps, mean, round(trained.seconds, 1), words))
+        append(options.table, Row(algorithm, env, seed, task.env_steps, mean, round(trained.seconds, 3), words))
 
 
 def is_there(options: argparse.Namespace, algorithm: str, env: str, seed: int, env_steps: int) -> bool:
