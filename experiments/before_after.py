@@ -15,6 +15,7 @@ from pathlib import Path
 
 import packages  # noqa: F401
 
+import numpy as np
 import torch
 from assembling import choose_device
 from building import load_trained, make_model, make_policy
@@ -34,15 +35,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", help="run folder, or a checkpoint in it")
     parser.add_argument("--states", type=int, nargs="+", default=[0, 1, 2, 3], metavar="ID", help="initial states")
     parser.add_argument("--output", default="before_after.gif", help="file to write, .gif or .mp4")
-    parser.add_argument("--fps", type=float, default=10.0, help="frames per second, default 10")
+    parser.add_argument("--fps", type=float, default=10.0, help="frames per second of the film, default 10")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="keep every Nth frame, and the last")
     parser.add_argument("--trust", action="store_true", help="run code that a run folder from elsewhere names")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         write = {".gif": write_gif, ".mp4": write_video}.get(Path(options.output).suffix)
         if write is None:
             raise UserError(f"--output: {options.output} should end in .gif or .mp4")
+        if options.every < 1:
+            raise UserError(f"--every: is {options.every}, should be at least 1")
         episodes = film(options.run, options.states, options.trust)
-        write(side_by_side(*episodes), options.output, options.fps)
+        frames = side_by_side(*episodes)
+        write(np.concatenate([frames[: -1 : options.every], frames[-1:]]), options.output, options.fps)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -76,7 +81,7 @@ def film(checkpoint: str, states: list[int], trusted: bool) -> tuple[Evaluation,
     return results[0], results[1]
 
 
-def side_by_side(before: Evaluation, after: Evaluation):
+def side_by_side(before: Evaluation, after: Evaluation) -> np.ndarray:
     """A column for each episode, before above after; uint8 `[T, H, W, 3]`."""
     captions = [
         (f"{when}: {about}", outcome)

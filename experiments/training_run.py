@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from assembling import Assembly, describe, measure_utilisation
+from ends import ALERTED, STOPPED_BY, said
 from tensordict import TensorDictBase
 
 from research.config import ExperimentConfig
@@ -25,10 +26,8 @@ from research.schema import (
     ACTION,
     FrozenWeightsChanged,
     NonFiniteError,
-    SimulatorFailed,
     UserError,
     check_finite,
-    one_line,
 )
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation, evaluate
@@ -250,13 +249,13 @@ class TrainingRun:
             if error is not None:
                 self.code = 130 if isinstance(error, KeyboardInterrupt) else 1
                 reason = next((name for kind, name in STOPPED_BY.items() if isinstance(error, kind)), "error")
-                why = "stopped at once" if isinstance(error, KeyboardInterrupt) else f"error: {_said(error)}; stopped"
+                why = "stopped at once" if isinstance(error, KeyboardInterrupt) else f"error: {said(error)}; stopped"
                 who = "" if self.world.size == 1 else f"process {self.world.rank}: "
                 where = f"at env step {self.progress.env_steps}"
                 if self.world.leads or not isinstance(error, PeerEnded):  # those say it once
                     print(f"{who}{why} {where}, {last_checkpoint(self.folder)}", file=sys.stderr)
                 if reason in ALERTED:
-                    self.tracker.alert(f"stopped: {reason}", f"{_said(error)} ({where})")
+                    self.tracker.alert(f"stopped: {reason}", f"{said(error)} ({where})")
             facts = {"exit_code": self.code, "stopped_by": reason, **self.parts.audit.summary()}
             try:
                 progress = self.progress
@@ -264,7 +263,7 @@ class TrainingRun:
                     facts |= {"machine": machine(self.parts.device), "wandb_url": self.tracker.url}
                     summarise(self.tracker, self.folder, progress.env_steps, progress.before, self.result, facts)
             except (OSError, UserError) as second:
-                print(f"error: no summary: {_said(second)}", file=sys.stderr)
+                print(f"error: no summary: {said(second)}", file=sys.stderr)
                 self.code = self.code or 1
             if self.tracker.stopped and self.code > 128:
                 self.code = 0  # what its sweep asked for is no failure; an agent gives up after a few of those
@@ -282,7 +281,7 @@ class TrainingRun:
             self.code = self.world.leaders(self.code)
             self.world.leave()
         except PeerEnded as error:
-            print(f"error: {_said(error)}", file=sys.stderr)
+            print(f"error: {said(error)}", file=sys.stderr)
             self.code = 1
 
     def _finish_writing(self, error: BaseException | None) -> BaseException | None:
@@ -294,22 +293,3 @@ class TrainingRun:
         except UserError as second:
             return error or second
         return error
-
-
-# What ends a run with one line, and what its summary calls that.
-STOPPED_BY = {
-    NonFiniteError: "not a number",
-    FrozenWeightsChanged: "frozen weights changed",
-    SimulatorFailed: "simulator",
-    KeyboardInterrupt: "signal",
-    UserError: "error",
-    OSError: "error",
-}
-# What the user is told of at once: nothing that a restart would cure.
-ALERTED = ("not a number", "frozen weights changed")
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    return one_line(error) or type(error).__name__

@@ -75,7 +75,7 @@ def test_the_root_of_research_is_below_its_folders():
 
 def test_no_script_imports_another():
     parts = {"accounting", "accounting_imitation", "algorithms", "assembling", "building", "configuration"}
-    parts |= {"answering", "dry_run", "env_options", "opening", "starting"}
+    parts |= {"answering", "dry_run", "ends", "env_options", "opening", "starting"}
     parts |= {"packages", "resuming", "trained_policy", "training_run", "wandb_panels"}
     scripts = {path.stem for path in (ROOT / "experiments").glob("*.py")} - parts
     for path in (ROOT / "experiments").rglob("*.py"):

@@ -35,12 +35,7 @@ def write_video(frames: Frames, path: str | Path, fps: float) -> None:
         UserError: frames of another shape or dtype, none at all, another file ending, `fps` not above 0, or a file
             that cannot be written.
     """
-    path = Path(path)
-    frames = _checked(frames, str(path))
-    if path.suffix != ".mp4":
-        raise UserError(f"{path}: a video's file name ends in .mp4")
-    if not fps > 0:
-        raise UserError(f"{path}: fps is {fps}, should be above 0")
+    path, frames = _checked_film(frames, path, fps, ".mp4")
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     # imageio does not notice every failure of ffmpeg; renaming does, and no half-written video keeps the final name.
     partial = path.with_name(f"{path.stem}.partial.mp4")
@@ -74,12 +69,7 @@ def write_gif(frames: Frames, path: str | Path, fps: float, hold: float = 2.0) -
     Raises:
         UserError: as `write_video`.
     """
-    path = Path(path)
-    frames = _checked(frames, str(path))
-    if path.suffix != ".gif":
-        raise UserError(f"{path}: the file name of an animated picture ends in .gif")
-    if not fps > 0:
-        raise UserError(f"{path}: fps is {fps}, should be above 0")
+    path, frames = _checked_film(frames, path, fps, ".gif")
     palette = Image.fromarray(rearrange(frames[:: max(1, len(frames) // 8)], "t h w rgb -> (t h) w rgb")).quantize(256)
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [1000 / fps] * (len(pictures) - 1) + [1000 * hold]  # milliseconds
@@ -196,6 +186,16 @@ def frame_strip(frames: Frames, count: int, gap: int = 2, caption: tuple[str, st
     lines = caption_lines(text, strip.shape[1], size)
     band = written(lines, len(lines) * _line_height(size) + gap, strip.shape[1], size)
     return np.concatenate([strip, band])
+
+
+def _checked_film(frames: Frames, path: str | Path, fps: float, suffix: str) -> tuple[Path, np.ndarray]:
+    path = Path(path)
+    frames = _checked(frames, str(path))
+    if path.suffix != suffix:
+        raise UserError(f"{path}: the file name of this film ends in {suffix}")
+    if not fps > 0:
+        raise UserError(f"{path}: fps is {fps}, should be above 0")
+    return path, frames
 
 
 def _checked(frames: Frames, what: str) -> np.ndarray:
