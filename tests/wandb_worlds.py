@@ -25,6 +25,7 @@ def no_wandb_account(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # `wandb offline` writes its setting into the working directory
+    wandb.teardown()  # the session of an earlier test knows neither this account nor this server
     yield
     wandb.teardown()
 
@@ -38,6 +39,7 @@ def wandb_server(no_wandb_account, monkeypatch):
     with StandInServer() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
+        wandb.teardown()
         # The server is there; on a busy machine W&B's own process takes its time to start.
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
         yield server

@@ -59,14 +59,23 @@ def resolve_wandb_mode(use_wandb: bool) -> tuple[str, str]:
 
 
 def set_up_wandb() -> wandb.Settings:
-    """Start the W&B session of this process, mute, and return its settings."""
+    """Start the W&B session of this process, mute, and return its settings.
+
+    A session reads the environment once. One that was read from another environment (in a notebook, before
+    `WANDB_BASE_URL` was set) is ended and started anew, unless a run is open in it.
+    """
     # W&B's own error reports hold the exit up for 20 s behind a firewall that drops packets.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     # wandb takes a second to import, which a run with W&B disabled need not wait for.
     import wandb
 
+    mute = wandb.Settings(silent=True, quiet=True, console="off")
     try:
-        return wandb.setup(wandb.Settings(silent=True, quiet=True, console="off")).settings
+        session = wandb.setup(mute)
+        if session.did_environment_change() and wandb.run is None:
+            wandb.teardown()
+            session = wandb.setup(mute)
+        return session.settings
     except (wandb.Error, ValueError) as error:
         raise UserError(
             f"a W&B setting in the environment or its settings file is wrong: {without_advice(error)}"

@@ -13,7 +13,7 @@ from worlds import ROOT
 
 from research.runs import wandb_session
 from research.runs.folder import RunFolder
-from research.runs.wandb_session import resolve_wandb_mode
+from research.runs.wandb_session import resolve_wandb_mode, set_up_wandb
 from research.schema import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_wandb_account")]
@@ -42,6 +42,17 @@ def test_wandb_mode(monkeypatch, capfd, wandb_mode, use_wandb, key, expected, wh
     assert mode == expected
     assert why in reason
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_session_follows_the_environment_unless_a_run_is_open(monkeypatch, tmp_path):
+    assert set_up_wandb().base_url != "http://127.0.0.1:9"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert set_up_wandb().base_url == "http://127.0.0.1:9"
+    with start_tracker(RunFolder.create(tmp_path, "exp"), "offline") as tracker:
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:10")
+        assert set_up_wandb().base_url == "http://127.0.0.1:9"
+        assert wandb.run is tracker.run
+    assert set_up_wandb().base_url == "http://127.0.0.1:10"
 
 
 def test_wandb_mode_finds_a_key_in_netrc_and_respects_wandb_offline(tmp_path):
