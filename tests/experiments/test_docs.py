@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import bc_vla
@@ -12,7 +15,7 @@ import evaluate_vla
 import ppo_vla
 import pytest
 import torch
-from configuration import read_experiment, split_flag
+from configuration import DEFAULT_CONFIG, asks, read_experiment
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -21,14 +24,16 @@ from worlds import ROOT
 
 from agents.loading import import_model_class
 from agents.reuse import split_constant
+from research import commands
 from research.config import ExperimentConfig
 from research.options import parse_config
 from research.runs.checkpoint import load_checkpoint
-from research.schema import encode_text
+from research.schema import UserError, encode_text
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [block for kind, block in fenced if kind == language]
 
 
 @pytest.mark.slow
@@ -84,19 +89,92 @@ def test_configurations_shown_are_accepted(page, tmp_path):
         parse_config(ExperimentConfig, ["--config", str(tmp_path / "shown.json")])
 
 
-def test_commands_of_the_page_of_models_are_accepted(monkeypatch):
+PAGES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "RESULTS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]  # fmt: skip
+RUN = re.compile(r"runs/<[^/>]+>(?:-<id>)?|runs/[a-z_]+-\d{8}_\w+|<(?:a )?run[^>]*>")
+OWN: dict[str, str] = {}
+
+
+class Accepted(Exception):
+    """The options of a script were read, and nothing ran."""
+
+
+def shown_commands(page: Path) -> list[str]:
+    """Calls of the project's scripts: whole lines of blocks, continued ones joined, and those within sentences."""
+    if not page.exists():
+        return []
+    text = page.read_text()
+    lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
+    sentences = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\n", " "))
+    named = re.compile(r"(?:\$ )?(?:python|torchrun)\b.*?(?:experiments|sweeps)/\w+(?:/\w+)*\.py|(?:\$ )?vla-\w+ ")
+    return [line.removeprefix("$ ") for line in (*lines, *sentences) if named.match(line)]
+
+
+@pytest.fixture
+def read_options(tmp_path, monkeypatch):
+    """A function that has a script read its options, as the script itself would, and not run."""
     monkeypatch.chdir(ROOT)
-    commands = [line for block in blocks(ROOT / "docs" / "models.md", "") for line in block.splitlines() if line]
-    assert len(commands) >= 12
-    for command in commands:
-        script, *argv = shlex.split(command, comments=True)[1:]
-        assert (ROOT / script).is_file(), command
-        argv, _ = split_flag(argv, "--dry_run")
-        if script.endswith("bc_vla.py"):
-            parse_config(bc_vla.BCConfig, argv)
-        else:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("my.json", "my_robot.json", "my_sweep.yaml"):  # the reader's own
+        monkeypatch.setitem(OWN, name, str(run / "config.json"))
+    (run / "config.json").write_text(DEFAULT_CONFIG.read_text().replace("checkpoints/", f"{DEFAULT_CONFIG.parent}/"))
+    started = []
+    monkeypatch.setattr(commands, "_run", started.append)
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *arguments, **options):
+        parse(self, *arguments, **options)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+    def read(command: str) -> None:
+        command = command.replace("checkpoint-<run id>", "checkpoint-id").replace("=S", "=1")
+        command = RUN.sub(str(run), command).replace("<this repository>/", "")
+        words = [OWN.get(word, word) for word in shlex.split(command, comments=True)]
+        at = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("vla-"))
+        if words[at].startswith("vla-"):  # as pip's command does
+            started.clear()
+            getattr(commands, words[at].removeprefix("vla-"))()
+            words[at] = f"experiments/{started[0]}"
+        script = Path(words[at]).name
+        argv = [word for word in words[at + 1 :] if word not in ("--dry_run", "--trust")]
+        if asks(argv):
+            return
+        if script in ("ppo_vla.py", "grpo_vla.py"):
             config = read_experiment(ExperimentConfig, argv, "")
-            assert import_model_class(config.policy.vla_config.model_class)
+            if config.policy.vla_config.model_class.startswith("agents."):
+                assert import_model_class(config.policy.vla_config.model_class)
+        elif script in ("bc_vla.py", "evaluate_vla.py"):
+            parse_config({"bc": bc_vla.BCConfig, "evaluate": evaluate_vla.EvaluationConfig}[script.split("_")[0]], argv)
+        elif "ArgumentParser" in Path(words[at]).read_text():
+            monkeypatch.setattr(sys, "argv", [script, *argv])
+            with pytest.raises((Accepted, SystemExit)) as ended:
+                runpy.run_path(words[at], run_name="__main__")
+            assert ended.type is Accepted, f"exit code {ended.value}"
+        else:
+            assert all(f'"{word}"' in Path(words[at]).read_text() for word in argv), f"{script} does not know {argv}"
+
+    return read
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if shown_commands(page)], ids=lambda page: page.stem)
+def test_commands_shown_are_accepted(page, read_options):
+    for command in shown_commands(page):
+        try:
+            read_options(command)
+        except (UserError, AssertionError) as error:
+            pytest.fail(f"{page.name}: {command}: {error}")
+
+
+def test_a_command_that_a_script_does_not_know_is_found(read_options):
+    for command in ("python experiments/ppo_vla.py --trainer.iteration=3", "vla-compare runs --whatever"):
+        with pytest.raises((UserError, AssertionError)):
+            read_options(command)
+    assert {page.name: len(shown_commands(page)) for page in PAGES}["README.md"] >= 17
 
 
 def test_files_that_the_documents_name_exist():
