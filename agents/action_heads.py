@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, TransformedDistribution, constraints
 from torchrl.modules import IndependentNormal
 
-from research.schema import UserError
+from research.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from agents.fitting import canonical, copy_weights, refuse_other_kinds
 from agents.weights import ADAPTER_CONFIG, read_file, read_json, some
-from research.schema import UserError
+from research.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from agents.policy import VLAPolicy
 from agents.vla import DecidingVLA, for_model
-from research.schema import ACTION, LOG_PROB, VALUE, UserError, one_line
+from research.errors import UserError, one_line
+from research.schema import ACTION, LOG_PROB, VALUE
 
 
 def check_policy(

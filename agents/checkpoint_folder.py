@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from agents.packaged_weights import fill_part
 from agents.weights import WEIGHTS_SUFFIXES, read_file, some
-from research.schema import UserError
+from research.errors import UserError
 
 OWN_HEADS = ("value_head", "noise_head")  # in <name>.safetensors each
 BYTES = {"instruction_tokens": "bytes"}  # in config.json, of a model without a tokenizer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from agents.critic import parameters_behind, scores
 from agents.policy import VLAPolicy
 from agents.stages import run_stage, stage_name
-from research.schema import LANGUAGE, OBSERVATION, UserError
+from research.errors import UserError
+from research.schema import LANGUAGE, OBSERVATION
 
 TOLERANCE = 1e-5  # relative, of outputs of the same inputs: a GPU may add up in another order
 

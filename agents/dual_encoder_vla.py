@@ -32,7 +32,8 @@ from agents.provided_weights import weights_sha256
 from agents.sentence_encoder import SentenceEncoder
 from agents.stages import run_stage
 from agents.vla import StagedVLA, check_modalities
-from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB, UserError, base_modality
+from research.errors import UserError
+from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB, base_modality
 
 READS = (RGB, PROPRIO, LANGUAGE)
 PLACES = 12  # side of the grid of learned places; maps of other sizes read it in between

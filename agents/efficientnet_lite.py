@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from agents.packaged_weights import fill_part, located
 from agents.weights import read_weights
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 
 
 class Group(NamedTuple):

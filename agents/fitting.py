@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from agents.weights import some
-from research.schema import UserError, describe_error
+from research.errors import UserError, describe_error
 
 log = logging.getLogger(__name__)
 

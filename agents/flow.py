@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from agents.ratio_level import RatioLevel, at_level
-from research.schema import UserError
+from research.errors import UserError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Counted = tuple[int | None, int | None]

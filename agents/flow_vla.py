@@ -19,7 +19,8 @@ from agents.flow import FlowNoise, FlowSDE, Velocity, follow
 from agents.normalisation import Kind, Normalisation
 from agents.ratio_level import LEVELS, at_level
 from agents.vla import DecidingVLA, check_modalities
-from research.schema import ACTION, LANGUAGE, LOG_PROB, PROPRIO, RGB, VALUE, UserError, base_modality
+from research.errors import UserError
+from research.schema import ACTION, LANGUAGE, LOG_PROB, PROPRIO, RGB, VALUE, base_modality
 
 READS = (RGB, PROPRIO, LANGUAGE)
 PAIR, INDEX, STATES = ("decision", "pair"), ("decision", "index"), ("decision", "states")

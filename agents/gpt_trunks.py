@@ -30,7 +30,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from agents.fitting import refuse_other_kinds
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.weights import read_weights
-from research.schema import UserError, decode_text, describe_error, did_you_mean
+from research.errors import UserError, describe_error, did_you_mean
+from research.schema import decode_text
 
 RESNETS = {
     "resnet18": {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},

@@ -34,7 +34,8 @@ from agents.gpt_trunks import (
 )
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.vla import StagedVLA, check_modalities
-from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB, UserError
+from research.errors import UserError
+from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB
 
 log = logging.getLogger(__name__)
 

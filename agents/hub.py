@@ -20,7 +20,8 @@ from torch import nn
 
 from agents.loading import load_vla_model
 from agents.serving import serve
-from research.schema import LANGUAGE, RGB, UserError, base_modality
+from research.errors import UserError
+from research.schema import LANGUAGE, RGB, base_modality
 
 CARD = """---
 {{ card_data }}

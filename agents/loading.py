@@ -21,7 +21,8 @@ from agents.fitting import fill, renamed
 from agents.memory_guard import refuse_too_large
 from agents.provided_weights import add_left_out
 from agents.weights import read_weights, some
-from research.schema import UserError, describe_error, hidden_module
+from research.errors import UserError, describe_error
+from research.own_packages import hidden_module
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-from research.schema import UserError
+from research.errors import UserError
 
 LOOKED_AT_FROM = 2**30  # bytes of weights that are there before anybody asks how many it will be
 GROUP = Path("/sys/fs/cgroup")  # of a container: its limit, and what is used of it

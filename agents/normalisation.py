@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchrl.modules import RunningValueNorm
 
-from research.schema import UserError, did_you_mean, one_line
+from research.errors import UserError, did_you_mean, one_line
 
 Kind = Literal["quantiles", "min_max", "mean_std"]
 # What each kind reads: two numbers that are brought to -1 and 1; or a mean, and a deviation that is brought to 1.

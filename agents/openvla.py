@@ -39,16 +39,8 @@ from agents.prismatic_vision import PrismaticVision
 from agents.ratio_level import LEVELS, at_level
 from agents.sentence_encoder import read_tokenizer
 from agents.vla import DecidingVLA, check_modalities
-from research.schema import (
-    ACTION,
-    LANGUAGE,
-    LOG_PROB,
-    OBSERVATION,
-    RGB,
-    VALUE,
-    UserError,
-    base_modality,
-)
+from research.errors import UserError
+from research.schema import ACTION, LANGUAGE, LOG_PROB, OBSERVATION, RGB, VALUE, base_modality
 
 READS = (RGB, LANGUAGE)
 TOKENS = ("decision", "tokens")

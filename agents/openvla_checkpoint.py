@@ -29,7 +29,7 @@ from agents.normalisation import read_statistics
 from agents.packaged_weights import fill_part
 from agents.prismatic_vision import DINOV2, SIGLIP, TowerConfig, tower_config
 from agents.weights import DIRECTORY_FILES, read_json, read_weights, some
-from research.schema import UserError, describe_error, did_you_mean
+from research.errors import UserError, describe_error, did_you_mean
 
 PARTS = ("vision_backbone", "projector", "language_model")  # as a checkpoint names its weights
 STATISTICS = "dataset_statistics.json"

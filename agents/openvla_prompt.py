@@ -6,7 +6,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from research.schema import UserError, decode_text
+from research.errors import UserError
+from research.schema import decode_text
 
 FRAME = "In: What action should the robot take to {}?\nOut:"
 START = 1  # Llama's token before a text

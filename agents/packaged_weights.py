@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from agents.fitting import copy_weights, refuse_other_kinds
 from agents.weights import WEIGHTS_SUFFIXES, some
-from research.schema import UserError
+from research.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from transformers import PI0Config, PI0ForConditionalGeneration
 from agents.checkpoint_folder import BYTES, copy_small_files, start_export, write_json, write_own_heads
 from agents.families import told_apart
 from agents.weights import some
-from research.schema import UserError, describe_error, did_you_mean
+from research.errors import UserError, describe_error, did_you_mean
 
 if TYPE_CHECKING:
     from agents.pi0 import Pi0VLA

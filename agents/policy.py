@@ -33,7 +33,8 @@ from agents.ratio_level import RatioLevel, set_level
 from agents.reuse import DistinctInstructions, OncePerInstruction, blocked_stages, split_constant
 from agents.stages import Precision, StageSequence, compile_model, is_shared, module_of, reads_instruction, stage_name
 from agents.vla import Contract, contract_of
-from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, UserError, with_text_as
+from research.errors import UserError
+from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, with_text_as
 
 
 class VLAPolicy:

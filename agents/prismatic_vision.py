@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 
 EPS = 1e-6  # of every layer norm
 

@@ -6,7 +6,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from research.schema import UserError, decode_text
+from research.errors import UserError
+from research.schema import decode_text
 
 
 def prompt_tokens(

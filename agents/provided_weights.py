@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agents.weights import read_metadata
-from research.schema import UserError, describe_error
+from research.errors import UserError, describe_error
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from agents.action_heads import ActionTokens
-from research.schema import UserError
+from research.errors import UserError
 
 RatioLevel = Literal["chunk", "action", "token"]
 LEVELS: tuple[RatioLevel, ...] = ("chunk", "action", "token")

@@ -28,7 +28,8 @@ from torchrl.modules import IndependentNormal
 
 from agents.action_heads import ActionTokens
 from agents.stages import run_stage
-from research.schema import HIDDEN, OBSERVATION, UserError
+from research.errors import UserError
+from research.schema import HIDDEN, OBSERVATION
 
 RESIDUAL = "residual"  # the part's name in the model
 MOST_SCALING = 5.0  # of a standard deviation, either way: exploration can neither collapse nor explode

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTraine
 
 from agents.packaged_weights import fill_part, located, unpacked
 from agents.weights import read_weights
-from research.schema import UserError, decode_text, describe_error, did_you_mean
+from research.errors import UserError, describe_error, did_you_mean
+from research.schema import decode_text
 
 OPTION = "policy.vla_config.model_config.language_encoder"
 # all-MiniLM-L6 (Wang et al. 2020, https://arxiv.org/abs/2002.10957), reading bytes.

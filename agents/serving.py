@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from agents.policy import VLAPolicy
-from research.schema import ACTION, DEPTH, LANGUAGE, OBSERVATION, PROPRIO, RGB, UserError, base_modality, encode_text
+from research.errors import UserError
+
+# What a robot gives, of one moment: kind -> (is of this dtype, dimensions, in words).
+from research.schema import ACTION, DEPTH, LANGUAGE, OBSERVATION, PROPRIO, RGB, base_modality, encode_text
 
 # What a robot gives, of one moment: kind -> (is of this dtype, dimensions, in words).
 _KINDS = {

@@ -36,7 +36,7 @@ from agents.normalisation import POLICY_FILE, Kind, Normalisation
 from agents.packaged_weights import fill_part
 from agents.smolvla_sizes import OPTION, VLM_FOLDER
 from agents.weights import read_weights, some
-from research.schema import UserError
+from research.errors import UserError
 
 if TYPE_CHECKING:
     from agents.smolvla import SmolVLA

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import SmolVLMConfig
 
 from agents.weights import read_json
-from research.schema import UserError, describe_error, did_you_mean
+from research.errors import UserError, describe_error, did_you_mean
 
 OPTION = "policy.vla_config.model_config"
 VLM_FOLDER = "vlm"  # where an exported policy has the vision-language model's config.json and tokenizer

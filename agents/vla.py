@@ -37,17 +37,8 @@ from agents.action_heads import entropy_of, mode_of
 from agents.ratio_level import LEVELS, RatioLevel, log_prob_at
 from agents.residual import pretrained_stage, residual_distribution, residual_of
 from agents.stages import run_stage
-from research.schema import (
-    ACTION,
-    HIDDEN,
-    LANGUAGE,
-    LOG_PROB,
-    OBSERVATION,
-    VALUE,
-    UserError,
-    base_modality,
-    decode_text,
-)
+from research.errors import UserError
+from research.schema import ACTION, HIDDEN, LANGUAGE, LOG_PROB, OBSERVATION, VALUE, base_modality, decode_text
 
 FUSED_METHODS = ("act", "evaluate")
 STAGED_METHODS = ("stages", "action_distribution", "value")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from research.checkpoint_size import is_zip, refuse_unbounded
-from research.schema import UserError, describe_error
+from research.errors import UserError, describe_error
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from envs.tabletop import SPLITS, TabletopEnv
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 
 # Name -> module and function that make it, imported when it is asked for: simulators are optional, and slow to import.
 _SIMULATORS = {

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from envs.simulator import Simulator
-from research.schema import ENV_STEPS, SUCCESS, SUCCESS_NOW, UserError
+from research.errors import UserError
+from research.schema import ENV_STEPS, SUCCESS, SUCCESS_NOW
 
 MAX_CHUNK = 1000
 

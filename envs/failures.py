@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gymnasium
 
-from research.schema import SimulatorFailed, UserError, one_line
+from research.errors import SimulatorFailed, UserError, one_line
 
 log = logging.getLogger(__name__)
 

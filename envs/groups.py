@@ -31,8 +31,9 @@ from envs.demonstrating import Disturbance, demonstrate
 from envs.failures import blame, mid_run
 from envs.pictures import letterbox
 from envs.simulator import Layout, Simulator
+from research.errors import SimulatorFailed, UserError
 from research.processes import RUN_SIGNALS, serve_the_main_process
-from research.schema import Demonstration, SimulatorFailed, UserError
+from research.schema import Demonstration
 
 CONSTRUCTION_S = 600.0  # how long making a group's simulators may take: some load scenes and compile
 STEP_S = 60.0  # how long a reset or a step of a group may take, unless the environment's options say otherwise

@@ -58,7 +58,8 @@ from envs.mujoco_rendering import take_over_gl
 from envs.pictures import resize
 from envs.simulator import Layout
 from envs.vector import VectorEnv
-from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, SimulatorFailed, UserError, base_modality
+from research.errors import SimulatorFailed, UserError
+from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, base_modality
 
 
 def make_gym_env(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from envs.failures import warn_once
-from research.schema import UserError
+from research.errors import UserError
 
 SUCCESS_KEYS = ("success", "is_success")  # looked for where no key is named
 

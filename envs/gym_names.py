@@ -19,7 +19,8 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from envs.failures import describe
-from research.schema import OWN_PACKAGES, UserError, hidden_module
+from research.errors import UserError
+from research.own_packages import OWN_PACKAGES, hidden_module
 
 _NOT_OF_USERS = {*sys.stdlib_module_names, *OWN_PACKAGES, "gymnasium", "numpy", "torch"}
 

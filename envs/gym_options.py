@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 
 _TYPES = {
     "keys": (dict, "an object"),

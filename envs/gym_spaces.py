@@ -11,16 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from research.schema import (
-    DEPTH,
-    LANGUAGE,
-    MODALITIES,
-    PROPRIO,
-    RGB,
-    UserError,
-    base_modality,
-    encode_text,
-)
+from research.errors import UserError
+from research.schema import DEPTH, LANGUAGE, MODALITIES, PROPRIO, RGB, base_modality, encode_text
 
 
 class Source(NamedTuple):

@@ -19,7 +19,8 @@ from envs.gym_info import as_success, look_up, never_reported, reported_key
 from envs.gym_spaces import check_one_text, map_observations
 from envs.gym_state import is_mujoco
 from envs.mujoco_rendering import choose_gl
-from research.schema import RGB, SimulatorFailed, UserError, base_modality
+from research.errors import SimulatorFailed, UserError
+from research.schema import RGB, base_modality
 
 if TYPE_CHECKING:
     from envs.gym import GymnasiumSimulator, Recipe

@@ -47,7 +47,8 @@ from envs.gym_vector_trial import VectorTrial
 from envs.initial_states import InitialStateEnv
 from envs.pictures import letterbox
 from envs.simulator import Layout
-from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, SimulatorFailed, UserError, base_modality
+from research.errors import SimulatorFailed, UserError
+from research.schema import DEPTH, LANGUAGE, RGB, SUCCESS, base_modality
 
 
 def make_gym_vector_env(

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 from envs.failures import blame
 from envs.gym import Recipe
-from research.schema import UserError
+from research.errors import UserError
 
 
 def make_vector(recipe: Recipe, num_envs: int) -> gymnasium.vector.VectorEnv:

@@ -15,7 +15,7 @@ from envs.failures import blame, describe, warn_once
 from envs.gym_info import look_up, never_reported, reported_key
 from envs.gym_spaces import read_source
 from envs.gym_trial import PROBED_IDS, PROBED_S, PROBED_STEPS, all_alike, not_reproducible
-from research.schema import UserError
+from research.errors import UserError
 
 
 class VectorTrial:

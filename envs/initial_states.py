@@ -19,6 +19,7 @@ from torchrl.envs import EnvBase
 from envs.chunks import check_chunk
 from envs.pictures import letterbox
 from envs.simulator import HELD_OUT_STATES, Layout
+from research.errors import UserError
 from research.schema import (
     ACTION,
     ENV_STEPS,
@@ -28,7 +29,6 @@ from research.schema import (
     RGB,
     SUCCESS,
     SUCCESS_NOW,
-    UserError,
     base_modality,
 )
 

@@ -36,7 +36,10 @@ from envs.mujoco_rendering import choose_gl, take_over_gl
 from envs.simulator import Layout
 from envs.simulator_options import check_image_size, check_one_of, check_some_of
 from envs.vector import VectorEnv
-from research.schema import ACTION, LANGUAGE, PROPRIO, RGB, SUCCESS, SimulatorFailed, UserError
+from research.errors import SimulatorFailed, UserError
+
+# Suite -> control steps after which an episode is truncated: beyond the longest demonstrations, and as the evaluations
+from research.schema import ACTION, LANGUAGE, PROPRIO, RGB, SUCCESS
 
 # Suite -> control steps after which an episode is truncated: beyond the longest demonstrations, and as the evaluations
 # of OpenVLA have it (Kim et al., 2024, arXiv:2406.09246).

@@ -30,7 +30,8 @@ from envs.maniskill_tasks import INSTRUCTIONS
 from envs.maniskill_worlds import Recipe, Worlds, to_numpy
 from envs.simulator_options import check_flag, check_image_size, check_one_of, check_some_of
 from envs.vector import VectorEnv
-from research.schema import LANGUAGE, MODALITIES, PROPRIO, RGB, UserError, did_you_mean
+from research.errors import UserError, did_you_mean
+from research.schema import LANGUAGE, MODALITIES, PROPRIO, RGB
 
 REWARDS = ("sparse", "dense", "normalized_dense")
 INSTALL = 'pip install "vla-rl[maniskill]"'

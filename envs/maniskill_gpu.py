@@ -19,7 +19,7 @@ from envs.failures import blame, mid_run
 from envs.initial_states import InitialStateEnv
 from envs.maniskill_worlds import Recipe, Worlds
 from envs.pictures import letterbox
-from research.schema import UserError
+from research.errors import UserError
 
 _SAME = 1e-3  # metres, radians: how far apart the same state may be in two rows, whose origins are metres apart
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from envs.gym_spaces import encode_instruction, read_actions
 from envs.simulator import Layout
 from envs.simulator_options import check_some_of
-from research.schema import DEPTH, LANGUAGE, PROPRIO, RGB, SUCCESS, UserError, one_line
+from research.errors import UserError, one_line
+from research.schema import DEPTH, LANGUAGE, PROPRIO, RGB, SUCCESS
 
 if TYPE_CHECKING:
     from mani_skill.envs.sapien_env import BaseEnv

@@ -34,7 +34,8 @@ from envs.mujoco_rendering import choose_gl, take_over_gl
 from envs.simulator import Layout
 from envs.simulator_options import check_flag, check_image_size, check_one_of, check_some_of
 from envs.vector import VectorEnv
-from research.schema import LANGUAGE, PROPRIO, RGB, SUCCESS, UserError
+from research.errors import UserError
+from research.schema import LANGUAGE, PROPRIO, RGB, SUCCESS
 
 log = logging.getLogger(__name__)
 

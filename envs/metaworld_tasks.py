@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from envs.mujoco_rendering import FreeCamera
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 
 # task -> phrasings; the first is the default one. No two tasks share a phrasing.
 INSTRUCTIONS = {

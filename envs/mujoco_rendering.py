@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from research.schema import UserError, describe_error
+from research.errors import UserError, describe_error
 
 if TYPE_CHECKING:
     import mujoco

@@ -43,8 +43,8 @@ class Layout(NamedTuple):
 class Simulator(Protocol):
     """One world in NumPy, made in the process that steps it.
 
-    A constructor that refuses its options raises `research.schema.UserError`, in one line. Whatever is raised later
-    reaches the run as `research.schema.SimulatorFailed` and ends it, with a place to resume from.
+    A constructor that refuses its options raises `research.errors.UserError`, in one line. Whatever is raised later
+    reaches the run as `research.errors.SimulatorFailed` and ends it, with a place to resume from.
     """
 
     layout: Layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 
 PLACE = "trainer.env_config"
 _SIZES = 16, 1024

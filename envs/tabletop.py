@@ -65,6 +65,7 @@ from envs.tabletop_scene import (
     lowbias32,
 )
 from envs.tabletop_states import MAX_PLATES, PLACE_RADIUS, REACH_RADIUS, TabletopStates
+from research.errors import UserError
 from research.schema import (
     ACTION,
     DEPTH,
@@ -77,7 +78,6 @@ from research.schema import (
     RGB,
     SUCCESS,
     SUCCESS_NOW,
-    UserError,
 )
 
 TASKS = ("reach", "push", "pick_place")

@@ -22,7 +22,8 @@ from envs.demonstrating import UNDISTURBED, Disturbance
 from envs.groups import STEP_S, Facts, Group, RemoteGroup, close_all
 from envs.initial_states import InitialStateEnv
 from envs.simulator import HELD_OUT_STATES, Simulator
-from research.schema import ACTION, INITIAL_STATE, Demonstration, SimulatorFailed, UserError
+from research.errors import SimulatorFailed, UserError
+from research.schema import ACTION, INITIAL_STATE, Demonstration
 
 
 class VectorEnv(InitialStateEnv):

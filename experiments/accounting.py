@@ -30,7 +30,8 @@ from agents.shapes_only import look_nothing_up, rows_like, shapes_only, without_
 from agents.weights import some
 from envs import make_env
 from research.config import ExperimentConfig
-from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, UserError, with_text_as
+from research.errors import UserError
+from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, with_text_as
 from research.training.freezing import part_names
 from research.training.grpo import REFERENCE
 from research.training.rollout import KEPT_AFTER

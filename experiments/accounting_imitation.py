@@ -15,7 +15,8 @@ from torch import nn
 from agents.live_bytes import LiveBytes, bytes_of
 from agents.policy import VLAPolicy
 from agents.shapes_only import look_nothing_up, rows_like, shapes_only, without_values
-from research.imitation.cloning import CloningConfig, clone, planned_steps
+from research.imitation.cloning import clone, planned_steps
+from research.imitation.config import CloningConfig
 from research.imitation.demonstrations import EPISODE, RETURN, TASK
 from research.schema import ACTION, OBSERVATION
 

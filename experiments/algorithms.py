@@ -11,7 +11,8 @@ from agents.critic import detach_value_head, scores
 from agents.normalisation import find_running_normalisation
 from agents.policy import VLAPolicy
 from research.config import ExperimentConfig
-from research.schema import OBSERVATION, PROPRIO, UserError
+from research.errors import UserError
+from research.schema import OBSERVATION, PROPRIO
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Algorithm
 from research.training.freezing import named_parameters_within, parameter_groups, part_names

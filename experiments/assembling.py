@@ -24,7 +24,8 @@ from agents.cost import flops_per_transition, reuse_report
 from agents.policy import VLAPolicy
 from envs import make_env
 from research.config import ExperimentConfig, TrainerConfig
-from research.schema import OBSERVATION, UserError, check_observation, describe_error
+from research.errors import UserError, describe_error
+from research.schema import OBSERVATION, check_observation
 from research.training.algorithm import Algorithm, Collection
 from research.training.asynchronous import AsynchronousRollouts, ProcessWorkers, Workers
 from research.training.audit import FreezeAudit

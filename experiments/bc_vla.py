@@ -26,18 +26,16 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import packages  # noqa: F401
+import answering  # noqa: F401
 
 import torch
 from building import constructor_arguments, refuse_otherwise, what_follows, where_it_is, with_files
 from configuration import split_flag
 from dry_run import dry_run_imitation
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import EnvBase
@@ -49,95 +47,21 @@ from agents.provided_weights import save_trained
 from envs import make_env
 from envs.demonstrating import Disturbance
 from envs.vector import VectorEnv
-from research.imitation.cloning import CloningConfig, can_imitate, clone, normalise, planned_steps, with_frozen_features
+from research.errors import NonFiniteError, SimulatorFailed, UserError
+from research.imitation.cloning import can_imitate, clone, normalise, planned_steps, with_frozen_features
+from research.imitation.config import BCConfig
 from research.imitation.demonstrations import check_fits, count_by_task, count_samples, only_successful, samples_of
 from research.imitation.experts import check_states, collect_rollout
-from research.imitation.lerobot import LeRobotConfig, read_dataset
+from research.imitation.lerobot import read_dataset
 from research.imitation.pointing import learn_to_point
 from research.options import parse_config, to_dict
 from research.progress_bar import ProgressBar
 from research.runs.folder import replace_file, replace_rows, replacing
-from research.schema import OBSERVATION, Demonstration, NonFiniteError, SimulatorFailed, UserError
+from research.schema import OBSERVATION, Demonstration
 from research.training.evaluation import evaluate
 from research.training.freezing import freeze
 
 WATCHED_STATES = 5000  # and those after it
-
-
-@dataclass
-class BCConfig(CloningConfig):
-    """Imitation of an expert."""
-
-    env: str = "tabletop"
-    """Environment: its expert is imitated, and there the model is evaluated."""
-    env_config: dict[str, Any] = field(
-        default_factory=lambda: {"task": "pick_place", "modalities": ["rgb", "proprio", "language"]}
-    )
-    """Settings of the environment, free-form."""
-    model_class: str = "agents.small_vla.SmallVLA"
-    """Dotted path of the model's class."""
-    model_config: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the model's class, free-form."""
-    model_path: str | None = None
-    """Checkpoint to start from, as of policy.vla_config.model_path; none = fresh weights."""
-    freeze: str | list[str] = "none"
-    """Parts whose weights stay, as of policy.freeze; what they make of the data is computed once."""
-    horizon: PositiveInt | None = None
-    """Control steps that the model plans; none = those that it executes."""
-    executed: PositiveInt = 1
-    """Control steps that it executes before the next look: the environment's chunk."""
-    seed: NonNegativeInt = 0
-    """Seed of the data, the weights and the order of the minibatches."""
-    demonstrations: str | None = None
-    """Folder of a LeRobot data set to imitate; none = the environment's expert."""
-    lerobot: LeRobotConfig = field(default_factory=LeRobotConfig)
-    episodes: PositiveInt = 40
-    """Episodes of each task that the expert plays, where the environment's simulators are stepped one by one."""
-    first_state: NonNegativeInt = 6000
-    """Id of the first of their initial states."""
-    only_successful: bool = True
-    """Imitate no episode that failed."""
-    samples: PositiveInt = 24000
-    """Transitions to imitate, where the environment steps its rows together (tabletop)."""
-    noise: NonNegativeFloat = 0.3
-    """Standard deviation of the noise on the expert's motion: of each control step, or of each decision in episodes."""
-    noise_probability: ClosedUnitInterval = 0.5
-    """In episodes: probability that a decision is noisy at all."""
-    wander: NonNegativeInt = 4
-    """In half of the episodes: largest number of decisions at the start of which all motion is random."""
-    gripper_noise: ClosedUnitInterval = 0.02
-    """In tabletop: probability that the expert's gripper does the opposite of what it should."""
-    stop_at: ClosedUnitInterval = 0.55
-    """Success at which imitation stops, over states that neither training nor evaluation uses; 1 = never."""
-    watch_every: PositiveInt = 25
-    """Gradient steps from one look at that success to the next."""
-    watch_episodes: PositiveInt = 128
-    """How many such states."""
-    pointing_steps: NonNegativeInt = 5000
-    """Gradient steps on pointing at what the instruction names, on fresh scenes; 0 for a model that cannot point."""
-    num_envs: PositiveInt = 128
-    """Environments that run side by side."""
-    eval_episodes: NonNegativeInt = 256
-    """Held-out initial states for the final evaluation, 0 to this; 0 = no environment is made, which needs
-    demonstrations of a data set."""
-    max_eval_steps: PositiveInt = 1000
-    """Control steps after which an episode of it is cut off, and has failed."""
-    device: str = "cpu"
-    """Where to train."""
-    output: str = "runs/imitation/tabletop_pick_place.pt"
-    """Checkpoint to write; a .json of the same name goes beside it. The shipped one is in experiments/checkpoints/."""
-
-    def __post_init__(self):
-        if "chunk" in self.env_config:
-            raise UserError("env_config.chunk: give it as executed, which the model and the environment are both told")
-        if self.horizon is not None and self.horizon < self.executed:
-            raise UserError(f"horizon: {self.horizon} steps are planned and executed = {self.executed} are executed")
-        if {"lora", "residual"} & {*([self.freeze] if isinstance(self.freeze, str) else self.freeze)}:
-            raise UserError(
-                "freeze: adapters are made for reinforcement learning, and residuals; name the parts whose weights stay"
-            )
-        if self.demonstrations is None and not self.eval_episodes:
-            raise UserError("eval_episodes: 0 makes no environment, whose expert is imitated; give demonstrations")
 
 
 def open_env(config: BCConfig, num_envs: int, executed: int = 1, seed: int = 0) -> EnvBase:

@@ -23,10 +23,11 @@ from resuming import load_run
 
 from envs import make_env
 from research.config import ExperimentConfig
+from research.errors import UserError, one_line
 from research.options import parse_config
 from research.runs.folder import RunFolder
 from research.runs.video import video_grid, write_gif, write_video
-from research.schema import OBSERVATION, UserError, one_line
+from research.schema import OBSERVATION
 from research.training.evaluation import Evaluation, evaluate
 
 

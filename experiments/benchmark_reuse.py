@@ -34,7 +34,8 @@ from agents.cost import flops_per_transition
 from agents.policy import VLAPolicy
 from envs import make_env
 from research.config import ExperimentConfig
-from research.schema import OBSERVATION, UserError
+from research.errors import UserError
+from research.schema import OBSERVATION
 from research.training.algorithm import Progress
 from research.training.rollout import Rollouts
 from research.training.threads import choose_threads

@@ -35,7 +35,8 @@ from tensordict import TensorDictBase
 
 from envs import make_env
 from research.config import AlgorithmConfig, ExperimentConfig, PolicyConfig, PPOConfig, TrainerConfig, VLAConfig
-from research.schema import ACTION, OBSERVATION, UserError
+from research.errors import UserError
+from research.schema import ACTION, OBSERVATION
 from research.training.algorithm import Progress, env_steps_in
 from research.training.rollout import Rollouts
 from research.training.turns import Turns

@@ -38,7 +38,7 @@ from throughput.figures import draw_scaling, draw_table, growth
 from throughput.models import ENVIRONMENTS, MODELS
 from throughput.row import Settings, run
 
-from research.schema import UserError
+from research.errors import UserError
 
 SIZES = {  # by device: what is not said on the command line
     "cpu": {"model": "small", "num_envs": 64, "steps": 32, "batch_size": 512, "image_size": 64},

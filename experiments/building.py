@@ -22,11 +22,12 @@ from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
 from research.config import FREEZE_SWITCHES, ExperimentConfig, GRPOConfig, PolicyConfig, VLAConfig
+from research.errors import UserError, one_line
 from research.runs.checkpoint import frozen_weights, holds_all_weights, load_checkpoint
 from research.runs.folder import RunFolder
 from research.runs.wandb_checkpoints import SCHEME
 from research.runs.wandb_models import fetch
-from research.schema import PROPRIO, RGB, UserError, base_modality, one_line
+from research.schema import PROPRIO, RGB, base_modality
 from research.training.audit import load_trained_state
 from research.training.freezing import HEADS, freeze, part_of
 

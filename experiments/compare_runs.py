@@ -34,7 +34,7 @@ from pathlib import Path
 
 import packages  # noqa: F401
 
-from research.schema import UserError, one_line
+from research.errors import UserError, one_line
 from research.study.comparison import compare
 from research.study.report import write_report
 from research.study.run_sources import read_folders, read_wandb

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,22 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pick_place.json"
 GRPO_CONFIG = DEFAULT_CONFIG.with_name("pick_place_grpo.json")
 HELP_ENV = "help.env"
 C = TypeVar("C", bound=ExperimentConfig)
+
+
+@dataclass
+class EvaluationConfig(ExperimentConfig):
+    """An evaluation: the configuration of a training run, and where to read and write."""
+
+    checkpoint: str | None = None
+    """Run folder, training checkpoint or weights; none = policy.vla_config.model_path of the configuration."""
+    output: str = "evaluation"
+    """Folder for episodes.jsonl, summary.json and evaluation.mp4 (with all splits, evaluation_<split>.mp4)."""
+    split: str | None = None
+    """train, vision, semantics or execution (what changes: envs/tabletop.py), or all; none = trainer.env_config's."""
+    first_state: int = 0
+    """Id of the first initial state; below 10000 no training run has seen it."""
+    film: int = 16
+    """Episodes in the video; 0 = none."""
 
 
 def read_experiment(config_class: type[C], argv: Sequence[str], description: str, default: Path = DEFAULT_CONFIG) -> C:

@@ -28,8 +28,9 @@ from agents.memory_guard import free_bytes, in_gib
 from agents.policy import VLAPolicy
 from agents.shapes_only import rows_like
 from research.config import ExperimentConfig
-from research.imitation.cloning import CloningConfig
-from research.schema import ACTION, LOG_PROB, VALUE, UserError
+from research.errors import UserError
+from research.imitation.config import CloningConfig
+from research.schema import ACTION, LOG_PROB, VALUE
 from research.training.grpo import REFERENCE
 
 T = TypeVar("T")

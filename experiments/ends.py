@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import packages  # noqa: F401
 
-from research.schema import FrozenWeightsChanged, NonFiniteError, SimulatorFailed, UserError, one_line
+from research.errors import FrozenWeightsChanged, NonFiniteError, SimulatorFailed, UserError, one_line
 
 # What ends a run with one line, and what its summary calls that.
 STOPPED_BY = {

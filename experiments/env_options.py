@@ -10,6 +10,7 @@ from typing import NoReturn
 import docstring_parser
 
 from envs import maker_of
+from research.option_parser import answer
 
 GIVEN = ("self", "num_envs", "device", "seed")  # by the run itself
 
@@ -26,8 +27,7 @@ def show_options(name: str) -> NoReturn:
     for option, type_, default, text in options_of(maker_of(name)):
         lines.append(f"  {option}: {type_} = {default!r}")
         lines += textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    print("\n".join(lines))
-    raise SystemExit(0)
+    answer("\n".join(lines))
 
 
 def options_of(maker: Callable) -> Iterator[tuple[str, str, object, str]]:

@@ -14,43 +14,27 @@ A run folder from elsewhere that names code outside of this project asks for --t
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import packages  # noqa: F401
+import answering  # noqa: F401
 
 import torch
 from assembling import choose_device
 from building import load_trained, make_model, make_policy
-from configuration import split_flag, with_default_config
+from configuration import EvaluationConfig, split_flag, with_default_config
 from resuming import load_run
 
 from envs import make_env, splits_of
-from research.config import ExperimentConfig, TrainerConfig
+from research.config import TrainerConfig
+from research.errors import NonFiniteError, SimulatorFailed, UserError
 from research.option_parser import split_questions
 from research.options import parse_config
 from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
-from research.schema import OBSERVATION, NonFiniteError, SimulatorFailed, UserError
+from research.schema import OBSERVATION
 from research.training.evaluation import Evaluation, evaluate
 from research.training.threads import choose_threads
-
-
-@dataclass
-class EvaluationConfig(ExperimentConfig):
-    """An evaluation: the configuration of a training run, and where to read and write."""
-
-    checkpoint: str | None = None
-    """Run folder, training checkpoint or weights; none = policy.vla_config.model_path of the configuration."""
-    output: str = "evaluation"
-    """Folder for episodes.jsonl, summary.json and evaluation.mp4 (with all splits, evaluation_<split>.mp4)."""
-    split: str | None = None
-    """train, vision, semantics or execution (what changes: envs/tabletop.py), or all; none = trainer.env_config's."""
-    first_state: int = 0
-    """Id of the first initial state; below 10000 no training run has seen it."""
-    film: int = 16
-    """Episodes in the video; 0 = none."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import packages  # noqa: F401
 
+from research.errors import UserError
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
-from research.schema import UserError
 
 SUCCESS, SAMPLED = "eval/success_rate", "rollout/success_rate"
 

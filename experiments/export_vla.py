@@ -25,8 +25,8 @@ from torch import nn
 from trained_policy import load_trained_model
 
 from agents.hub import SharedPolicy
+from research.errors import UserError
 from research.runs.folder import replacing
-from research.schema import UserError
 from research.training.lora import merge_lora
 
 FILES = (".pt", ".safetensors")

@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from agents.live_bytes import bytes_of
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.options import parse_config
-from research.schema import UserError
 from research.training.algorithm import Progress
 
 CONFIGS = DEFAULT_CONFIG.parent

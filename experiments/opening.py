@@ -9,13 +9,13 @@ from training_run import TrainingRun
 
 from envs import foreign_code
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.options import flatten, to_dict
 from research.runs.checkpoint import CheckpointWriter, load_checkpoint, snapshot, write_checkpoint
 from research.runs.folder import FROZEN, RunFolder
 from research.runs.origin import sign
 from research.runs.tracking import SilentTracker, Tracker
 from research.runs.wandb_session import resolve_wandb_mode
-from research.schema import UserError
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation
 from research.training.freezing import part_of

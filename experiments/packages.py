@@ -36,7 +36,7 @@ def check_mujoco_gl() -> None:
     try:
         importlib.import_module("mujoco")
     except Exception as error:  # what OpenGL's bindings raise has no common class
-        from research.schema import describe_error
+        from research.errors import describe_error
 
         print(
             f"error: MUJOCO_GL: MuJoCo cannot be imported with {os.environ['MUJOCO_GL']!r} ({describe_error(error)}); "

@@ -32,10 +32,11 @@ import numpy as np
 import torch
 from trained_policy import load_policy
 
+from research.errors import UserError
 from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
-from research.schema import PROPRIO, UserError
+from research.schema import PROPRIO
 from research.study.comparison import VERDICT_SEEDS
 from research.study.statistics import Estimate, difference_interval, mean_interval
 

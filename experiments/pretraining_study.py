@@ -27,10 +27,10 @@ import packages  # noqa: F401
 
 import numpy as np
 
+from research.errors import UserError
 from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder, read_rows
 from research.runs.tracking import read_metrics
-from research.schema import UserError
 from research.study.statistics import difference_interval, mean_interval
 
 HERE = Path(__file__).parent

@@ -12,11 +12,12 @@ from building import load_trained
 
 from envs import foreign_code
 from research.config import ExperimentConfig, TrainerConfig, path_problem, split_switches
+from research.errors import UserError, describe_error
 from research.options import flatten_dict, to_dict
+from research.own_packages import OWN_PACKAGES
 from research.runs.checkpoint import holds_all_weights, load_checkpoint, restore_rng
 from research.runs.folder import RunFolder, read_rows, replace_rows
 from research.runs.origin import is_ours
-from research.schema import OWN_PACKAGES, UserError, describe_error
 from research.training.algorithm import Progress
 from research.training.parallel import World
 

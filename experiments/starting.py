@@ -14,7 +14,7 @@ from resuming import load_resumed
 from training_run import TrainingRun
 
 from research.config import ExperimentConfig
-from research.schema import UserError
+from research.errors import UserError
 from research.training.parallel import join, let_rank_0_speak
 
 SCRIPTS = {"ppo": "ppo_vla.py", "grpo": "grpo_vla.py"}

@@ -37,9 +37,9 @@ from configuration import with_default_config
 from optuna.trial import TrialState
 
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.options import parse_config
 from research.progress_bar import ProgressBar
-from research.schema import UserError
 from research.study.run_settings import RATE, SCOPE, SEED
 from research.study.sweep_file import Sweep, check_options, load_sweep
 from research.study.sweep_locks import STOP_S, Lock

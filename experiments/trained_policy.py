@@ -17,9 +17,10 @@ from torch import nn
 from agents.serving import serve
 from envs import make_env
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.options import parse_config
 from research.runs.folder import RunFolder
-from research.schema import OBSERVATION, UserError
+from research.schema import OBSERVATION
 
 
 class TrainedModel(NamedTuple):

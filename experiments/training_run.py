@@ -14,6 +14,7 @@ from ends import ALERTED, STOPPED_BY, said
 from tensordict import TensorDictBase
 
 from research.config import ExperimentConfig
+from research.errors import FrozenWeightsChanged, NonFiniteError, UserError
 from research.options import to_dict
 from research.progress_bar import ProgressBar
 from research.runs.checkpoint import CheckpointWriter, generators, snapshot
@@ -22,13 +23,7 @@ from research.runs.machine import machine
 from research.runs.reporting import last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker
 from research.runs.video import video_grid, write_video
-from research.schema import (
-    ACTION,
-    FrozenWeightsChanged,
-    NonFiniteError,
-    UserError,
-    check_finite,
-)
+from research.schema import ACTION, check_finite
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from research.errors import UserError, one_line
 from research.runs.wandb_session import set_up_wandb
-from research.schema import UserError, one_line
 from research.study.run_table import MEASURES
 
 

@@ -17,7 +17,7 @@ import packages  # noqa: F401
 
 from wandb_panels import curves, project_of, reports, save, scope_by_rate
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.comparison import Comparison, compare
 from research.study.report import escaped, in_markdown, markdown_table, title_of
 from research.study.run_sources import read_wandb

@@ -18,7 +18,7 @@ import packages  # noqa: F401
 
 from wandb_panels import by_group, curves, project_of, reports, save, scope_by_rate
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.run_table import MEASURES
 
 NAME = "VLA-RL: what to freeze, at which rate"

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from research.schema import UserError
+from research.errors import UserError
 
 ZIP_START = b"PK\3\4"  # by which torch knows its zip format
 MAX_EXPANSION = 20  # weights that deflate by more are not weights; DEFLATE's own limit is 1,032

@@ -6,6 +6,8 @@ import argparse
 import ast
 import inspect
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -90,11 +92,19 @@ def split_questions(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return rest, (HELP if HELP in found else found[0]) if found else None
 
 
+def answer(text: str) -> NoReturn:
+    """Print what was asked for, and exit with code 0, also where the reader stops early, as `| head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+    raise SystemExit(0)
+
+
 def show_help(parser: ArgumentParser, values: Mapping[str, Any]) -> NoReturn:
     """Print the help, in which these values are the defaults."""
     parser.set_defaults({key: value for key, value in values.items() if value is not MISSING})
-    parser.print_help()
-    raise SystemExit(0)
+    answer(parser.format_help().rstrip("\n"))
 
 
 def show_completion(parser: ArgumentParser, kind: str) -> NoReturn:
@@ -107,11 +117,11 @@ def show_completion(parser: ArgumentParser, kind: str) -> NoReturn:
         UserError: there is no such kind, or it needs shtab.
     """
     try:
-        print(parser.get_completion_script(kind))
+        script = parser.get_completion_script(kind)
     except (ValueError, ImportError) as error:
         kinds = "there are jsonschema and, with `pip install shtab`, shtab-bash, shtab-zsh and shtab-tcsh"
         raise UserError(f"{COMPLETION}: {str(error).rstrip('.')}; {kinds}") from None
-    raise SystemExit(0)
+    answer(script)
 
 
 def read_literal(text: str) -> Any:

@@ -35,6 +35,7 @@ from research.option_parser import (
     COMPLETION,
     HELP,
     PRINT_CONFIG,
+    answer,
     make_parser,
     read_literal,
     show_completion,
@@ -93,8 +94,7 @@ def _parsed(config_class: type[C], argv: list[str], description: str) -> C:
     if hasattr(config, "resolve"):
         config.resolve(given)
     if asked == PRINT_CONFIG:
-        print(json.dumps(to_dict(config), indent=2))
-        raise SystemExit(0)
+        answer(json.dumps(to_dict(config), indent=2))
     return config
 
 

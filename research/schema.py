@@ -17,12 +17,9 @@ An action is float32 `[B, A]`, or `[B, H, A]` for a chunk of H control steps.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +27,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from research.errors import UserError, one_line
-
-OWN_PACKAGES = ("agents", "envs", "research")  # names that a user's folder must not have
+from research.errors import NonFiniteError, UserError
 
 OBSERVATION = "observation"
 RGB, DEPTH, PROPRIO, LANGUAGE = "rgb", "depth", "proprio", "language"
@@ -69,65 +64,6 @@ class Demonstration(NamedTuple):
     """Whether there was success at any step; None: nobody says."""
     every: int
     """Control steps between two observations."""
-
-
-class SimulatorFailed(RuntimeError):
-    """An environment that was accepted broke in mid-run: it raised, its process died or hung. One line, as `UserError`.
-
-    What is refused when an environment is made stays a `UserError`: there the user can choose another.
-    """
-
-
-class NonFiniteError(RuntimeError):
-    """A NaN or an infinity where training needs numbers; the message names the tensor."""
-
-
-class FrozenWeightsChanged(RuntimeError):
-    """A tensor that policy.freeze froze is not what it was at the start; the message names the first such tensors."""
-
-
-def describe_error(error: BaseException) -> str:
-    """An exception's class and text on one line of at most 200 characters, for a `UserError` about somebody's code."""
-    return f"{type(error).__name__}: {one_line(error)}"[:200]
-
-
-def hidden_module(module_name: str) -> str | None:
-    """Why a module that lies in the working directory would not be imported: something else has its package's name.
-
-    Args:
-        module_name: dotted, as a configuration names it.
-    Returns:
-        one line that says which hides which and what to do; None where nothing is hidden.
-    """
-    top = module_name.partition(".")[0]
-    meant = Path.cwd().joinpath(*module_name.split("."))
-    if not (meant.with_name(f"{meant.name}.py").is_file() or (meant / "__init__.py").is_file()):
-        return None
-    try:
-        found = importlib.util.find_spec(top)
-    except ValueError:  # a module without a spec, as the main script is
-        return None
-    places = [] if found is None else [*(found.submodule_search_locations or []), found.origin or ""]
-    here = [(Path.cwd() / top).resolve(), (Path.cwd() / f"{top}.py").resolve()]
-    if not places or any(Path(place).resolve() in here for place in places):
-        return None
-    owner = "this project's package" if top in OWN_PACKAGES else "the installed package"
-    return (
-        f"{module_name!r} lies in the working directory, but {owner} {top!r} has the same name and hides it; "
-        f"rename your {top!r}"
-    )
-
-
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "; ") -> str:
-    """The end of a message about a word that is not known: "; did you mean 'x'?", or nothing where none is close.
-
-    Args:
-        word: what was given.
-        known: what could have been meant.
-        prefix: what stands before the question where there is one.
-    """
-    close = get_close_matches(word, list(known), 1)
-    return f"{prefix}did you mean {close[0]!r}?" if close else ""
 
 
 def base_modality(key: str) -> str | None:

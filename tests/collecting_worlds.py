@@ -12,7 +12,7 @@ from worlds import reach_env
 
 from agents.policy import VLAPolicy
 from envs.tabletop import TabletopEnv
-from research.schema import SimulatorFailed, UserError
+from research.errors import SimulatorFailed, UserError
 from research.training.asynchronous import AsynchronousRollouts
 
 

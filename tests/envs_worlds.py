@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from envs import maniskill_worlds
 from envs.simulator import Layout
 from envs.vector import VectorEnv
-from research.schema import UserError
+from research.errors import UserError
 
 
 class Drifter:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from agents.loading import load_vla_model
-from research.schema import UserError
+from research.errors import UserError
 
 
 class VLA(nn.Module):

@@ -14,7 +14,7 @@ from loading_worlds import any_weights, assert_loaded, error, load
 
 from research import checkpoint_size
 from research.checkpoint_size import refuse_unbounded
-from research.schema import UserError
+from research.errors import UserError
 
 SECONDS = 1.0  # of computing until a refusal, and for the checks of a checkpoint of 10,000 tensors
 

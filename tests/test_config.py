@@ -12,8 +12,8 @@ import pytest
 from jsonargparse.typing import PositiveInt
 
 from research.config import AlgorithmConfig, ExperimentConfig, PolicyConfig, PPOConfig, TrainerConfig, VLAConfig
+from research.errors import UserError
 from research.options import flatten, parse_config, to_dict
-from research.schema import UserError
 
 MODEL_CONFIG = "--policy.vla_config.model_config"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from research.errors import UserError
 from research.plain_yaml import read_yaml
-from research.schema import UserError
 
 BAD = [
     ("a: {b: 2001-99-99}", "month must be in 1..12"),

@@ -18,8 +18,8 @@ from loading_worlds import any_weights, load
 from safetensors.torch import save
 
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.options import flatten, parse_config, to_dict
-from research.schema import UserError
 
 SECONDS = 5.0  # of computing: what else runs on the machine does not count
 

@@ -6,18 +6,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from research.schema import (
-    NonFiniteError,
-    UserError,
-    base_modality,
-    check_finite,
-    check_observation,
-    decode_text,
-    describe_error,
-    did_you_mean,
-    encode_text,
-    one_line,
-)
+from research.errors import NonFiniteError, UserError
+from research.schema import base_modality, check_finite, check_observation, decode_text, encode_text
 
 
 def test_text_round_trip():
@@ -76,10 +66,3 @@ def test_every_camera_has_the_layout_of_its_kind():
     check_observation(TensorDict({"rgb_wrist": pixels, "depth_front": torch.zeros(2, 8, 8)}, [2]), "env 'x'")
     with pytest.raises(UserError, match="rgb_wrist"):
         check_observation(TensorDict({"rgb_wrist": pixels.float()}, [2]), "env 'x'")
-
-
-def test_errors_and_words_on_one_line():
-    assert one_line(ValueError("a\n  b")) == "a b" and describe_error(KeyError("a\nb")).startswith("KeyError: ")
-    assert len(describe_error(ValueError("x" * 500))) == 200
-    assert did_you_mean("visoin", ["vision", "language"]) == "; did you mean 'vision'?"
-    assert did_you_mean("quux", ["vision", "language"]) == ""

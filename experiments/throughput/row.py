@@ -25,8 +25,9 @@ from agents.flop_counter import FlopCounter
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
 from research.config import PPOConfig, ResidualConfig
+from research.errors import UserError
 from research.runs.machine import machine
-from research.schema import OBSERVATION, UserError
+from research.schema import OBSERVATION
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Progress
 from research.training.asynchronous import AsynchronousRollouts

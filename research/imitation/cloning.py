@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
+from research.errors import UserError
+from research.imitation.config import CloningConfig
 from research.imitation.demonstrations import RETURN
 from research.progress_bar import ProgressBar
-from research.schema import ACTION, HIDDEN, OBSERVATION, PROPRIO, UserError, check_finite
+from research.schema import ACTION, HIDDEN, OBSERVATION, PROPRIO, check_finite
 
 SMOOTH_L1_BETA = 0.2  # below this error the loss is quadratic, above it linear
 RISING = 0.1  # share of the steps in which a one-cycle learning rate rises
-
-
-@dataclass
-class CloningConfig:
-    """The gradient steps of behaviour cloning."""
-
-    epochs: PositiveInt = 8
-    """Passes over the data, at most."""
-    steps: PositiveInt | None = None
-    """Gradient steps, at most, in place of epochs."""
-    batch_size: PositiveInt = 128
-    """Samples per gradient step."""
-    learning_rate: PositiveFloat = 1e-3
-    """Learning rate of AdamW: of all steps, or the highest of a cycle."""
-    schedule: Literal["constant", "one_cycle"] = "constant"
-    """constant, or one_cycle: up to the learning rate in the first tenth of the steps, then down to nothing; of
-    imitation, and of pointing before it."""
-    weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay of AdamW."""
-    loss: Literal["head", "smooth_l1"] = "head"
-    """head: the model's own (squared error, cross-entropy of tokens, flow matching); or smooth_l1 between plan and
-    actions."""
-    value_weight: NonNegativeFloat = 0.5
-    """Weight of the value regression beside the imitation loss."""
-    max_grad_norm: NonNegativeFloat = 0.0
-    """Largest norm of the gradient; a larger one is scaled down; 0 = any."""
-    proprio_noise: NonNegativeFloat = 0.0
-    """Standard deviation of noise on the proprioception, new at each step, in its own units."""
-    gamma: ClosedUnitInterval = 0.97
-    """Discount, per decision, of the returns that the value head learns."""
 
 
 def clone(
@@ -64,7 +34,7 @@ def clone(
         model: trained in place.
         rest: the model's stages that data has not been through.
         data: samples as of `research.imitation.demonstrations`, in them what `rest` reads.
-        config: see `CloningConfig`.
+        config: see `research.imitation.config.CloningConfig`.
         stop: asked after each step, with its number from 1 on and its imitation loss, whether it was the last.
     Raises:
         UserError: the loss has no gradient.

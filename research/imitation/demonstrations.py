@@ -19,7 +19,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from research.schema import ACTION, OBSERVATION, Demonstration, UserError
+from research.errors import UserError
+from research.schema import ACTION, OBSERVATION, Demonstration
 
 RETURN, TASK, EPISODE = "return", "task", "episode"
 

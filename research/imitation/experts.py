@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from research.errors import UserError
 from research.imitation.demonstrations import samples_of_rollout
 from research.progress_bar import ProgressBar
-from research.schema import ACTION, OBSERVATION, UserError
+from research.schema import ACTION, OBSERVATION
 
 
 def collect_rollout(

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveInt
 
+from research.errors import UserError
+from research.imitation.config import ActionStats, LeRobotConfig
 from research.imitation.lerobot_index import (
     ACTIONS,
     EPISODE_NUMBER,
@@ -30,26 +30,9 @@ from research.imitation.lerobot_index import (
 )
 from research.imitation.lerobot_tables import Table, read_table
 from research.imitation.lerobot_videos import Film, decode_picture
-from research.schema import LANGUAGE, PROPRIO, Demonstration, UserError, encode_text
+from research.schema import LANGUAGE, PROPRIO, Demonstration, encode_text
 
 REWARD, SUCCEEDED, TIME = "next.reward", "next.success", "timestamp"
-ActionStats = Literal["none", "min_max", "quantiles"]
-
-
-@dataclass
-class LeRobotConfig:
-    """How a LeRobot data set is read."""
-
-    keys: dict[str, str] = field(default_factory=dict)
-    """Feature -> observation key; none = observation.state is proprio, pictures are rgb and then rgb_<camera>."""
-    image_size: PositiveInt | None = None
-    """Pixels a side to which pictures are scaled, whatever their proportions; none = as they are."""
-    every: PositiveInt = 1
-    """Control steps from one sample to the next."""
-    instruction_length: PositiveInt = 64
-    """Bytes reserved for the instruction."""
-    action_stats: ActionStats = "none"
-    """What brings actions to [-1, 1]: none; min_max; or quantiles (1st and 99th). The output's JSON has them."""
 
 
 def read_dataset(folder: Path, config: LeRobotConfig) -> tuple[list[Demonstration], dict[str, Any]]:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from research.errors import UserError, did_you_mean, one_line
 from research.imitation.lerobot_tables import Table, read_json_lines, read_table
-from research.schema import PROPRIO, RGB, UserError, base_modality, did_you_mean, one_line
+from research.schema import PROPRIO, RGB, base_modality
 
 VERSIONS = ("v2.1", "v3.0")
 STATE, PICTURES, ACTIONS = "observation.state", "observation.image", "action"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from research.schema import UserError, did_you_mean, one_line
+from research.errors import UserError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     import pyarrow

@@ -9,7 +9,7 @@ import imageio.v3 as iio
 import numpy as np
 from imageio_ffmpeg import read_frames
 
-from research.schema import UserError, describe_error
+from research.errors import UserError, describe_error
 
 
 class Film:

@@ -8,9 +8,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from research.errors import UserError
 from research.imitation.cloning import scheduled
 from research.progress_bar import ProgressBar
-from research.schema import UserError
 
 
 class PlaceReader(nn.Module):
@@ -43,7 +43,7 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float,
             trained in place.
         env: with `named_places()` `[B, count, 2]`; each step is a reset of all its rows.
         steps: gradient steps.
-        learning_rate, schedule: of Adam, as of `cloning.CloningConfig`.
+        learning_rate, schedule: of Adam, as of `research.imitation.config.CloningConfig`.
     Raises:
         UserError: the model cannot point, or the environment names nothing.
     """

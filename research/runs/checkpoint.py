@@ -33,9 +33,9 @@ from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 
 from research.checkpoint_size import refuse_unbounded
+from research.errors import UserError, describe_error
 from research.runs.code_version import git_commit
 from research.runs.folder import FROZEN, MANIFEST, RunFolder, as_json, sync_folder
-from research.schema import UserError, describe_error
 
 STATE = "state.pt"
 FORMAT = 2  # 1 was a single file, which is still read

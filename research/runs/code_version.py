@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-from research.schema import OWN_PACKAGES
+from research.own_packages import OWN_PACKAGES
 
 
 def git_commit() -> str | None:

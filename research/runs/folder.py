@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from research.schema import UserError
+from research.errors import UserError
 
 MANIFEST = "manifest.json"  # what makes a folder in checkpoints/ a checkpoint
 FROZEN = "frozen"  # the checkpoint that holds frozen weights which are in no file

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from research.errors import UserError
 from research.runs.folder import RunFolder
-from research.schema import UserError
 
 
 class EventFiles:

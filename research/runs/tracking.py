@@ -58,13 +58,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from research.errors import UserError
 from research.runs.code_version import git_commit, repository, source_files
 from research.runs.folder import RunFolder, as_json, read_json, read_rows, replace_rows, write_json
 from research.runs.tensorboard import EventFiles
 from research.runs.video import write_video
 from research.runs.wandb_checkpoints import CheckpointUploads
 from research.runs.wandb_session import start_wandb, timeout, waiting_for_wandb
-from research.schema import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 import imageio.v3 as iio
 import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from research.schema import UserError, one_line
+from research.errors import UserError, one_line
 
-Frames = np.ndarray | Tensor
+if TYPE_CHECKING:  # what reads files of a run need not wait for torch
+    from torch import Tensor
+
+    Frames = np.ndarray | Tensor
 
 # Okabe and Ito's green and red, which colour-blind readers tell apart too.
 SUCCESS_COLOR, FAILURE_COLOR = (0, 158, 115), (213, 94, 0)
@@ -199,7 +202,7 @@ def _checked_film(frames: Frames, path: str | Path, fps: float, suffix: str) -> 
 
 
 def _checked(frames: Frames, what: str) -> np.ndarray:
-    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    array = frames.detach().cpu().numpy() if hasattr(frames, "detach") else np.asarray(frames)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
         raise UserError(
             f"{what}: frames should be uint8 [T, H, W, 3] with T > 0, got {array.dtype} {list(array.shape)}"

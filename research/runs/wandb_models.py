@@ -7,9 +7,9 @@ import re
 import shutil
 from pathlib import Path
 
+from research.errors import UserError
 from research.runs.wandb_checkpoints import SCHEME
 from research.runs.wandb_session import set_up_wandb, without_advice
-from research.schema import UserError
 
 _FORM = re.compile(r"(?P<collection>[^/:]+/[^/:]+/[^/:]+)(:(?P<alias>[^/:]+))?")
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from research.errors import UserError, one_line
 from research.runs.folder import RunFolder
-from research.schema import UserError, one_line
 
 if TYPE_CHECKING:
     import wandb

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 from research.study.run_settings import (
     DEFAULTS,
     ENV_CONFIG,

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.arms import Cell, also_differing, check_by, heading_of, make_cells, noun_of, refuse_other_questions
 from research.study.equal_budgets import AXES, at_one_budget, interruption, pairing, scores_at, shorter_note
 from research.study.rate_choice import (

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.run_table import Axis, Run, quoted
 from research.study.statistics import Array, Estimate, mean_interval
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.run_table import Axis, Run, plain, spans_of
 from research.study.statistics import Array, standard_error_of_difference
 

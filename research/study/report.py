@@ -12,8 +12,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from research.errors import UserError
 from research.runs.code_version import git_commit
-from research.schema import UserError
 from research.study import figures
 from research.study.comparison import Comparison
 from research.study.run_table import Run, quoted, write_table

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from research.config import FREEZE_SWITCHES, split_switches
+from research.errors import UserError, one_line
 from research.options import flatten_dict
 from research.runs.folder import MANIFEST, RunFolder, read_json, read_rows
-from research.schema import UserError, one_line
 from research.study.run_settings import keep_what_tells, settings_of
 from research.study.run_table import MEASURES, Run, as_ranges, as_text, check, is_number, plain
 

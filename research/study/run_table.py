@@ -57,8 +57,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from research.errors import UserError
 from research.runs.folder import RunFolder
-from research.schema import UserError
 
 Axis = Literal["steps", "seconds"]
 LARGEST_SCORE = 1e100  # what squares and sums of scores still hold

@@ -64,7 +64,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from research.schema import UserError
+from research.errors import UserError
 
 Array = NDArray[np.float64]
 TELLING_STATES = 8  # as many that differ from the rest show how states vary; with 5, coverage falls to 0.93

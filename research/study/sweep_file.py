@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from research.errors import UserError
 from research.plain_yaml import read_yaml, shown
-from research.schema import UserError
 from research.study.sweep_parameters import Parameter, mapping, number, read_parameter
 
 METHODS = ("grid", "random", "bayes")

@@ -28,8 +28,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from research.errors import UserError
 from research.plain_yaml import shown
-from research.schema import UserError
 
 # distribution -> (drawn on a log scale, rounded to a multiple of q, integers only)
 RANGES = {

@@ -11,9 +11,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from research.errors import UserError
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
-from research.schema import UserError
 from research.study.trials import SweepTrials
 
 HOST = socket.gethostname()

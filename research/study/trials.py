@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.sweep_file import Sweep
 from research.study.sweep_locks import CONNECTION, DRIVERS, DatabaseLocks, FolderLocks, Lock
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from torchrl.collectors import MultiAsyncCollector
 from torchrl.envs import EnvBase
 
+from research.errors import UserError, describe_error
 from research.processes import children_hear_nothing, serve_the_main_process
-from research.schema import UserError, describe_error
 from research.training.collecting_policy import POLICY_VERSION, CollectingPolicy
 from research.training.episodes import EpisodeStatistics
 from research.training.parallel import ALONE, World

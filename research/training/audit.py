@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from research.schema import FrozenWeightsChanged, UserError
+from research.errors import FrozenWeightsChanged, UserError
 from research.training.freezing import HEADS, part_of, within
 from research.training.lora import adapter_changes, is_adapter
 

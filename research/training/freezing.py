@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from research.config import LoRAConfig
-from research.schema import UserError, did_you_mean
+from research.errors import UserError, did_you_mean
 from research.training.lora import adaptable_layers, add_adapters, is_adapter
 
 # Names that each of config.FREEZE_PRESETS freezes, at any depth, so that a model within a wrapper has them as well.

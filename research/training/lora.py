@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from research.schema import UserError
+from research.errors import UserError
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from research.schema import UserError
+from research.errors import UserError
 
 BUCKET = 2**24  # numbers that are reduced at once: a copy of them is all the memory that averaging takes
 TIMEOUT = timedelta(hours=1)  # of one rank waiting for another: an evaluation, a checkpoint or a compilation

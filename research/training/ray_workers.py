@@ -27,7 +27,7 @@ from tensordict import TensorDictBase
 from torchrl.collectors.distributed import RayCollector
 from torchrl.envs import EnvBase
 
-from research.schema import SimulatorFailed, UserError, describe_error
+from research.errors import SimulatorFailed, UserError, describe_error
 from research.training.algorithm import env_steps_in
 from research.training.collecting_policy import CollectingPolicy
 from research.training.rollout import RolloutCollector

@@ -17,7 +17,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from research.schema import NonFiniteError, SimulatorFailed, UserError, describe_error, one_line
+from research.errors import NonFiniteError, SimulatorFailed, UserError, describe_error, one_line
 from research.training.collecting_policy import CollectingPolicy
 
 _SHARED_MEMORY = "/dev/shm"  # a folder that is memory, where there is one

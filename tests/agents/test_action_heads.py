@@ -18,7 +18,7 @@ from agents.action_heads import (
     make_action_head,
     mode_of,
 )
-from research.schema import UserError
+from research.errors import UserError
 
 
 def test_gaussian_is_one_event_of_a_dimensions():

@@ -14,7 +14,7 @@ from torch import nn
 from agents.adapters import load_adapters
 from agents.small_vla import SmallVLA
 from research.config import ExperimentConfig, LoRAConfig, PolicyConfig, VLAConfig
-from research.schema import UserError
+from research.errors import UserError
 from research.training.freezing import freeze
 from research.training.lora import adapter_changes
 

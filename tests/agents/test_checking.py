@@ -14,7 +14,7 @@ from agents.checking import check_policy
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
 from envs.tabletop import TabletopEnv
-from research.schema import UserError
+from research.errors import UserError
 
 
 @pytest.mark.slow

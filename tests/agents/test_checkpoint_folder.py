@@ -14,7 +14,7 @@ from agents.checkpoint_folder import (
     write_tensors,
 )
 from agents.weights import read_file
-from research.schema import UserError
+from research.errors import UserError
 from research.training.freezing import freeze
 
 

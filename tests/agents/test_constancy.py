@@ -12,7 +12,7 @@ from torch.distributions import Independent, Normal
 from agents.constancy import check_constant
 from agents.policy import VLAPolicy
 from agents.vla import StagedVLA
-from research.schema import UserError
+from research.errors import UserError
 from research.training.freezing import freeze
 
 

@@ -20,7 +20,7 @@ from agents.policy import VLAPolicy
 from agents.provided_weights import save_trained
 from agents.weights import read_weights
 from envs.tabletop import TabletopEnv
-from research.schema import UserError
+from research.errors import UserError
 from research.training.freezing import freeze, part_names
 
 TINY = {"vision_weights": None, "language_encoder": TINY_BERT, "proprio_dim": 3, "width": 8, "queries": 2}

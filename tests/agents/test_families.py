@@ -23,7 +23,7 @@ from agents.small_vla import SmallVLA
 from agents.smolvla import SmolVLA
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
-from research.schema import UserError
+from research.errors import UserError
 from research.training.algorithm import Progress
 from research.training.audit import FreezeAudit
 from research.training.freezing import freeze, named_parameters_within, parameter_groups

@@ -9,7 +9,7 @@ from torch import nn
 
 from agents.fitting import fill
 from agents.loading import load_vla_model
-from research.schema import UserError
+from research.errors import UserError
 
 
 @pytest.fixture

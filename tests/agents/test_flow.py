@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal
 
 from agents.flow import FlowNoise, FlowSDE, Steps, follow
-from research.schema import UserError
+from research.errors import UserError
 
 B, H, A = 6, 3, 2
 WEIGHT = torch.tensor([[0.3, -0.8], [0.5, 0.1]], dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from agents.flow_vla import FlowVLA
-from research.schema import UserError
+from research.errors import UserError
 
 
 class Known(FlowVLA):

@@ -30,7 +30,8 @@ from agents.gpt_vla import GPTVLAModel
 from agents.policy import VLAPolicy
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig, split_switches
-from research.schema import UserError, decode_text, encode_text
+from research.errors import UserError
+from research.schema import decode_text, encode_text
 from research.training.freezing import freeze, part_names
 from research.training.loss import make_loss
 

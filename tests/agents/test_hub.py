@@ -14,7 +14,7 @@ from test_families import looks
 
 from agents.hub import SharedPolicy
 from agents.small_vla import SmallVLA
-from research.schema import UserError
+from research.errors import UserError
 
 CLASS = "agents.small_vla.SmallVLA"
 CONFIG = {"action_dim": 3, "modalities": ["rgb", "proprio"], "hidden_size": 16}

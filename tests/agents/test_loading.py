@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from agents.loading import import_model_class, load_vla_model
-from research.schema import UserError
+from research.errors import UserError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from worlds import ROOT
 from agents import memory_guard
 from agents.loading import load_vla_model
 from agents.memory_guard import free_bytes, in_gib, refuse_too_large
-from research.schema import UserError
+from research.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from agents.normalisation import Normalisation, RunningNormalisation, find_running_normalisation, read_statistics
-from research.schema import UserError
+from research.errors import UserError
 
 STATISTICS = {
     "mean": [0.1, -0.2, 0.5], "std": [0.2, 0.4, 0.5], "min": [-1.0, -2.0, 0.0], "max": [1.0, 2.0, 1.0],

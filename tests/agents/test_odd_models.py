@@ -15,7 +15,7 @@ from torchrl.modules import TanhNormal
 from agents.checking import check_policy
 from agents.policy import VLAPolicy
 from agents.vla import StagedVLA
-from research.schema import UserError
+from research.errors import UserError
 
 COMPONENTS = 5
 

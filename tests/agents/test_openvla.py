@@ -11,7 +11,8 @@ from worlds import ROOT
 
 from agents.openvla import STOP, OpenVLA
 from agents.openvla_prompt import prompt_ids
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 
 TINY = json.loads((ROOT / "experiments" / "configs" / "openvla_tiny.json").read_text())
 TINY = TINY["policy"]["vla_config"]["model_config"]["config"]

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from worlds import ROOT
 
 from agents.openvla import OpenVLA
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 
 TINY = json.loads((ROOT / "experiments" / "configs" / "openvla_tiny.json").read_text())
 TINY = TINY["policy"]["vla_config"]["model_config"]["config"]

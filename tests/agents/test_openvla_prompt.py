@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from agents.openvla_prompt import Prompt, prompt_ids
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 
 
 def texts(*some: str) -> torch.Tensor:

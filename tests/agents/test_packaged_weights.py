@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from agents.packaged_weights import fill_part, located, unpacked
-from research.schema import UserError
+from research.errors import UserError
 
 
 @pytest.fixture

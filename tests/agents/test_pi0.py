@@ -16,7 +16,8 @@ from agents.pi0 import LONGEST_PROMPT, START, Pi0VLA
 from agents.pi0_folder import as_hub
 from agents.policy import VLAPolicy
 from agents.prompts import prompt_tokens
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 from research.training.freezing import freeze
 
 TINY = json.loads((ROOT / "experiments" / "configs" / "pi0_tiny.json").read_text())

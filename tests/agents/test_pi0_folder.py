@@ -15,7 +15,8 @@ from worlds import ROOT
 from agents.pi0 import LONGEST_PROMPT, START
 from agents.pi0_folder import as_hub, pi0_config
 from agents.prompts import prompt_tokens
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 
 
 def words_in(folder) -> None:

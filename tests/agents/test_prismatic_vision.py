@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from agents.prismatic_vision import DINOV2, SIGLIP, PrismaticVision, tower_config
-from research.schema import UserError
+from research.errors import UserError
 
 SIZES = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 8}
 

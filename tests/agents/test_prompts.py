@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from agents.prompts import prompt_tokens
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 
 CPU = torch.device("cpu")
 TEXTS = ("go", "go there\n", "")

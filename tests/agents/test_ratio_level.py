@@ -14,7 +14,7 @@ from agents.policy import VLAPolicy
 from agents.ratio_level import LEVELS, at_level, log_prob_at
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
-from research.schema import UserError
+from research.errors import UserError
 from research.training.loss import make_loss
 from research.training.ppo import PolicyUpdate
 from research.training.rollout import Rollouts

@@ -18,7 +18,7 @@ from agents.residual import add_residual, policy_at
 from agents.small_vla import SmallVLA
 from agents.vla import contract_of
 from envs.tabletop import TabletopEnv
-from research.schema import UserError
+from research.errors import UserError
 
 SEEN = ["rgb", "proprio"]
 HEADS = {

@@ -12,7 +12,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, 
 
 from agents.packaged_weights import located, unpacked
 from agents.sentence_encoder import SentenceEncoder
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 
 MINILM = "package:all_minilm_l6_v2"
 TEXTS = ["Put the red cube on the blue plate", "push the red cube", "open the drawer", "größer: 7/8 — crème brûlée"]

@@ -9,7 +9,8 @@ from test_families import FAMILIES, fresh, looks, make, world
 from worlds import ThreeMethods, small_model
 
 from agents.serving import serve
-from research.schema import UserError, decode_text
+from research.errors import UserError
+from research.schema import decode_text
 
 ROW = 2
 

@@ -14,7 +14,8 @@ from worlds import ROOT
 from agents.flow import follow
 from agents.policy import VLAPolicy
 from agents.smolvla import SmolVLA, resize_with_pad
-from research.schema import UserError, encode_text
+from research.errors import UserError
+from research.schema import encode_text
 from research.training.freezing import freeze
 
 FULL = json.loads((ROOT / "experiments" / "configs" / "smolvla.json").read_text())

@@ -17,7 +17,7 @@ from worlds import ROOT
 
 from agents.pi0_folder import pi0_config
 from agents.smolvla_folder import LM_HEAD, hub_name
-from research.schema import UserError
+from research.errors import UserError
 
 WEIGHTS = "model.safetensors"
 

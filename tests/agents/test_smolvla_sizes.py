@@ -8,7 +8,7 @@ import pytest
 from test_smolvla import TINY, make
 
 from agents.smolvla_sizes import SmolVLASizes, read_sizes
-from research.schema import UserError
+from research.errors import UserError
 
 POLICY = {"type": "smolvla", "chunk_size": 7, "num_vlm_layers": 3, "resize_imgs_with_padding": [8, 4], "device": "cpu"}
 

@@ -30,7 +30,7 @@ from agents.small_vla import VisionEncoder
 from agents.vla import DecidingVLA, StagedVLA, contract_of
 from envs.tabletop import TabletopEnv
 from research.config import PPOConfig
-from research.schema import UserError
+from research.errors import UserError
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Progress
 from research.training.freezing import freeze, parameter_groups

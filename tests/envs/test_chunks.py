@@ -12,7 +12,7 @@ from torchrl.envs.utils import check_env_specs
 
 from envs import make_env
 from envs.vector import VectorEnv
-from research.schema import UserError
+from research.errors import UserError
 
 N, CHUNK, DECISIONS = 6, 4, 30
 FLAGS = ("terminated", "truncated", "success")

@@ -10,7 +10,7 @@ from envs_worlds import Drifter, Guided
 
 from envs.demonstrating import UNDISTURBED, Disturbance, demonstrate
 from envs.vector import VectorEnv
-from research.schema import SimulatorFailed, UserError
+from research.errors import SimulatorFailed, UserError
 
 
 def test_an_undisturbed_episode_is_that_of_the_expert():

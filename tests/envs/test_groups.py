@@ -15,7 +15,7 @@ from envs_worlds import Drifter, play
 from worlds import ROOT
 
 from envs.vector import VectorEnv
-from research.schema import SimulatorFailed, UserError
+from research.errors import SimulatorFailed, UserError
 
 pytestmark = pytest.mark.slow
 

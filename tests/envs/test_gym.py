@@ -12,7 +12,8 @@ from torchrl.envs.utils import check_env_specs
 
 from envs.gym import make_gym_env
 from envs.simulator import HELD_OUT_STATES
-from research.schema import SimulatorFailed, UserError, check_observation, decode_text
+from research.errors import SimulatorFailed, UserError
+from research.schema import check_observation, decode_text
 from research.training.evaluation import evaluate, wilson_interval
 
 REACH = "user_package.reach_env:ReachEnv"

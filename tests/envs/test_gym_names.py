@@ -10,7 +10,7 @@ import pytest
 
 from envs import foreign_code, make_env
 from envs.gym_names import find_spec
-from research.schema import UserError
+from research.errors import UserError
 
 
 @pytest.mark.parametrize("prefix", ["gym", "gym_vec"])

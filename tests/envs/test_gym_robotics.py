@@ -11,7 +11,7 @@ from envs_worlds import play
 from tensordict import TensorDict
 
 from envs.gym import GymnasiumSimulator, make_gym_env
-from research.schema import UserError
+from research.errors import UserError
 
 FETCH = "gymnasium_robotics:FetchReach-v4"
 needs_robotics = pytest.mark.skipif(

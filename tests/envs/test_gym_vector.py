@@ -9,7 +9,8 @@ from torchrl.envs.utils import check_env_specs
 
 from envs import make_env
 from envs.failures import warn_once
-from research.schema import SimulatorFailed, UserError, check_observation, decode_text
+from research.errors import SimulatorFailed, UserError
+from research.schema import check_observation, decode_text
 
 TWO = "user_package:UserTwoCameras-v0"
 REACH = "user_package.reach_env:ReachEnv"

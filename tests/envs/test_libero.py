@@ -18,7 +18,8 @@ from torchrl.envs import EnvBase
 
 from envs import libero, make_env
 from envs.libero import SUITES, Task, initial_state, make_libero_env
-from research.schema import UserError, decode_text
+from research.errors import UserError
+from research.schema import decode_text
 
 TASKS = tuple(Task(index, f"task_{index}", f"do what is number {index}") for index in range(3))
 needs_libero = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="hf-libero is not installed")

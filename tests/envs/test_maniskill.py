@@ -19,7 +19,7 @@ from envs import maniskill_worlds
 from envs.maniskill import ManiSkillSimulator, make_maniskill_env
 from envs.maniskill_tasks import INSTRUCTIONS
 from envs.maniskill_worlds import Recipe
-from research.schema import UserError
+from research.errors import UserError
 
 BLIND = ("proprio", "language")
 needs_package = pytest.mark.skipif(importlib.util.find_spec("mani_skill") is None, reason="mani_skill is not installed")

@@ -17,7 +17,8 @@ from envs import maniskill_worlds
 from envs.maniskill_gpu import ManiSkillGPUEnv
 from envs.maniskill_worlds import Recipe
 from envs.simulator import Environment
-from research.schema import UserError, check_observation
+from research.errors import UserError
+from research.schema import check_observation
 
 N, LIMIT = 4, 6
 

@@ -17,7 +17,8 @@ from envs.metaworld import MetaWorldSimulator, Recipe, make_metaworld_env
 from envs.metaworld_scene import scene_of
 from envs.metaworld_tasks import INSTRUCTIONS, close_camera
 from envs.mujoco_rendering import choose_gl
-from research.schema import UserError, decode_text
+from research.errors import UserError
+from research.schema import decode_text
 
 BLIND = ("proprio", "language")
 LOOK = (True, 256)  # of scenes that are drawn fast, with pictures up to this size

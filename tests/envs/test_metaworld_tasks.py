@@ -4,7 +4,7 @@ import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3
 
 from envs.metaworld_tasks import INSTRUCTIONS, MT10, choose_tasks
-from research.schema import UserError
+from research.errors import UserError
 
 
 def test_the_tasks_and_their_lists_are_meta_worlds_own():

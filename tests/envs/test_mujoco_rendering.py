@@ -11,7 +11,7 @@ import pytest
 
 from envs import mujoco_rendering
 from envs.mujoco_rendering import FreeCamera, Renderer, choose_gl
-from research.schema import UserError
+from research.errors import UserError
 
 # A red ball stands 0.5 m above a blue one; "hung" is "front", turned by 180 degrees about the line of sight.
 MODEL = """

@@ -17,8 +17,9 @@ from worlds import run_folder, write_config
 
 from envs import make_env
 from envs.failures import blame
+from research.errors import NonFiniteError, SimulatorFailed, UserError
 from research.runs.tracking import read_metrics
-from research.schema import NonFiniteError, SimulatorFailed, UserError, check_observation, decode_text
+from research.schema import check_observation, decode_text
 from research.training.evaluation import evaluate
 
 IDS = [10, 60, 90, 57]  # of these 60, 90 and 57 are beyond a half of 97, and 90 is beyond 0.9 of it

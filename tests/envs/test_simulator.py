@@ -11,7 +11,8 @@ from tensordict import TensorDict
 
 from envs import make_env
 from envs.simulator import HELD_OUT_STATES, Environment
-from research.schema import UserError, check_observation
+from research.errors import UserError
+from research.schema import check_observation
 
 CAMERAS = {"proprio": "state", "rgb_front": "front", "rgb_wrist": "wrist.rgb", "depth_wrist": "wrist.depth"}
 N = 4

@@ -20,7 +20,8 @@ from envs.tabletop import (
 from envs.tabletop_instructions import PHRASINGS
 from envs.tabletop_scene import CAMERA, COLOURS, PLATE_TOP, REACH, SHAPES, hashed_uniform
 from envs.tabletop_states import GRIPPER_START, PLACE_RADIUS, REACH_RADIUS
-from research.schema import UserError, check_observation, decode_text
+from research.errors import UserError
+from research.schema import check_observation, decode_text
 
 STATES = ["gripper", "blocks", "plates", "block_colour", "block_shape", "plate_colour", "block_yaw", "language"]
 

@@ -13,7 +13,8 @@ from torchrl.envs.utils import check_env_specs
 
 from envs.simulator import HELD_OUT_STATES
 from envs.vector import VectorEnv
-from research.schema import SimulatorFailed, UserError, check_observation
+from research.errors import SimulatorFailed, UserError
+from research.schema import check_observation
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ from agents.small_vla import SmallVLA
 from envs import make_env
 from envs.tabletop import TabletopEnv
 from research.config import ExperimentConfig
-from research.imitation.cloning import CloningConfig, clone
+from research.errors import UserError
+from research.imitation.cloning import clone
+from research.imitation.config import CloningConfig
 from research.options import parse_config
-from research.schema import OBSERVATION, UserError
+from research.schema import OBSERVATION
 from research.training.freezing import freeze
 from research.training.rollout import Rollouts
 

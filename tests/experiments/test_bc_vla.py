@@ -20,8 +20,8 @@ from agents.loading import load_vla_model
 from agents.provided_weights import weights_sha256
 from agents.small_vla import SmallVLA
 from envs.vector import VectorEnv
+from research.errors import SimulatorFailed, UserError
 from research.imitation.experts import collect_rollout
-from research.schema import SimulatorFailed, UserError
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ import pytest
 from worlds import all_weights, rows_without_times, run_folder, write_config
 
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.options import parse_config
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
-from research.schema import UserError
 
 
 def chunked(folder, **changes):

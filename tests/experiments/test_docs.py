@@ -26,9 +26,10 @@ from agents.loading import import_model_class
 from agents.reuse import split_constant
 from research import commands
 from research.config import ExperimentConfig
+from research.errors import UserError
 from research.options import parse_config
 from research.runs.checkpoint import load_checkpoint
-from research.schema import UserError, encode_text
+from research.schema import encode_text
 
 
 def blocks(path: Path, language: str) -> list[str]:

@@ -14,7 +14,7 @@ from accounting import model_of_shapes, parts_of
 from building import model_arguments
 from worlds import ROOT, write_config
 
-from research.schema import UserError
+from research.errors import UserError
 from research.training.freezing import HEADS, freeze
 
 

@@ -8,7 +8,7 @@ import evaluate_vla
 import pytest
 
 from envs.tabletop import TabletopEnv
-from research.schema import SimulatorFailed
+from research.errors import SimulatorFailed
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 from ppo_parity import OURS, THEIRS, Row, Task, append, evaluate, main, read_table, table_of
 from worlds import ROOT
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.statistics import difference_interval, mean_interval
 
 SMALL = Task(32, 2, normalize=True, changed={"n_steps": 8, "batch_size": 8, "n_epochs": 2})

@@ -10,7 +10,7 @@ import pytest
 from pretraining_study import ARMS, MODES, Row, main, read_table, run_of, summed_up, tables
 from worlds import ROOT
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.statistics import difference_interval, mean_interval
 
 CLONING = "--episodes=1 --steps=3 --batch_size=8 --num_envs=2 --env_config.max_episode_steps=40 --only_successful=false"

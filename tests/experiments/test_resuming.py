@@ -15,9 +15,9 @@ from resuming import evaluation_at
 from worlds import rows_without_times, run_folder, write_config
 
 from agents.small_vla import SmallVLA
+from research.errors import SimulatorFailed
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder, append_rows, read_rows
-from research.schema import SimulatorFailed
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,9 @@ from torch import nn
 from worlds import count_calls, small_model
 
 from agents.policy import VLAPolicy
-from research.imitation.cloning import CloningConfig, clone, imitation_loss, planned_steps, with_frozen_features
-from research.schema import NonFiniteError, UserError
+from research.errors import NonFiniteError, UserError
+from research.imitation.cloning import clone, imitation_loss, planned_steps, with_frozen_features
+from research.imitation.config import CloningConfig
 from research.training.freezing import freeze
 
 

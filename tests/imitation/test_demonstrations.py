@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from research.errors import UserError
 from research.imitation.demonstrations import (
     count_by_task,
     count_samples,
@@ -16,7 +17,7 @@ from research.imitation.demonstrations import (
     samples_of_rollout,
     upcoming_actions,
 )
-from research.schema import Demonstration, UserError
+from research.schema import Demonstration
 
 
 def episode(rewards, every=1, task="reach", success=True, number=0) -> Demonstration:

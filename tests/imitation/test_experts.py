@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from envs.tabletop import TabletopEnv
+from research.errors import UserError
 from research.imitation.experts import check_states, collect_rollout
-from research.schema import UserError
 
 
 def reach(**options) -> TabletopEnv:

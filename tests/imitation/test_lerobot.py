@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from research.errors import UserError
 from research.imitation import lerobot_tables
 from research.imitation.lerobot import read_lerobot, scale_actions
-from research.schema import Demonstration, UserError, decode_text
+from research.schema import Demonstration, decode_text
 
 WRITERS = {"v2.1": worlds.write_v21, "v3.0": worlds.write_v30}
 

@@ -7,8 +7,8 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from research.errors import UserError
 from research.imitation.pointing import PlaceReader, learn_to_point
-from research.schema import UserError
 
 
 class Scenes:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from research.errors import UserError
 from research.runs import checkpoint
 from research.runs.checkpoint import (
     CheckpointWriter,
@@ -23,7 +24,6 @@ from research.runs.checkpoint import (
     write_checkpoint,
 )
 from research.runs.folder import RunFolder
-from research.schema import UserError
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.runs.curve import plot_learning_curve
-from research.schema import UserError
 
 
 def _write_rows(folder, rows):

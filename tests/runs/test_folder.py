@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from research.errors import UserError
 from research.runs import folder as folder_module
 from research.runs.folder import (
     RunFolder,
@@ -20,7 +21,6 @@ from research.runs.folder import (
     replacing,
     write_json,
 )
-from research.schema import UserError
 from research.training.evaluation import Episode, Evaluation
 
 

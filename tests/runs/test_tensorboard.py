@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from research.errors import UserError
 from research.runs.folder import RunFolder
 from research.runs.tracking import Tracker
-from research.schema import UserError
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import torch
 from wandb_worlds import FLAT, NESTED, inspect, start_tracker
 from worlds import ROOT
 
+from research.errors import UserError
 from research.runs import tracking
 from research.runs.folder import RunFolder, append_rows
 from research.runs.tracking import Tracker, read_metrics
 from research.runs.video import write_video
-from research.schema import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_wandb_account")]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from research.errors import UserError
 from research.runs.video import (
     FAILURE_COLOR,
     SUCCESS_COLOR,
@@ -16,7 +17,6 @@ from research.runs.video import (
     write_video,
     written,
 )
-from research.schema import UserError
 
 
 def _gradient(length, height, width):

@@ -5,10 +5,10 @@ import wandb
 from standin_wandb_server import ENTITY
 from wandb_worlds import start_tracker
 
+from research.errors import UserError
 from research.runs import wandb_models
 from research.runs.folder import RunFolder
 from research.runs.wandb_models import fetch
-from research.schema import UserError
 
 pytestmark = pytest.mark.slow
 

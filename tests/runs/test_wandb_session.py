@@ -11,10 +11,10 @@ import wandb
 from wandb_worlds import inspect, start_tracker
 from worlds import ROOT
 
+from research.errors import UserError
 from research.runs import wandb_session
 from research.runs.folder import RunFolder
 from research.runs.wandb_session import resolve_wandb_mode, set_up_wandb
-from research.schema import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_wandb_account")]
 

@@ -21,7 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from study_worlds import config_of, make_run
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.comparison import compare
 from research.study.report import markdown_table
 from research.study.run_sources import read_folders

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from study_worlds import STATES, make_run
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.arms import arm_of
 from research.study.comparison import compare
 from research.study.run_sources import read_folders

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from study_worlds import STATES, make_run, write_return_study
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.comparison import compare
 from research.study.run_sources import read_folders
 from research.study.sample_size import seeds_needed, states_needed

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from study_worlds import STATES, make_run, write_return_study
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.comparison import compare
 from research.study.equal_budgets import curve
 from research.study.run_sources import read_folders

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from study_worlds import STATES, make_run, write_choosing
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.comparison import compare
 from research.study.rate_choice import choose_rate
 from research.study.run_sources import read_folders

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from study_worlds import make_run, write_study
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study import report as report_module
 from research.study.comparison import compare
 from research.study.report import code, escaped, in_markdown, markdown_table, videos, write_report

@@ -9,8 +9,8 @@ import wandb
 from standin_wandb_server import ENTITY
 from study_worlds import STATES, config_of, make_run, put_on_wandb, write_choosing, write_return_study, write_study
 
+from research.errors import UserError
 from research.options import flatten_dict
-from research.schema import UserError
 from research.study.comparison import compare
 from research.study.run_sources import read_folders, read_wandb
 from research.study.run_table import read_table, write_table

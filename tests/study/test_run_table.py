@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from study_worlds import STATES, make_run, write_choosing, write_splits
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.run_sources import read_folders
 from research.study.run_table import as_ranges, number_of_states, read_table, spans_of, write_table
 

@@ -6,7 +6,7 @@ from scipy import stats
 from scipy.special import expit
 from study_worlds import simulate
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study import statistics
 from research.study.sample_size import seeds_needed, states_needed
 from research.study.statistics import (

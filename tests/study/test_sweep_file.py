@@ -11,7 +11,7 @@ from study_worlds import write_sweep
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from worlds import ROOT
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.sweep_file import FORMS, arguments, check_options, load_sweep
 
 RATE = "algorithm.cfg.learning_rate"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.sweep_parameters import Parameter, read_parameter
 
 QUANTILES = (0.1, 0.25, 0.75, 0.9)

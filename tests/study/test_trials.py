@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 from study_worlds import write_sweep
 
-from research.schema import UserError
+from research.errors import UserError
 from research.study.sweep_file import load_sweep
 from research.study.trials import SweepTrials
 

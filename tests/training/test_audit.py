@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from research.config import LoRAConfig
-from research.schema import FrozenWeightsChanged, UserError
+from research.errors import FrozenWeightsChanged, UserError
 from research.training.audit import FreezeAudit, load_trained_state, tensors_by_name
 from research.training.freezing import freeze
 from research.training.lora import adapter_changes

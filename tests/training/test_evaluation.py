@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from envs.tabletop import TabletopEnv
-from research.schema import NonFiniteError
+from research.errors import NonFiniteError
 from research.training.evaluation import Episode, Evaluation, evaluate, wilson_interval
 
 MODALITIES = ["proprio", "language"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from agents.small_vla import SmallVLA
 from research.config import FREEZE_PRESETS, PolicyConfig, VLAConfig, split_switches
-from research.schema import UserError
+from research.errors import UserError
 from research.training.freezing import PRESETS, freeze, parameter_groups, part_names
 
 

@@ -10,7 +10,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 from worlds import reach_env, reach_policy
 
-from research.schema import NonFiniteError
+from research.errors import NonFiniteError
 from research.training.episodes import EpisodeStatistics
 from research.training.group_episodes import EPISODE, RETURN, GroupEpisodes, by_group
 

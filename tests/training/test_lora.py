@@ -17,7 +17,7 @@ from agents.reuse import split_constant
 from agents.small_vla import SmallVLA
 from agents.stages import stage_name
 from research.config import LoRAConfig
-from research.schema import UserError
+from research.errors import UserError
 from research.training.freezing import freeze, parameter_groups, part_names
 from research.training.lora import adaptable_layers, adapter_changes, add_adapters, is_adapter, merge_lora
 

@@ -19,7 +19,7 @@ from agents.critic import detach_value_head, find_value_head, scores
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
 from research.config import LoRAConfig, PPOConfig
-from research.schema import UserError
+from research.errors import UserError
 from research.training.algorithm import Progress
 from research.training.audit import FreezeAudit
 from research.training.episodes import EpisodeStatistics

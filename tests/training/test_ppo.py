@@ -12,7 +12,7 @@ from worlds import gae, value_head
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
 from research.config import PPOConfig
-from research.schema import NonFiniteError
+from research.errors import NonFiniteError
 from research.training.algorithm import Progress
 from research.training.freezing import parameter_groups
 from research.training.loss import make_loss

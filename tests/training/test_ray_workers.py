@@ -10,7 +10,7 @@ import pytest
 from collecting_worlds import absent_env, breaking_env, hanging_env, prove_versions
 from worlds import reach_env, reach_policy
 
-from research.schema import SimulatorFailed, UserError
+from research.errors import SimulatorFailed, UserError
 from research.training.asynchronous import AsynchronousRollouts
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'vla-rl[ray]'")

@@ -10,7 +10,7 @@ from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from envs.tabletop import TabletopEnv
-from research.schema import NonFiniteError
+from research.errors import NonFiniteError
 from research.training.advantages import GAEAdvantages
 from research.training.algorithm import env_steps_in
 from research.training.collecting_policy import CollectingPolicy

@@ -19,8 +19,8 @@ from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
 from agents.state_mlp import StateMLP
 from research.config import ExperimentConfig, PPOConfig, TrainerConfig
+from research.errors import UserError
 from research.runs.folder import RunFolder
-from research.schema import UserError
 from research.training.algorithm import Progress
 from research.training.audit import FreezeAudit
 from research.training.collecting_policy import CollectingPolicy

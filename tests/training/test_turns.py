@@ -10,7 +10,7 @@ from envs_worlds import Drifter
 from tensordict import TensorDict
 
 from envs.vector import VectorEnv
-from research.schema import SimulatorFailed
+from research.errors import SimulatorFailed
 from research.training.rollout import Rollouts
 from research.training.turns import Turns
 

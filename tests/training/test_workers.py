@@ -14,9 +14,9 @@ import pytest
 from collecting_worlds import absent_env, breaking_env, hanging_env
 from worlds import ROOT, reach_policy, run_folder, write_config
 
+from research.errors import NonFiniteError, SimulatorFailed, UserError
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import read_json
-from research.schema import NonFiniteError, SimulatorFailed, UserError
 from research.training.asynchronous import AsynchronousRollouts
 from research.training.collecting_policy import CollectingPolicy
 from research.training.workers import WeightMailbox, WorkerWatch
