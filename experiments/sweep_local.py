@@ -28,12 +28,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import packages  # noqa: F401
 
 import optuna
-from configuration import with_default_config
+from configuration import DEFAULT_CONFIG, GRPO_CONFIG, with_default_config
 from optuna.trial import TrialState
 
 from research.config import ExperimentConfig
@@ -78,10 +79,11 @@ class LocalSweep:
         self.workers = workers
         if not Path(sweep.program).is_file():
             raise UserError(f"{sweep.path}: program: {sweep.program} does not exist (current directory: {Path.cwd()})")
-        check_options(sweep, config_of)
-        self.folder = Path(config_of(sweep.flags(sweep.corners()[0])).trainer.run_dir) / sweep.name
+        read = partial(config_of, program=sweep.program)
+        check_options(sweep, read)
+        self.folder = Path(read(sweep.flags(sweep.corners()[0])).trainer.run_dir) / sweep.name
         self.trials = SweepTrials(sweep, self.folder, most, storage, begin)
-        self.progress = SweepProgress(self.trials, lambda p: config_of(sweep.flags(p)).trainer.env_steps_planned)
+        self.progress = SweepProgress(self.trials, lambda p: read(sweep.flags(p)).trainer.env_steps_planned)
         self.runs: list[Run] = []
         self.failures, self.problem, self.exhausted = 0, "", False
 
@@ -248,8 +250,10 @@ def found(program: str) -> str:
     return str(own) if named_so and own.is_file() and not Path(program).is_file() else program
 
 
-def config_of(flags: list[str]) -> ExperimentConfig:
-    return parse_config(ExperimentConfig, with_default_config(flags))
+def config_of(flags: list[str], program: str = "ppo_vla.py") -> ExperimentConfig:
+    """The configuration of a run, as its script reads it."""
+    default = GRPO_CONFIG if Path(program).name == "grpo_vla.py" else DEFAULT_CONFIG
+    return parse_config(ExperimentConfig, with_default_config(flags, default))
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,21 @@ def _in_a_folder_with_a_script(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
     sweep = load_sweep(path)
-    check_options(sweep, sweep_local.config_of)
+    check_options(sweep, partial(sweep_local.config_of, program=sweep.program))
     assert (ROOT / sweep.program).is_file() and sweep.metric == "eval/success_rate" and sweep.maximize
     runs = {"freeze": 15, "learning_rate": 15, "bayes": 40}
     runs |= {"freeze_learning_rate": 50, "freeze_learning_rate_confirm": 25, "language_rate": 5}
+    runs |= {"algorithms_ppo_rates": 9, "algorithms_group_rates": 18}
     assert (sweep.run_cap or len(sweep.grid())) == runs[path.stem]
     assert sweep.name == path.stem and sweep.project == "vla-rl"
+
+
+def test_options_are_those_of_the_sweeps_own_script():
+    sweep = load_sweep(ROOT / "sweeps" / "algorithms_group_rates.yaml")
+    config = sweep_local.config_of(sweep.flags(sweep.grid()[0]), sweep.program)
+    assert config.algorithm.name == "grpo" and config.algorithm.cfg.groups == 64
+    with pytest.raises(UserError, match="algorithm.cfg"):
+        check_options(sweep, sweep_local.config_of)
 
 
 def test_each_scope_has_its_own_range_and_the_ranges_share_their_rates():
