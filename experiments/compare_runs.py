@@ -19,6 +19,12 @@ A learning rate is best chosen by deterministic success on states that are not r
     python experiments/evaluate_vla.py --checkpoint=runs/<run> --first_state=256 --output=runs/<run>/choosing
     python experiments/compare_runs.py runs --choosing_seeds 1 2 3
 
+Instead of by their own last evaluation, runs are compared by another one of what they came to: more states, sampled
+actions, or tasks that they did not train, which shows what was forgotten:
+    python experiments/evaluate_vla.py --checkpoint=runs/<run> --trainer.env_config.task=drawer-close-v3 \\
+        --output=runs/<run>/other_task
+    python experiments/compare_runs.py runs --evaluation=other_task
+
 Scores are success, or return where the environment has no success. Writes into --output: report.md, report.html (one
 file: figures, sortable tables, videos), curves.png, success.png or return.png, heatmap.png, and runs.csv, from which
 --table recomputes every number. Runs of different environments, or evaluated from different initial states, are
@@ -47,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", help="run folders, folders that hold some, globs")
     parser.add_argument("--wandb", metavar="PATH", help="entity/project/sweep_id or entity/project, instead of folders")
     parser.add_argument("--table", metavar="CSV", help="a runs.csv that this script wrote, instead of folders")
+    parser.add_argument(
+        "--evaluation", metavar="NAME", help="compare by what evaluate_vla.py wrote to <run>/NAME, see above"
+    )
     parser.add_argument("--output", default="comparison", help="folder to write, default comparison")
     parser.add_argument(
         "--by", nargs="+", default=[], metavar="OPTION", help="dotted options that are compared, default policy.freeze"
@@ -69,10 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if sum(map(bool, (options.runs, options.wandb, options.table))) != 1:
             raise UserError("name run folders, or --wandb, or --table: exactly one of the three")
+        if options.evaluation is not None and not options.runs:
+            raise UserError("--evaluation is read from run folders: name them")
         if options.wandb:
             runs = read_wandb(options.wandb)
         else:
-            runs = read_table(options.table) if options.table else read_folders(options.runs)
+            runs = read_table(options.table) if options.table else read_folders(options.runs, options.evaluation)
         comparison = compare(runs, options.choose_on, options.choosing_seeds, options.by, options.equal)
         command = f"python experiments/compare_runs.py {shlex.join(argv)}"
         write_report(comparison, Path(options.output), command)

@@ -30,9 +30,13 @@ from research.study.run_table import MEASURES, Run, as_ranges, as_text, check, i
 _WHOLE, _TEXT = "a whole number", "text"
 
 
-def read_folders(paths: Sequence[str]) -> list[Run]:
+def read_folders(paths: Sequence[str], evaluation: str | None = None) -> list[Run]:
     """Read run folders, and those anywhere below the folders given; `paths` may hold globs.
 
+    Args:
+        paths: of folders.
+        evaluation: a folder in each run's, which `evaluate_vla.py` was given as `--output`: what it found takes the
+            place of the run's own evaluations.
     Raises:
         UserError: a path that does not exist, or no runs at all.
     """
@@ -45,16 +49,18 @@ def read_folders(paths: Sequence[str]) -> list[Run]:
             folders.update(RunFolder.all_below(path))
     if not folders:
         raise UserError(f"no runs found in {' '.join(paths)}: a run folder holds config.json and metrics.jsonl")
-    return keep_what_tells([_read_folder(folder) for folder in sorted(folders)])
+    return keep_what_tells([_read_folder(folder, evaluation) for folder in sorted(folders)])
 
 
-def _read_folder(folder: RunFolder) -> Run:
+def _read_folder(folder: RunFolder, evaluation: str | None) -> Run:
     name = folder.path.name.encode("utf-8", "replace").decode()  # a file system allows names that no text file does
     try:
         run = _make_run(name, _status(folder), _read_object(folder.config), _read_rows(folder.metrics))
         _add_origin(run, folder)
         if run.complete and run.eval_steps and folder.episodes.is_file():
             _add_episodes(run, folder)
+        if run.complete and evaluation is not None:
+            _take_evaluation(run, folder.path / evaluation, evaluation)
     except UserError as error:
         run = _unreadable(name, error)
     run.folder = folder
@@ -145,6 +151,27 @@ def _add_episodes(run: Run, folder: RunFolder) -> None:
     ]
     run.splits = _read_splits(folder.splits, states, run.measure)
     run.choosing_states, run.choosing_episodes = _read_choosing(folder.choosing, run)
+
+
+def _take_evaluation(run: Run, path: Path, name: str) -> None:
+    """Let an evaluation of its last checkpoint, on other states or tasks, stand for a run's own."""
+    scores: dict[int, float | None] = {}
+    tasks: dict[int, str] = {}
+    rows = _read_rows(path / "episodes.jsonl") if (path / "episodes.jsonl").is_file() else []
+    for row in rows:
+        state = _state_of(row, path / "episodes.jsonl")
+        if state in scores:
+            raise UserError(f"{name}/episodes.jsonl: initial state {state} twice; compare splits from <run>/splits")
+        scores[state] = _score_of(row, run.measure, path / "episodes.jsonl")
+        if isinstance(task := row.get("task"), str):
+            tasks[state] = task
+    if not scores or not _known(scores):
+        raise UserError(f"{name}/episodes.jsonl: {'a score is missing' if scores else 'not there'}")
+    run.states, run.tasks = as_ranges(sorted(scores)), _tasks(tasks)
+    run.eval_steps, run.eval_seconds = run.eval_steps[-1:], run.eval_seconds[-1:]
+    run.eval_scores, run.episodes = [sum(scores.values()) / len(scores)], [as_text(scores, run.measure)]
+    run.splits, run.choosing_states, run.choosing_episodes = {}, "", ""
+    run.environment = f"{run.environment}, as evaluated in {name}/"
 
 
 def _tasks(of_state: Mapping[int, str]) -> str:

@@ -9,7 +9,7 @@ import compare_runs
 import numpy as np
 import pytest
 from scipy import stats
-from study_worlds import EASY, make_run, write_return_study, write_study
+from study_worlds import EASY, make_run, write_choosing, write_return_study, write_study
 
 from research.study.run_sources import read_folders
 from research.study.statistics import iqm_interval, mean_interval
@@ -64,6 +64,21 @@ def test_the_table_alone_recomputes_every_number(report, tmp_path):
     assert (tmp_path / "runs.csv").read_bytes() == (report / "runs.csv").read_bytes()
     again, first = ((folder / "report.md").read_text().split("Made by")[0] for folder in (tmp_path, report))
     assert again == first
+
+
+def test_runs_are_compared_by_another_evaluation_and_again_from_the_table(study, tmp_path, capsys):
+    for run in read_folders([str(study)]):
+        if run.complete and run.learning_rate == {"vision": 3e-4, "none": 1e-4}[run.scope]:  # none is better here
+            write_choosing(run.folder.path, np.arange(40) < (8 if run.scope == "vision" else 30) + run.seed)
+    runs = [f"{study}/vision-0.0003-*", f"{study}/none-0.0001-*"]
+    assert compare_runs.main([*runs, "--evaluation=choosing", f"--output={tmp_path}"]) == 0
+    assert re.match(r"none: 0\.80\d .* rank 1 of 2\nvision: 0\.25\d .* rank 2 of 2\n", capsys.readouterr().out)
+    assert "tabletop, as evaluated in choosing/ " in (tmp_path / "report.md").read_text()
+    assert compare_runs.main([f"--table={tmp_path}/runs.csv", f"--output={tmp_path}/again"]) == 0
+    again, first = ((folder / "report.md").read_text().split("Made by")[0] for folder in (tmp_path / "again", tmp_path))
+    assert again == first
+    assert compare_runs.main([f"--table={tmp_path}/runs.csv", "--evaluation=choosing"]) == 2
+    assert "error: --evaluation is read from run folders: name them" in capsys.readouterr().err
 
 
 def test_runs_are_compared_by_the_options_that_are_asked_for_and_again_from_the_table(study, tmp_path, capsys):

@@ -105,6 +105,22 @@ def test_the_evaluation_on_other_states_is_read_in_the_split_of_the_run(tmp_path
     assert (run.choosing_states, run.choosing_episodes) == ("200-209", "1111000000")
 
 
+def test_another_evaluation_stands_for_the_runs_own(tmp_path):
+    folders = [make_run(tmp_path / name) for name in "abc"]
+    write_choosing(folders[0], np.arange(10) < 4, first=200)
+    write_choosing(folders[1], np.arange(10) < 4, first=200)
+    with (folders[1] / "choosing" / "episodes.jsonl").open("a") as file:
+        file.write(json.dumps({"split": "vision", "initial_state": 203, "success": True}) + "\n")
+    own, (first, twice, without) = read_folders([str(folders[0])])[0], read_folders([str(tmp_path)], "choosing")
+    assert (first.states, first.episodes, first.eval_scores) == ("200-209", ["1111000000"], [0.4])
+    assert (first.eval_steps, first.eval_seconds) == (own.eval_steps[-1:], own.eval_seconds[-1:])
+    assert first.environment != own.environment  # the two are not to be compared
+    assert twice.status == (
+        "cannot be read: choosing/episodes.jsonl: initial state 203 twice; compare splits from <run>/splits"
+    )
+    assert without.status == "cannot be read: choosing/episodes.jsonl: not there"
+
+
 def test_origin_is_what_folder_summary_and_newest_checkpoint_say_of_it(tmp_path):
     folder = make_run(tmp_path / "ppo-20261128_163401_joki")
     summary = {"exit_code": 0, "machine": "x86_64,\nAVX2", "wandb_url": "https://wandb.ai/me/p/runs/1"}
