@@ -61,8 +61,9 @@ def freeze(
     Args:
         model: the model.
         scope: a preset ("none", "vision", "language", "backbone", "lora", "residual"), or a list of presets, part
-            names, dotted paths and globs. In a list with "lora", what the other entries name is frozen without
-            adapters. "residual" comes after the model was given that part (`agents.residual.add_residual`).
+            names, dotted paths and globs; what they name is frozen with all that lies in it. In a list with "lora",
+            what the other entries name is frozen without adapters. "residual" comes after the model was given that
+            part (`agents.residual.add_residual`).
         heads: parts that "backbone" and "lora" leave as they are, and "residual" besides what was added.
         lora: rank, scale and targets of the adapters.
     Returns:
@@ -144,7 +145,13 @@ def _adapted_layers(model: nn.Module, lora: LoRAConfig, backbone: set[nn.Paramet
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
+    """Whether a dotted path or glob means a parameter, or a module that it lies in."""
+    return (
+        name == pattern
+        or name.startswith(f"{pattern}.")
+        or fnmatchcase(name, pattern)
+        or fnmatchcase(name, f"{pattern}.*")
+    )
 
 
 def within(name: str, modules: Sequence[str]) -> bool:

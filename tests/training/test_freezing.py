@@ -25,6 +25,7 @@ def frozen_parts(model: nn.Module) -> set[str]:
         ("backbone", {"vision_encoder", "language_encoder", "fusion"}),
         (["vision", "fusion"], {"vision_encoder", "fusion"}),
         (["*_encoder*"], {"vision_encoder", "language_encoder"}),
+        (["*_encoder", "fus?on"], {"vision_encoder", "language_encoder", "fusion"}),
         (["none"], set()),
     ],
 )
@@ -53,6 +54,10 @@ def test_dotted_paths_freeze_below_a_part():
     model = SmallVLA(3)
     assert freeze(model, ["vision_encoder.patches"]) == ["vision_encoder.patches.bias", "vision_encoder.patches.weight"]
     assert not model.vision_encoder.patches.training and model.vision_encoder.cells.training
+    model = SmallVLA(3)
+    assert freeze(model, ["*_encoder.[pc]*s"]) == [
+        f"vision_encoder.{layer}.{kind}" for layer in ("cells", "patches") for kind in ("bias", "weight")
+    ]
 
 
 @pytest.mark.parametrize(
