@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # next line of the recipe takes what pip's own index has.
 CPU_TORCH = --no-deps --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements.txt)
 
-.PHONY: train train-metaworld test test-fast test-faults test-cluster lint pretrain evaluate clean
+.PHONY: train train-metaworld test test-fast test-faults test-cluster test-oldest lint pretrain evaluate clean
 
 train: $(READY)  ## fine-tune the shipped checkpoint with PPO: the main job
 	$(VENV)/bin/python experiments/ppo_vla.py $(ARGS)
@@ -35,6 +35,9 @@ test-cluster: $(READY)  ## workers on a Ray cluster of two nodes, one of which i
 	$(PIP) -e .[ray]
 	$(VENV)/bin/python -m pytest -m cluster -s $(ARGS)
 
+test-oldest:  ## the fast tests with the oldest versions that pyproject.toml allows
+	PYTHON=$(PYTHON) .ci/oldest $(ARGS)
+
 lint: $(READY)  ## what CI checks besides the tests
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -47,4 +50,4 @@ $(READY): requirements.txt pyproject.toml
 	@touch $(READY)
 
 clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build *.egg-info .pytest_cache .ruff_cache
