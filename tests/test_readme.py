@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 from worlds import ROOT
@@ -46,3 +47,11 @@ def test_the_row_of_speed():
     nothing = f"{rate('ours/none/fp32/standard')} against {rate('sb3/none/fp32/standard')}"
     assert f"With nothing frozen it is {nothing}" in TEXT
     assert round(float(rate(ours)) / float(rate(theirs))) == 6 and "six times as fast" in TEXT
+
+
+def test_the_clones_that_ship_learn_what_the_readme_says():
+    for name in ("openvla_reach", "openvla_oft_reach", "pi0_reach"):
+        runs = read_table(RESULTS / name / "runs.csv")
+        gained = f"{runs[0].eval_scores[0]:.3f} to {compare(runs).arms[0].mean.value:.3f}"
+        assert re.search(rf"`{name}\.json` \([^)]*{re.escape(gained)}\)", TEXT), name
+        assert len(runs) == 5 and "five seeds each" in TEXT

@@ -133,13 +133,17 @@ def test_results_say_what_the_report_says(comparison):
     assert [line in results for line in pairs if "language" in line] == [True] * 4
 
 
+def shown(solved: int, states: int) -> str:
+    low, high = wilson_interval(solved, states)
+    return f"{solved / states:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def test_the_table_of_grpo_is_that_of_the_committed_runs():
     """Seed, before, at 0.2, 0.4, 0.6, 0.8 million env steps, at the end, seconds, and at the end by samples."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## The main job by GRPO")[1].split("\n## ")[0]
     grpo = {run.seed: run for run in read_table(STUDY.parent / "grpo" / "runs.csv")}
     with (STUDY.parent / "grpo" / "sampled.csv").open(newline="") as file:
         sampled = {row["seed"]: (int(row["successes"]), int(row["episodes"])) for row in csv.DictReader(file)}
-    shown = lambda k, n: f"{k / n:.3f} [{wilson_interval(k, n)[0]:.3f}, {wilson_interval(k, n)[1]:.3f}]"  # noqa: E731
     for seed, run in grpo.items():
         scores = [f"{score:.3f}" for score in run.eval_scores[:-1]]
         end = shown(int(sum(run.episodes_at("steps", run.eval_steps[-1]))), 256).replace(" ", "** ", 1)
@@ -157,20 +161,23 @@ def test_the_table_of_grpo_is_that_of_the_committed_runs():
     assert f"{less.value:.3f} [{less.low:.3f},\n{less.high:.3f}] better" in text
 
 
-def test_the_table_of_the_token_policy_is_that_of_the_committed_runs():
-    """Seed, before, at 0.2, 0.4 and 0.6 million env steps, at the end, seconds."""
-    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## A token policy of a known family")[1]
-    text, runs = text.split("\n## ")[0], read_table(STUDY.parent / "openvla_reach" / "runs.csv")
+@pytest.mark.parametrize("name", ["openvla_reach", "openvla_oft_reach", "pi0_reach"])
+def test_the_table_of_the_families_is_that_of_the_committed_runs(name):
+    """Seed, before, at 0.2, 0.4 and 0.6 million env steps, at the end, env steps, seconds; and the mean."""
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## Policies of known families")[1]
+    text, runs = text.split("\n## ")[0], read_table(STUDY.parent / name / "runs.csv")
+    label = {"openvla_reach": "OpenVLA", "openvla_oft_reach": "OFT", "pi0_reach": "pi0"}[name]
+    (before,) = {round(run.eval_scores[0] * 256) for run in runs}
     for run in runs:
         scores = [f"{run.eval_scores[i]:.3f}" for i in (0, 2, 4, 6)]
         assert [round(run.eval_steps[i], -5) for i in (0, 2, 4, 6)] == [0, 200_000, 400_000, 600_000]
-        solved = int(sum(run.episodes_at("steps", run.eval_steps[-1])))
-        low, high = wilson_interval(solved, 256)
-        end = f"**{solved / 256:.3f}** [{low:.3f}, {high:.3f}]"
-        assert f"| {' | '.join([str(run.seed), *scores, end, f'{run.eval_seconds[-1]:.0f}'])} |" in text
+        end = shown(int(sum(run.episodes_at("steps", run.eval_steps[-1]))), 256).replace(" [", "** [")
+        cells = [str(run.seed), *scores, f"**{end}", f"{run.eval_steps[-1]:,.0f}", f"{run.eval_seconds[-1]:.0f}"]
+        (line,) = (line for line in text.splitlines() if line.endswith(f" | {' | '.join(cells)} |"))
+        assert line.startswith(f"| {label}, ")
     mean = compare(runs).arms[0].mean
-    assert f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}] for a\nnew seed and new states" in text
-    assert len(runs) == 5 and mean.low >= 0.9
+    assert f"- {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}] for {label} from {shown(before, 256)}" in text
+    assert len(runs) == 5 and mean.value >= 0.9 and before / 256 <= 0.6
 
 
 def test_the_main_jobs_table_is_that_of_the_committed_runs():
