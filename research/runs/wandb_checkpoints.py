@@ -39,7 +39,7 @@ class CheckpointUploads:
         self.run, self._every_s = run, every_s
         self._waiting: dict[str, Path] = {}  # alias -> checkpoint
         self._changed = threading.Condition()
-        self._closing = self._failed = False
+        self._closing = self._given_up = self._failed = False
         # A daemon: an upload that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, args=(start,), name="checkpoint uploads", daemon=True)
         self._thread.start()
@@ -51,12 +51,17 @@ class CheckpointUploads:
             self._changed.notify()
 
     def finish(self, seconds: float) -> bool:
-        """Send what waits, for so long at most; returns whether everything was sent."""
+        """Send what waits, for so long at most; returns whether everything was sent.
+
+        What is still being prepared then is dropped: a client that is told of a file after its run has ended may never
+        come back, and the process with it.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(seconds)
-        return not self._thread.is_alive() and not self._failed
+        self._given_up = self._thread.is_alive()
+        return not self._given_up and not self._failed
 
     def _work(self, start: str | None) -> None:
         if start:
@@ -67,7 +72,7 @@ class CheckpointUploads:
                 while not self._closing and (not self._waiting or time.monotonic() < due):
                     self._changed.wait(max(0.0, due - time.monotonic()) if self._waiting else None)
                 waiting, self._waiting = self._waiting, {}
-            if not waiting:
+            if not waiting or self._given_up:
                 return
             # W&B moves `latest` to whatever came last, so the best goes before a newest that is as old or older.
             for alias, path in sorted(waiting.items(), key=lambda entry: (_step(entry[1]), entry[0])):
@@ -102,6 +107,8 @@ class CheckpointUploads:
         for part in (path, folder.checkpoints / FROZEN):
             if part.is_dir():
                 artifact.add_dir(str(part), f"{folder.checkpoints.name}/{part.name}", skip_cache=True)
+        if self._given_up:
+            return
         self.run.log_artifact(artifact, aliases=[alias]).wait()
         for version in wandb.Api().artifacts("model", artifact.qualified_name.partition(":")[0]):
             if not version.aliases:

@@ -96,7 +96,7 @@ def test_a_checkpoint_that_cannot_be_sent_is_named_once_and_the_run_goes_on(wand
     assert line.startswith(f"W&B: {folder.checkpoint(1)} is not there: ") and line.endswith("; the run goes on")
 
 
-def test_an_upload_that_hangs_holds_nobody_up(run, folder, monkeypatch):
+def test_an_upload_that_hangs_holds_nobody_up_and_is_dropped(wandb_server, run, folder, monkeypatch):
     hanging = threading.Event()
     monkeypatch.setattr(wandb.Artifact, "add_dir", lambda *arguments, **options: hanging.wait(100))
     uploads = CheckpointUploads(run, every_s=0)
@@ -106,3 +106,5 @@ def test_an_upload_that_hangs_holds_nobody_up(run, folder, monkeypatch):
     assert not uploads.finish(0.2)
     assert time.monotonic() - start < 20
     hanging.set()
+    uploads._thread.join(20)
+    assert not uploads._thread.is_alive() and wandb_server.versions == []
