@@ -40,7 +40,7 @@ def test_a_worker_that_cannot_start_is_one_line(make_env, why):
 def collect(make_env, timeout: float = 60.0) -> None:
     rollouts = AsynchronousRollouts(make_env, 8, reach_policy(), 2, 8 * 6, max_staleness=100, seed=0, timeout=timeout)
     try:
-        for _ in range(200):
+        for _ in range(10_000):  # until what is wrong comes out
             rollouts.next()
     finally:
         rollouts.shutdown()
@@ -56,8 +56,8 @@ def test_what_an_environment_raises_in_a_worker_is_said_here():
 def test_a_worker_that_hangs_is_named_and_ended_in_time():
     """The other one goes on, and would fill rollouts alone for ever."""
     start = time.monotonic()
-    with pytest.raises(SimulatorFailed, match=r"worker 1 \(process \d+\) took no step for 2 s and was ended"):
-        collect(hanging_env, timeout=2.0)
+    with pytest.raises(SimulatorFailed, match=r"worker 1 \(process \d+\) took no step for 10 s and was ended"):
+        collect(hanging_env, timeout=10.0)  # a busy machine lets a healthy one wait for 2
     assert time.monotonic() - start < 60
 
 
