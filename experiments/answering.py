@@ -7,14 +7,7 @@ from pathlib import Path
 
 import packages  # noqa: F401
 
-from configuration import (
-    DEFAULT_CONFIG,
-    GRPO_CONFIG,
-    EvaluationConfig,
-    argv_value,
-    asks,
-    read_experiment,
-)
+from configuration import EvaluationConfig, argv_value, asks, default_of, read_experiment
 
 from research.config import ExperimentConfig
 from research.errors import UserError
@@ -23,10 +16,10 @@ from research.options import parse_config
 
 HERE = Path(__file__).resolve().parent
 ANSWERED = {
-    HERE / "ppo_vla.py": lambda words, about: read_experiment(ExperimentConfig, words, about, DEFAULT_CONFIG),
-    HERE / "grpo_vla.py": lambda words, about: read_experiment(ExperimentConfig, words, about, GRPO_CONFIG),
-    HERE / "evaluate_vla.py": lambda words, about: read_experiment(EvaluationConfig, words, about),
-    HERE / "bc_vla.py": lambda words, about: parse_config(BCConfig, words, about),
+    HERE / "ppo_vla.py": ExperimentConfig,
+    HERE / "grpo_vla.py": ExperimentConfig,
+    HERE / "evaluate_vla.py": EvaluationConfig,
+    HERE / "bc_vla.py": BCConfig,
 }
 
 main = sys.modules["__main__"]
@@ -35,7 +28,10 @@ script = Path(getattr(main, "__file__", None) or ".").resolve()
 if script in ANSWERED and asks(sys.argv[1:]) and argv_value(sys.argv[1:], "checkpoint") is None:
     words = [word for word in sys.argv[1:] if word not in ("--dry_run", "--trust")]
     try:
-        ANSWERED[script](words, main.__doc__ or "")
+        if (kind := ANSWERED[script]) is BCConfig:
+            parse_config(kind, words, main.__doc__ or "")
+        else:
+            read_experiment(kind, words, main.__doc__ or "", default_of(script))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

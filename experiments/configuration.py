@@ -86,6 +86,11 @@ def with_default_config(argv: Sequence[str], default: Path = DEFAULT_CONFIG) -> 
     return [*argv] if names_config(argv) else [f"--config={default}", *argv]
 
 
+def default_of(script: str | Path) -> Path:
+    """The configuration that a training script starts from where none is named."""
+    return GRPO_CONFIG if Path(script).name == "grpo_vla.py" else DEFAULT_CONFIG
+
+
 def names_config(argv: Sequence[str]) -> bool:
     """Whether some arguments name a configuration file."""
     return any(word == "--config" or word.startswith("--config=") for word in argv)

@@ -9,8 +9,7 @@ PPO with its MlpPolicy. Alike are the network and its start, hyper-parameters, e
 [-1, 1], rescaled), bootstrapping at time limits, and the evaluation: deterministic, on the same initial states. Unlike
 there, gradients of value and policy are clipped apart here, and running statistics are taken in once per rollout.
 
-A row per run is added to --table as soon as it is there; what has its row is not run again. Seeds come one after the
-other, so that a study that is stopped early is a balanced one. Several of this script may share a table.
+A row per run is added to --table at once, and is not run again; several of this script may share a table. Seed by seed.
 """
 
 from __future__ import annotations
