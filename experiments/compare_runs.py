@@ -9,6 +9,7 @@ Runs are compared by freeze scope, each at its own best learning rate, or by oth
     python experiments/compare_runs.py runs --by=algorithm.name
     python experiments/compare_runs.py runs --by=policy.vla_config.model_path        # start checkpoints
     python experiments/compare_runs.py runs --by policy.vla_config.model_class policy.freeze
+    python experiments/compare_runs.py runs --by algorithm algorithm.cfg.advantage   # algorithms, recipes and all
 Runs that differ in anything else are refused. Where each was given the iterations that fit one time, schedule included:
     python experiments/compare_runs.py runs --equal=seconds
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from research.errors import UserError, did_you_mean
 from research.study.run_settings import (
+    ALGORITHM,
+    ALGORITHM_NAME,
     DEFAULTS,
     ENV_CONFIG,
     ENVIRONMENT,
@@ -31,9 +33,11 @@ MODEL_CLASS = "policy.vla_config.model_class"
 BUDGET = ("trainer.iterations", "trainer.max_env_steps")
 # An option below the first is part of what the second chooses.
 _PART_OF = (
-    ("policy.lora.", SCOPE), ("policy.residual.", SCOPE), ("algorithm.cfg.", "algorithm.name"),
+    ("policy.lora.", SCOPE), ("policy.residual.", SCOPE), ("algorithm.cfg.", ALGORITHM_NAME),
     ("policy.vla_config.", MODEL_CLASS),
 )  # fmt: skip
+# What makes an algorithm's recipe, all of which may differ where whole algorithms are compared.
+_RECIPE = ("algorithm.", "policy.learning_rates.", "trainer.buffer_size")
 
 
 def check_by(by: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
@@ -44,7 +48,7 @@ def check_by(by: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
     """
     for option in by:
         found = [value_of(run, option) for run in runs]
-        if not is_option(option) and not any(has for has, _ in found):
+        if option != ALGORITHM and not is_option(option) and not any(has for has, _ in found):
             known = sorted({key for defaults in DEFAULTS.values() for key in defaults})
             raise UserError(f"--by: there is no option {option!r}{did_you_mean(option, known)}")
         if option == SEED:
@@ -60,8 +64,14 @@ def check_by(by: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def arm_of(run: Run, by: Sequence[str]) -> str:
-    """The name of a run's arm: its values of the options, text as it is, and others behind the option's last word."""
-    return ", ".join(_shown(option, *value_of(run, option)) for option in by)
+    """The name of a run's arm: its values of the options, text as it is, and others behind the option's last word.
+
+    What an algorithm does not have is not in its name, where whole algorithms are compared.
+    """
+    values = [(option, *value_of(run, option)) for option in by]
+    if ALGORITHM in by:
+        values = [(option, has, value) for option, has, value in values if has or not option.startswith(_RECIPE)]
+    return ", ".join(_shown(*each) for each in values)
 
 
 def _shown(option: str, has: bool, value: Any) -> str:
@@ -128,9 +138,15 @@ def _values(runs: Sequence[Run], key: str) -> list[str]:
 
 
 def _is_part(key: str, by: Sequence[str], runs: Sequence[Run]) -> bool:
-    """Whether a setting goes with one that is compared: with the model's class, or where not all runs have it."""
-    owner = next((owner for prefix, owner in _PART_OF if key.startswith(prefix)), None)
-    if owner not in by or (owner != MODEL_CLASS and all(key in run.settings for run in runs)):
+    """Whether a setting goes with one that is compared: with a whole (the model's class, the algorithm), or alone there.
+
+    Alone: where not all runs have it. Runs that are alike in what owns it must agree in it.
+    """
+    if ALGORITHM in by and key.startswith(_RECIPE):
+        owner = ALGORITHM
+    else:
+        owner = next((owner for prefix, owner in _PART_OF if key.startswith(prefix)), None)
+    if owner not in by or (owner not in (MODEL_CLASS, ALGORITHM) and all(key in run.settings for run in runs)):
         return False
     together: dict[str, list[Run]] = defaultdict(list)
     for run in runs:

@@ -14,6 +14,8 @@ from research.study.run_table import Run
 
 SCOPE, RATE, SEED, ENVIRONMENT = "policy.freeze", "algorithm.cfg.learning_rate", "trainer.seed", "trainer.env"
 ENV_CONFIG = "trainer.env_config."
+# The first stands for the second with all that makes its recipe.
+ALGORITHM, ALGORITHM_NAME = "algorithm", "algorithm.name"
 # Each algorithm's name -> dotted option -> its default.
 DEFAULTS = {
     cfg.name: flatten(ExperimentConfig(algorithm=AlgorithmConfig(cfg.name, cfg())))
@@ -85,6 +87,7 @@ def keep_what_tells(runs: list[Run]) -> list[Run]:
 
 def value_of(run: Run, option: str) -> tuple[bool, Any]:
     """Whether a run has an option, and its value; of options that all runs share only `common` ones are known."""
+    option = ALGORITHM_NAME if option == ALGORITHM else option
     own = {SCOPE: run.scope, RATE: run.learning_rate, SEED: run.seed, ENVIRONMENT: run.environment}
     for values in (own, {f"{ENV_CONFIG}{key}": value for key, value in run.env_config.items()}, run.settings):
         if option in values:

@@ -96,6 +96,29 @@ def test_options_that_both_algorithms_have_must_agree(tmp_path):
     }  # fmt: skip
 
 
+def test_whole_algorithms_are_compared_recipes_and_all(tmp_path):
+    def grpo(advantage):
+        return {"name": "grpo", "cfg": GRPO | {"n_epochs": 8, "advantage": advantage}}
+
+    for seed in (1, 2):
+        make_run(tmp_path / f"ppo{seed}", seed=seed, policy__learning_rates={"value_head": 1e-3})
+        for advantage in ("grpo", "rloo"):
+            changes = {"algorithm": grpo(advantage), "trainer__buffer_size": 4096}
+            make_run(tmp_path / f"{advantage}{seed}", seed=seed, **changes)
+    names, comparison = arms_of(tmp_path, by := ["algorithm", "algorithm.cfg.advantage"])
+    assert set(names) == {"ppo", "grpo, grpo", "grpo, rloo"}
+    (note,) = (note for note in comparison.notes if note.startswith("Besides algorithm, algorithm.cfg.advantage"))
+    for option in ("algorithm.cfg.n_epochs", "policy.learning_rates.value_head", "trainer.buffer_size"):
+        assert f"`{option}`" in note
+    # Runs of one algorithm have one recipe, and whatever is no part of it is still no difference of algorithms.
+    with pytest.raises(UserError, match=r"are no repetitions: algorithm.cfg.advantage is 'grpo' and 'rloo'"):
+        compare(read_folders([f"{tmp_path}/ppo*", f"{tmp_path}/grpo1", f"{tmp_path}/rloo2"]), by=["algorithm"])
+    changes = {"policy__vla_config__model_path": "other.pt", "policy__learning_rates": {"value_head": 1e-3}}
+    make_run(tmp_path / "other", seed=3, **changes)
+    with pytest.raises(UserError, match=r"are no repetitions: policy.vla_config.model_path is"):
+        compare(read_folders([str(tmp_path)]), by=by)
+
+
 def test_a_model_class_brings_its_checkpoint_and_arguments_if_all_of_its_runs_have_the_same(tmp_path):
     def model(name, width):
         return {
