@@ -161,3 +161,8 @@ def put_on_wandb(server: StandInServer, study: Path, project: str, sweep: str | 
         )  # fmt: skip
         server.contents[f"/upload/id{place}/episodes.jsonl"] = (folder / "episodes.jsonl").read_bytes()
     return folders
+
+
+def written(*results) -> str:
+    """Runs, estimates, ... field by field and exactly, to compare where some fields are NaN (equal to nothing)."""
+    return "\n".join(map(repr, results))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from study_worlds import STATES, make_run, write_return_study
+from study_worlds import STATES, make_run, write_return_study, written
 
 from research.errors import UserError
 from research.study.comparison import compare
@@ -92,7 +92,7 @@ def test_an_earlier_evaluation_without_episodes_makes_bands_and_equal_time_of_th
         "Intervals at equal wall time, and the bands of curves, are for the states" in n for n in comparison.notes
     )
     expected = mean_interval([[run.mean_at("seconds", comparison.seconds)] for run in vision.runs])
-    assert vision.at_other_axis == expected
+    assert written(vision.at_other_axis) == written(expected)
     _, band = curve(vision.runs, "steps")
     assert band.high[-1] == mean_interval([[run.eval_scores[-1]] for run in vision.runs]).high
 

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import wandb
 from standin_wandb_server import ENTITY
-from study_worlds import STATES, config_of, make_run, put_on_wandb, write_choosing, write_return_study, write_study
+from study_worlds import (
+    STATES,
+    config_of,
+    make_run,
+    put_on_wandb,
+    write_choosing,
+    write_return_study,
+    write_study,
+    written,
+)
 
 from research.errors import UserError
 from research.options import flatten_dict
@@ -244,7 +253,7 @@ def test_wandb_gives_the_rows_of_the_run_folders(study, monkeypatch):
     local = read_folders([str(study)])
     for run in local:
         run.folder, run.episodes = None, [""] * len(run.eval_scores)
-    assert runs == local
+    assert written(*runs) == written(*local)
     comparison = compare(runs)
     assert any("single episodes are missing" in note for note in comparison.notes)
     assert {run.status for run in read_wandb("me/vla-rl")} == {"W&B state crashed"}
@@ -258,7 +267,7 @@ def test_wandb_gives_the_rows_of_runs_without_success(return_study, monkeypatch)
     local = read_folders([str(return_study)])
     for run in local:
         run.folder, run.episodes = None, [""] * len(run.eval_scores)
-    assert read_wandb("me/vla-rl") == local
+    assert written(*read_wandb("me/vla-rl")) == written(*local)
     assert compare(local).arms[0].mean.value == pytest.approx(987.6)
 
 
