@@ -135,8 +135,8 @@ class Block(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
-        y = self.project(F.relu6(self.depthwise(padded(y, *self.window)), inplace=True))
+        y = x if self.expand is None else relu6(self.expand(x))
+        y = self.project(relu6(self.depthwise(padded(y, *self.window))))
         return x + y if self.residual else y
 
 
@@ -177,7 +177,7 @@ class BlockRange(nn.Module):
         # One picture after the other in a row of the batch: their features lie side by side.
         x = pictures[0] if len(pictures) == 1 else torch.stack(pictures, 1).flatten(0, 1)
         x = ((x.float() - PIXEL_MEAN) / PIXEL_STD).contiguous(memory_format=torch.channels_last)
-        return F.relu6(self.stem(padded(x, STEM_KERNEL, STEM_STRIDE)), inplace=True), (len(pictures[0]), len(pictures))
+        return relu6(self.stem(padded(x, STEM_KERNEL, STEM_STRIDE))), (len(pictures[0]), len(pictures))
 
 
 def _plan(width: float, depth: float) -> Iterable[tuple[int, dict[str, int]]]:
@@ -211,6 +211,11 @@ def convolution(
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if activated else "linear")
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def relu6(x: Tensor) -> Tensor:
+    """In place, unless there is a backward pass: it needs what is overwritten, of which autograd would make a copy."""
+    return F.relu6(x, inplace=not x.requires_grad)
 
 
 def padded(x: Tensor, kernel: int, stride: int) -> Tensor:

@@ -30,6 +30,7 @@ from research.training.algorithm import Algorithm, Collection
 from research.training.asynchronous import AsynchronousRollouts, ProcessWorkers, Workers
 from research.training.audit import FreezeAudit
 from research.training.group_episodes import GroupEpisodes
+from research.training.host_memory import keep_freed_memory
 from research.training.parallel import ALONE, World
 from research.training.rollout import Rollouts
 from research.training.threads import choose_threads
@@ -71,6 +72,7 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     device = choose_device(world.device or trainer.device)
     trainer.threads, why = choose_threads(trainer.threads)  # recorded: a resumed run takes the same
     torch.set_num_threads(trainer.threads)
+    keep_freed_memory()
     print(f"threads: {trainer.threads} ({why})", flush=True)
     config = share_of(config, world)
     trainer, share = config.trainer, (world.rank, world.size)

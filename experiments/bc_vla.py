@@ -60,6 +60,7 @@ from research.runs.folder import replace_file, replace_rows, replacing
 from research.schema import OBSERVATION, Demonstration
 from research.training.evaluation import evaluate
 from research.training.freezing import freeze
+from research.training.host_memory import keep_freed_memory
 
 WATCHED_STATES = 5000  # and those after it
 
@@ -155,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     argv, dry = split_flag(sys.argv[1:] if argv is None else argv, "--dry_run")
     config = parse_config(BCConfig, argv, __doc__)
     start = time.monotonic()
+    keep_freed_memory()
     recorded, facts, env = [], {}, None
     if config.demonstrations:
         recorded, facts = read_dataset(Path(config.demonstrations), config.lerobot)

@@ -37,6 +37,7 @@ from research.config import ExperimentConfig
 from research.errors import UserError
 from research.schema import OBSERVATION
 from research.training.algorithm import Progress
+from research.training.host_memory import keep_freed_memory
 from research.training.rollout import Rollouts
 from research.training.threads import choose_threads
 from research.training.utilisation import matmul_flops_per_second, timed
@@ -78,6 +79,7 @@ class Comparison:
         self.config, trainer = config, config.trainer
         self.device = choose_device(trainer.device)
         torch.set_num_threads(choose_threads(trainer.threads)[0])
+        keep_freed_memory()  # as a run does
         seed_everything(trainer.seed)
         if fresh:
             arguments = config.policy.vla_config.model_config

@@ -34,6 +34,7 @@ from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION
 from research.training.evaluation import Evaluation, evaluate
+from research.training.host_memory import keep_freed_memory
 from research.training.threads import choose_threads
 
 
@@ -64,6 +65,7 @@ def run(argv: list[str]) -> int:
 
     device = choose_device(trainer.device)
     torch.set_num_threads(choose_threads(trainer.threads)[0])  # those of the run, where it is one: the same results
+    keep_freed_memory()
     num_envs = min(trainer.num_eval_envs, trainer.num_eval_episodes)
     envs = {
         split: make_env(trainer.env, num_envs, options, device, seed=trainer.seed)

@@ -32,6 +32,7 @@ from research.training.advantages import GAEAdvantages
 from research.training.algorithm import Progress
 from research.training.asynchronous import AsynchronousRollouts
 from research.training.freezing import HEADS, freeze, named_parameters_within, parameter_groups
+from research.training.host_memory import keep_freed_memory
 from research.training.loss import make_loss
 from research.training.ppo import PPO, PolicyUpdate
 from research.training.rollout import Rollouts
@@ -183,6 +184,7 @@ def build_loop(settings: Settings, cfg: PPOConfig) -> Loop:
 def measure(settings: Settings) -> list[dict]:
     """The row's columns, and behind them those of its floor, timed by turns with it: a machine's speed drifts."""
     torch.set_num_threads(settings.threads)
+    keep_freed_memory()  # as a run does; the other loops have it, too
     device = torch.device(settings.device)
     cfg = PPOConfig(n_epochs=settings.epochs, batch_size=settings.batch_size)
     peak = matmul_flops_per_second(torch.bfloat16 if settings.bf16 else torch.float32, device)

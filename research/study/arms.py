@@ -138,9 +138,9 @@ def _values(runs: Sequence[Run], key: str) -> list[str]:
 
 
 def _is_part(key: str, by: Sequence[str], runs: Sequence[Run]) -> bool:
-    """Whether a setting goes with one that is compared: with a whole (the model's class, the algorithm), or alone there.
+    """Whether a setting goes with one that is compared: with the model's class, the algorithm, or a part of either.
 
-    Alone: where not all runs have it. Runs that are alike in what owns it must agree in it.
+    Of a part, where not all runs have the setting. Runs that are alike in what it goes with must agree in it.
     """
     if ALGORITHM in by and key.startswith(_RECIPE):
         owner = ALGORITHM
