@@ -161,6 +161,26 @@ def test_the_table_of_grpo_is_that_of_the_committed_runs():
     assert f"{less.value:.3f} [{less.low:.3f},\n{less.high:.3f}] better" in text
 
 
+def test_the_rates_of_the_algorithms_are_those_of_the_committed_runs():
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## PPO, GRPO and RLOO")[1].split("\n## ")[0]
+    runs = [run for run in read_table(STUDY.parent / "algorithms" / "runs.csv") if run.seed in (1, 2, 3)]
+    comparison = compare(runs, by=["algorithm", "algorithm.cfg.advantage"])
+    names = {"ppo": "PPO", "grpo, grpo": "GRPO", "grpo, rloo": "RLOO"}
+    carried = {"ppo": {6e-4}, "grpo, grpo": {3e-4, 1.2e-3}, "grpo, rloo": {3e-4, 1.2e-3}}
+    for arm in comparison.arms:
+        rates = {rate: by for (name, rate), by in comparison.chosen_by.items() if name == arm.arm}
+        cells = [f"{rates[rate]:.3f}" if rate in rates else "" for rate in (1.5e-4, 3e-4, 6e-4, 1.2e-3)]
+        shown = [f"**{cell}**" if cell == f"{rates[arm.learning_rate]:.3f}" else cell for cell in cells]
+        assert f"| {names[arm.arm]} | {' | '.join(shown)} |" in text
+        assert {other.learning_rate for other in arm.runners_up} == carried[arm.arm]
+        assert all(len(runs) == 3 for (name, _), runs in comparison.cells.items() if name == arm.arm)
+    ends = [run.eval_scores[-1] for run in comparison.cells["ppo", 1.2e-3]]
+    assert sorted(end > 0 for end in ends) == [False, False, True]
+    assert [(pair.separable, f"{pair.difference.value:.2f}") for pair in comparison.pairs] == [
+        (True, "0.10"), (True, "0.10"), (False, "0.00"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["openvla_reach", "openvla_oft_reach", "pi0_reach"])
 def test_the_table_of_the_families_is_that_of_the_committed_runs(name):
     """Seed, before, at 0.2, 0.4 and 0.6 million env steps, at the end, env steps, seconds; and the mean."""
