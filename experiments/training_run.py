@@ -28,7 +28,7 @@ from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
 from research.training.parallel import PeerEnded
-from research.training.ratio import clamped_share, describe_clamping, describe_ratio, largest_log_ratio
+from research.training.ratio import clamped_share, describe_clamping, describe_jump, describe_ratio, largest_log_ratio
 from research.training.rollout import Rollouts
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class TrainingRun:
         self.folder, self.tracker, self.writer, self.world = folder, tracker, writer, parts.world
         self.progress, self.resumed = progress, resumed
         self.code, self.result, self.evaluated_at = 0, None, -1
-        self._ratio_is_known = False
+        self._ratio_is_known = self._jumped = False
         self._held: dict | None = None
         self._holding_s = self._held_at = self._iteration_s = 0.0
         self._at_exit = ExitStack()
@@ -174,6 +174,9 @@ class TrainingRun:
         if self.progress.iteration > self.config.algorithm.cfg.value_warmup_iterations:
             metrics["time/mfu"] = self._utilisation.of(decisions, metrics["train/epochs"], seconds)
         self.tracker.log(metrics, self.progress.env_steps)
+        if not self._jumped and (jump := describe_jump(metrics.get("train/approx_kl", 0.0), self.progress.env_steps)):
+            self._jumped = True
+            log.warning(jump)
         self._bar.set_postfix(postfix(metrics, self.result))
         self._bar.update(env_steps)
         self._bar.set_description_str("training")

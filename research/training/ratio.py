@@ -88,3 +88,20 @@ def describe_clamping(share: float) -> str | None:
         "if forward() clamped what it drew: log-probabilities are then not those of the policy that acted; return what "
         "was drawn, the environment clamps it"
     )
+
+
+FAR = 1.0  # nats; updates that learn stay below 0.1
+
+
+def describe_jump(approx_kl: float, env_steps: int) -> str | None:
+    """A warning about an update that moved the policy far from the one that collected, or None where it did not.
+
+    Such an update can end a policy that had learned, at once and for good: one that never succeeds has no advantages.
+    """
+    if not approx_kl > FAR:
+        return None
+    return (
+        f"the update at {env_steps:,} env steps moved the policy by a KL of {approx_kl:.2g} nats (train/approx_kl), where "
+        "0.1 is much: look whether it still succeeds; lower algorithm.cfg.learning_rate or the rate of the scope, or "
+        "set algorithm.cfg.target_kl (0.02, say), which ends an update that goes too far"
+    )

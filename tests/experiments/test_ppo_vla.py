@@ -528,3 +528,11 @@ def test_the_progress_bar_shows_evaluations_too(tmp_path, monkeypatch, capsys):
     lines = re.findall(r"^(\w+) (\d+) %, (\S+) of (\S+) (\w+) in", capsys.readouterr().err, flags=re.MULTILINE)
     assert ("evaluating", "100", "8", "8", "episode") in lines and ("training", "100", "192", "192", "step") in lines
     assert lines[0][0] == "evaluating"  # before training
+
+
+def test_an_update_that_moves_the_policy_far_is_told_once(tmp_path, caplog):
+    config = write_config(tmp_path, trainer__use_wandb=False, trainer__enable_eval=False)
+    assert ppo_vla.main(["--config", str(config), "--algorithm.cfg.learning_rate=0.1"]) == 0
+    rows = [row["train/approx_kl"] for row in read_metrics(run_folder(tmp_path)) if "train/approx_kl" in row]
+    assert sum(kl > 1 for kl in rows) > 1
+    assert [r.message.count("moved the policy by a KL of") for r in caplog.records].count(1) == 1

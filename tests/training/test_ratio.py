@@ -9,7 +9,7 @@ from worlds import INTERFACES, WRAP, rollout_batch, small_model, write_config
 
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
-from research.training.ratio import clamped_share, describe_clamping, describe_ratio, largest_log_ratio
+from research.training.ratio import clamped_share, describe_clamping, describe_jump, describe_ratio, largest_log_ratio
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
@@ -78,3 +78,8 @@ def test_actions_that_were_clamped_after_they_were_drawn_are_seen():
     assert "31%" in describe_clamping(0.31) and "forward() clamped" in describe_clamping(0.31)
     assert clamped_share((drawn.clamp(-1, 1) * 16).round() / 16) == 0  # tokens repeat anywhere
     assert clamped_share(clamped[:16]) == 0  # too few to tell
+
+
+def test_an_update_that_moved_the_policy_far_is_told():
+    assert describe_jump(0.3, 4096) is None and describe_jump(float("nan"), 4096) is None
+    assert "at 32,768 env steps moved the policy by a KL of 7.4 nats" in describe_jump(7.42, 32_768)
