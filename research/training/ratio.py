@@ -102,6 +102,6 @@ def describe_jump(approx_kl: float, env_steps: int) -> str | None:
         return None
     return (
         f"the update at {env_steps:,} env steps moved the policy by a KL of {approx_kl:.2g} nats (train/approx_kl), "
-        "where 0.1 is much: look whether it still succeeds; lower algorithm.cfg.learning_rate or the scope's, or set "
-        "algorithm.cfg.target_kl (0.02, say), which ends an update that goes too far"
+        "where 0.1 is much: look whether it still succeeds; let rates rise over the first iterations "
+        "(algorithm.cfg.lr_warmup_iterations), or lower algorithm.cfg.learning_rate"
     )
