@@ -27,6 +27,8 @@ from research.runs.folder import MANIFEST, RunFolder, read_json, read_rows
 from research.study.run_settings import keep_what_tells, settings_of
 from research.study.run_table import MEASURES, Run, as_ranges, as_text, check, is_number, plain
 
+COMPARING = "compare"  # job type of W&B runs that show what others came to, and are none of those compared
+
 _WHOLE, _TEXT = "a whole number", "text"
 
 
@@ -240,7 +242,7 @@ def read_wandb(path: str) -> list[Run]:
     try:
         api = wandb.Api()
         runs = list(api.sweep(path).runs if path.count("/") == 2 else api.runs(path))
-        found = [_read_wandb_run(run) for run in runs]
+        found = [_read_wandb_run(run) for run in runs if getattr(run, "job_type", "") != COMPARING]
     except Exception as error:  # not all that the client raises is a wandb.Error
         raise UserError(f"W&B: cannot read {path}: {one_line(error)}") from error
     if not found:
