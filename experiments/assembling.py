@@ -1,6 +1,7 @@
 """From a configuration to what a script works with: device, environment, model, policy, algorithm, rollouts.
 
-Every script builds its parts here, and no script imports another. Whatever can be refused is refused here, with one
+The scripts that train by reinforcement learning build their parts here; those that evaluate or imitate take what they
+need from building.py. Whatever can be refused is refused here, with one
 clear line, before a run folder is made or anything heavy starts.
 """
 
@@ -78,6 +79,11 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     trainer, share = config.trainer, (world.rank, world.size)
     seed_everything(trainer.seed)  # every rank alike, so that models are
     env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, trainer.seed, share)
+    if trainer.enable_eval and trainer.num_eval_episodes > env.held_out:
+        raise UserError(
+            f"trainer.num_eval_episodes: {trainer.num_eval_episodes} begin in as many initial states, but "
+            f"{trainer.env} holds out {env.held_out:,} and trains on the others; at most {env.held_out} here"
+        )
     observations = env.observation_spec[OBSERVATION].zero()
     check_observation(observations, f"env {trainer.env!r}")
     few, action_shape = observations[: min(2, trainer.num_envs)], env.action_spec.shape[1:]

@@ -13,8 +13,9 @@ By default, first the model learns to point at what an instruction names, on man
 vision-language models within large VLAs have; then it imitates the expert, and stops half-way: reinforcement learning
 is to do the rest. (Success jumps to nine tenths within a few hundred steps, so it is watched, on states of its own.)
 
-Ids of initial states below 10000 are never drawn in training. Of these, evaluation takes those from 0 on, what watches
-imitation those from 5000 on, and an expert that plays whole episodes those from `first_state` on.
+Ids of initial states below 10000 (LIBERO: below 10 times its tasks) are never drawn in training. Of these, evaluation
+takes those from 0 on, what watches imitation those from 5000 on, and an expert that plays whole episodes those from
+`first_state` on.
 
 Writes the weights, and beside them the configuration and the success that was measured, and its episodes as .jsonl. A
 model whose encoders come from elsewhere is written as .safetensors, without those that did not change.

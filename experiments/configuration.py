@@ -28,7 +28,7 @@ class EvaluationConfig(ExperimentConfig):
     split: str | None = None
     """train, vision, semantics or execution (what changes: envs/tabletop.py), or all; none = trainer.env_config's."""
     first_state: int = 0
-    """Id of the first initial state; below 10000 no training run has seen it."""
+    """Id of the first initial state; below 10000 no training run has seen it (LIBERO: below 10 times its tasks)."""
     film: int = 16
     """Episodes in the video; 0 = none."""
 

@@ -85,6 +85,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"output: cannot write to {output}: {error.strerror}") from error
 
     states = range(config.first_state, config.first_state + trainer.num_eval_episodes)
+    if states.stop > first.held_out:
+        print(f"note: training draws initial states from {first.held_out} on; those evaluated end at {states.stop - 1}")
     RunFolder(output).episodes.unlink(missing_ok=True)
     metrics = {}
     for split, env in envs.items():

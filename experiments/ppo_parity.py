@@ -1,6 +1,6 @@
 """Is this PPO the PPO that others have? A state-only model on Gymnasium's tasks, against Stable-Baselines3's.
 
-    pip install -e .[bench] mujoco                          # Stable-Baselines3
+    pip install -e .[bench,mujoco]                          # Stable-Baselines3
     python experiments/ppo_parity.py                        # both, all tasks, 5 seeds; goes on where it stopped
     python experiments/ppo_parity.py --show                 # the table of what is there
 

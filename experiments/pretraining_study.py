@@ -1,13 +1,14 @@
 """What pretraining is worth: a vision encoder with ImageNet's weights or fresh ones, that stays as it is or is trained.
 
-    python experiments/pretraining_study.py                               # goes on where it stopped
+    python experiments/pretraining_study.py                 # goes on where it stopped
     python experiments/pretraining_study.py --arms random+frozen --seeds 0 --ppo_env_steps 0
-    python experiments/pretraining_study.py --show                        # the tables of what is there
+    python experiments/pretraining_study.py --show --table=experiments/results/pretraining/runs.csv  # as measured
 
 A run is `bc_vla.py` on the demonstrations of its seed, which are the same in every arm, and then `ppo_vla.py` from that
 clone. Both are evaluated on the same held-out states, by mode and by samples. A row per run and evaluation is added to
---table as soon as it is there; what has its rows is not run again. What the first row of a stage was made with is kept
-beside the table, in settings.json: other settings are refused, as their rows would be compared with these.
+--table as soon as it is there; what has its rows, and its weights below --folder, is not run again. What the first row
+of a stage was made with is kept beside the table, in settings.json: other settings are refused, as their rows would be
+compared with these.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add("--ppo", default="", metavar="FLAGS", help="as in --ppo='--trainer.num_envs=8'")
     add("--ppo_env_steps", type=int, default=200_000, help="budget of PPO, 0 for none, default %(default)s")
     add("--episodes", type=int, default=150, help="held-out states, default %(default)s")
-    add("--table", type=Path, default=HERE / "results" / "pretraining" / "runs.csv", help="rows, default %(default)s")
+    add("--table", type=Path, default=Path("runs/pretraining/runs.csv"), help="rows, default %(default)s")
     add("--folder", type=Path, default=Path("runs/pretraining"), help="weights and runs, default %(default)s")
     add("--show", action="store_true", help="run nothing")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What every training script does around its loop: read the configuration, say what was wrong with it, open the run."""
+"""What ppo_vla.py and grpo_vla.py do around their loops: read the configuration, say what is wrong, open the run."""
 
 from __future__ import annotations
 

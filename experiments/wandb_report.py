@@ -1,6 +1,6 @@
 """Save a W&B report that compares the runs of a project or of a sweep: ranking, curves, scope x rate, episodes.
 
-    pip install -e .[workspace]
+    pip install -e .[study,workspace]
     python experiments/wandb_report.py entity/project[/sweep] [--title="What to freeze"] [--by=algorithm.name]
 
 Ranking, intervals, tables and heat map are those of `compare_runs.py --wandb` when the report is made; its other panels

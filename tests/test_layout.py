@@ -83,6 +83,22 @@ def test_no_script_imports_another():
         assert not scripts & {name.split(".")[0] for name in imports_of(path)}, path.name
 
 
+def test_the_readme_names_every_script():
+    (line,) = re.findall(r"^\| `experiments/` \|.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    missing = {path.name for path in (ROOT / "experiments").glob("*.py")} - set(re.findall(r"[\w]+\.py", line))
+    assert not missing
+
+
+def test_no_script_writes_into_the_committed_results_by_default():
+    defaults = {}
+    for path in (ROOT / "experiments").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "default":
+                defaults.setdefault(path.name, []).append(ast.unparse(node.value))
+    assert any("runs/" in default for default in defaults["ppo_parity.py"])
+    assert not [(name, each) for name, all_ in defaults.items() for each in all_ if "results" in each]
+
+
 def test_from_the_environment_to_the_gradient_it_is_five_files():
     """The README names them, in order."""
     (sentence,) = re.findall(r"To follow one batch.*?\n\n", (ROOT / "README.md").read_text(), flags=re.DOTALL)

@@ -1,1 +1,4 @@
-"""The parts of `benchmark_throughput.py`: rows, the loops it compares with, models, profiles."""
+"""The parts of the throughput benchmarks: rows, the loops compared with, models, profiles.
+
+`model.py` and `processes.py` are scripts by themselves: those behind docs/scaling.md.
+"""

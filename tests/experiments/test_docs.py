@@ -178,9 +178,22 @@ def test_a_command_that_a_script_does_not_know_is_found(read_options):
     assert {page.name: len(shown_commands(page)) for page in PAGES}["README.md"] >= 17
 
 
-def test_files_that_the_documents_name_exist():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_files_and_headings_that_the_documents_name_exist():
+    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "experiments/RESULTS.md")
+    headings = 0
+    for path in [*(ROOT / name for name in names), *(ROOT / "docs").glob("*.md")]:
         for name in re.findall(r"`((?:research|agents|envs|experiments|tests|docs|sweeps)/[\w./]*)`", path.read_text()):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name} links to {target}"
+        for target, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+                assert not heading or heading in anchors(path.parent / target if target else path), (path.name, heading)
+                headings += bool(heading)
+    assert headings > 30

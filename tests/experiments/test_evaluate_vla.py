@@ -42,6 +42,14 @@ def test_all_splits_from_the_same_states(tmp_path, capsys):
     assert summary_of_one["splits"] == {"semantics": summary["splits"]["semantics"]}
 
 
+def test_states_that_training_draws_are_evaluated_with_a_note(tmp_path, capsys):
+    assert evaluate_vla.main([*FEW, "--film=0", "--first_state=9995", f"--output={tmp_path}"]) == 0
+    note = "note: training draws initial states from 10000 on; those evaluated end at 10000"
+    assert capsys.readouterr().out.splitlines()[0] == note
+    assert evaluate_vla.main([*FEW, "--film=0", "--first_state=9994", f"--output={tmp_path}"]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
 def test_the_configurations_own_split_is_the_default(tmp_path):
     options = '--trainer.env_config={"modalities": ["rgb", "proprio", "language"], "split": "vision"}'
     assert evaluate_vla.main([*FEW, options, f"--output={tmp_path}"]) == 0

@@ -160,6 +160,7 @@ BAD = [
         ["--policy.vla_config.model_config.proprio_dim=9"],
         "policy.vla_config.model_config.proprio_dim is 9, but the environment offers proprio of 3 numbers",
     ),
+    (["--trainer.num_eval_episodes=10001"], "tabletop holds out 10,000 and trains on the others; at most 10000 here"),
     (["--trainer.device=tpu9"], "trainer.device"),
     (["--trainer.device=meta"], "trainer.device: 'meta' cannot compute here"),
     (["--policy.freeze=[visoin_encoder]"], "vision_encoder"),

@@ -53,7 +53,7 @@ def test_seconds_and_rates_of_the_scopes(study):
     said = [
         int(word)
         for word in re.search(
-            r"heads alone takes (\d+) s, with frozen vision (\d+) s, with everything (\d+)", PAGE
+            r"heads alone took (\d+) s, with frozen vision (\d+) s, with everything (\d+)", PAGE
         ).groups()
     ]
     assert said == [round(seconds[name]) for name in ("backbone", "vision", "none")]
