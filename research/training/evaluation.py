@@ -192,6 +192,8 @@ class EpisodeRows:
 
     Args:
         env, states, film, max_steps: as for `evaluate`.
+        more: called with the places in `states` of episodes that have just ended; returns states of further episodes,
+            which follow those that wait already.
         record: called at every step with `running` bool `[N]`, whose rows count, the places `[N]` of their episodes
             in `states`, what the policy made of the step, and what that led to.
     """
@@ -203,8 +205,9 @@ class EpisodeRows:
         film: int,
         max_steps: int,
         record: Callable[[Tensor, Tensor, TensorDictBase, TensorDictBase], None] | None = None,
+        more: Callable[[list[int]], Sequence[int]] | None = None,
     ):
-        self.record = record
+        self.record, self.more = record, more
         n, device = env.batch_size[0], env.device
         self.env, self.states, self.max_steps = env, states, max_steps
         self.task_names: Sequence[str] = getattr(env, "task_names", ())
@@ -256,15 +259,16 @@ class EpisodeRows:
         over = running & (done | (self.length >= self.max_steps))
         self.finished_now = bool(over.any())
         self.now = after
+        starts = done
         if self.finished_now:
             self._film_ends(over)
             self._end_episodes(over.nonzero()[:, 0].tolist(), done)
-        starts = done | (over & self.running)
+            starts = done | self._take_next()
         if starts.any():
             self._start(starts)
 
     def _end_episodes(self, rows: list[int], done: Tensor) -> None:
-        """Note how the episodes of these rows went, and give the rows the next states while there are any."""
+        """Note how the episodes of these rows went, and hear of more."""
         for row in rows:
             place, cut_off = self.places[row], not bool(done[row])
             successes = [
@@ -277,11 +281,20 @@ class EpisodeRows:
                 state, self.texts[row], successes[0], float(self.total[row]), int(self.length[row]), successes[1],
                 cut_off, task,
             )  # fmt: skip
-            self.running[row] = self.upcoming < len(self.states)
-            if self.running[row]:
-                self.places[row], self.upcoming = self.upcoming, self.upcoming + 1
+        self.running[rows] = False
         for counted in (self.total, self.length, self.success, self.success_at_end):
             counted[rows] = 0
+        if self.more is not None:
+            self.states += self.more([self.places[row] for row in rows])
+
+    def _take_next(self) -> Tensor:
+        """Give free rows the next states, while there are any; returns the rows that have one now, bool `[N]`."""
+        taken = torch.zeros_like(self.running)
+        for row in (~self.running).nonzero()[: len(self.states) - self.upcoming, 0].tolist():
+            self.places[row], self.upcoming = self.upcoming, self.upcoming + 1
+            taken[row] = True
+        self.running |= taken
+        return taken
 
     def _start(self, rows: Tensor) -> None:
         """Reset rows, bool `[N]`: to the states of their episodes; any state does where nothing is left to do."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import and_, or_
 
 import torch
 from tensordict import TensorDictBase
@@ -22,7 +24,9 @@ class GroupEpisodes:
     """Episodes of G groups of R, flat: the decisions `[M]` of all of them, in no order, and nothing after their ends.
 
     A row of the environment whose episode has ended takes the next one, as in an evaluation. Groups whose episodes all
-    have the same return teach nothing; they are left out, and others are drawn.
+    have the same return teach nothing; they are left out, and others are drawn while those under way cannot be expected
+    to be enough. All that are begun are played to their ends, and the first G that teach are taken in the order in
+    which they were drawn: those that end first would be those of short episodes.
 
     Args:
         env: batch `[N]`; draws initial states of training (`draw_states`).
@@ -49,6 +53,7 @@ class GroupEpisodes:
         self.kept_keys = [*policy.kept_keys, ACTION, LOG_PROB]
         self.episodes: list[Episode] = []  # of the last collection, those of groups that were left out among them
         self.left_out = 0
+        self.states: list[int] = []  # that were drawn, and are not used yet
 
     @torch.no_grad()
     def next(self) -> TensorDictBase:
@@ -59,27 +64,27 @@ class GroupEpisodes:
             `episode_return`, and `next` with `env_steps` where actions are chunks. Fewer than G groups, if too many
             were left out; where all were, the last one that was drawn.
         """
-        self.episodes, self.left_out, kept = [], 0, []
-        drawn = 0
-        while len(kept) < self.groups and drawn < self.most_draws * self.groups:
-            # At first all that are wanted, then as many as the rows have room for at once.
-            most = max(1, self.env.batch_size[0] // self.group_size) if drawn else self.groups
-            count = min(self.groups - len(kept) if not drawn else most, self.most_draws * self.groups - drawn)
-            for group in self._play(self.env.draw_states(count).tolist()):
-                useful = group[RETURN].min() < group[RETURN].max()
-                self.left_out += not useful
-                if useful and len(kept) < self.groups:
-                    kept.append(group)
-                last = group
-            drawn += count
-        kept = kept or [last]
-        for place, group in enumerate(kept):
-            group.set(EPISODE, group.get(EPISODE) + place * self.group_size)
-        return torch.cat(kept)
+        size, most, parts = self.group_size, self.most_draws * self.groups, []
+        states = [self._draw() for _ in range(self.groups)]
+        returns: list[list[float]] = [[] for _ in states]  # of the episodes that have ended, by group
 
-    def _play(self, states: Sequence[int]) -> list[TensorDictBase]:
-        """The decisions of R episodes from each state, by group."""
-        size, parts = self.group_size, []
+        def more(ended: list[int]) -> list[int]:
+            """States of further groups, where rows are free and too few groups may turn out useful."""
+            for place in ended:
+                returns[place // size].append(rows.episodes[place].episode_return)
+            if rows.upcoming < len(rows.states):
+                return []
+            useful = [len(set(group)) > 1 for group in returns]  # some before all of their episodes have ended
+            whole = [len(group) == size for group in returns]
+            # Taken to be 1 at first, as if an eighth of the groups had been useful before.
+            share = (sum(map(and_, useful, whole)) + self.groups / 8) / (sum(whole) + self.groups / 8)
+            missing = self.groups - sum(useful) - share * (len(states) - sum(map(or_, useful, whole)))
+            room = max(1, int((~rows.running).sum()) // size)
+            count = max(0, min(math.ceil(missing / share), room, most - len(states)))
+            fresh = [self._draw() for _ in range(count)]
+            states.extend(fresh)
+            returns.extend([] for _ in fresh)
+            return [state for state in fresh for _ in range(size)]
 
         def record(running: Tensor, places: Tensor, acted: TensorDictBase, after: TensorDictBase) -> None:
             check_finite([(LOG_PROB, acted.get(LOG_PROB))], "while collecting")
@@ -89,16 +94,31 @@ class GroupEpisodes:
             parts.append(step[running] if not running.all() else step.copy())
 
         with set_exploration_type(ExplorationType.RANDOM):
-            rows = EpisodeRows(self.env, [state for state in states for _ in range(size)], 0, self.max_steps, record)
+            first = [state for state in states for _ in range(size)]
+            rows = EpisodeRows(self.env, first, 0, self.max_steps, record, more)
             while rows.running.any():
                 rows.step(self.policy.act)
-        episodes = [rows.episodes[place] for place in range(len(states) * size)]
-        self.episodes += episodes
-        whole = torch.cat(parts)
-        place = whole.pop("place")
-        returns = torch.tensor([episode.episode_return for episode in episodes], device=place.device)
-        whole.set(EPISODE, place % size).set(RETURN, returns[place])
-        return [whole[place // size == group] for group in range(len(states))]
+        self.episodes = [rows.episodes[place] for place in range(len(states) * size)]
+        kept = [group for group, of_group in enumerate(returns) if len(set(of_group)) > 1]
+        self.left_out = len(states) - len(kept)
+        return self._of_groups(torch.cat(parts), kept[: self.groups] or [len(states) - 1])
+
+    def _draw(self) -> int:
+        """The next initial state of training."""
+        if not self.states:
+            # A round of all rows: where rows have tasks of their own, fewer would favour those of the first rows.
+            self.states = self.env.draw_states(self.env.batch_size[0]).tolist()
+        return self.states.pop(0)
+
+    def _of_groups(self, decisions: TensorDictBase, kept: Sequence[int]) -> TensorDictBase:
+        """The decisions of these groups, numbered from 0 in this order."""
+        size, device = self.group_size, decisions.device
+        number = torch.full((len(self.episodes) // size,), -1, device=device)
+        number[list(kept)] = torch.arange(len(kept), device=device)
+        decisions = decisions[number[decisions.get("place") // size] >= 0]
+        place = decisions.pop("place")
+        returns = torch.tensor([episode.episode_return for episode in self.episodes], device=place.device)
+        return decisions.set(EPISODE, number[place // size] * size + place % size).set(RETURN, returns[place])
 
     def metrics(self) -> dict[str, float]:
         """Of all episodes of the last collection, over all processes: no fair sample leaves any out."""
@@ -128,12 +148,13 @@ class GroupEpisodes:
 
     def state_dict(self) -> dict:
         """The place in the stream of initial states; no episode is under way."""
-        return {"environment": self.env.state_dict()}
+        return {"environment": self.env.state_dict(), "states": list(self.states)}
 
     def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
         """Go on from there; False where there is no state, and the stream begins anew."""
         if state is not None:
             self.env.load_state_dict(state["environment"])
+            self.states = list(state.get("states", ()))  # checkpoints of before 0.3 have none
         return state is not None
 
     def shutdown(self) -> None:

@@ -34,10 +34,12 @@ class Countdown(EnvBase):
         self.reward_spec = Unbounded((rows, 1))
         self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(rows,))
         self.next_id, self.ids = 10, torch.zeros(rows, 1, dtype=torch.int64)
+        self.steps, self.drawn = 0, []
         self.t, self.left = torch.zeros(2, rows, 1)
 
     def draw_states(self, count: int) -> torch.Tensor:
         self.next_id += count
+        self.drawn.append(count)
         return torch.arange(self.next_id - count, self.next_id)
 
     def _set_seed(self, seed):
@@ -52,6 +54,7 @@ class Countdown(EnvBase):
 
     def _step(self, tensordict):
         action = tensordict["action"]
+        self.steps += 1
         self.left += ((self.t == 0) & (action > 0)).float() - 1
         self.t += 1
         done = self.left <= 0
@@ -93,16 +96,19 @@ def test_decisions_are_those_of_whole_episodes_in_groups_of_one_state(rows):
         assert len(state[mine].unique()) == 1
         assert (batch[RETURN][mine] == actions.sum()).all()
     groups = [state[batch[EPISODE] // 4 == group].unique().tolist() for group in range(5)]
-    assert all(len(group) == 1 for group in groups) and len({group[0] for group in groups}) == 5
+    drawn = [collected.episodes[place : place + 4] for place in range(0, len(collected.episodes), 4)]
+    useful = [group[0].initial_state for group in drawn if len({episode.episode_return for episode in group}) > 1]
+    assert groups == [[state] for state in useful[:5]]  # in the order in which they were drawn
+    assert collected.left_out == len(drawn) - len(useful)
     assert collected.env_steps == sum(e.length for e in collected.episodes) >= len(batch)
-    assert collected.metrics()["rollout/episodes"] == len(collected.episodes) == 4 * (5 + collected.left_out)
+    assert collected.metrics()["rollout/episodes"] == len(collected.episodes)
 
 
 def test_groups_without_spread_are_left_out_and_others_are_drawn_but_not_for_ever():
     env = Countdown(8)
     collected = GroupEpisodes(env, Drawing(always=1.0), groups=3, group_size=4, most_draws=5)
     batch = collected.next()
-    assert env.next_id == 10 + 3 * 5
+    assert [e.initial_state for e in collected.episodes] == [10 + group for group in range(15) for _ in range(4)]
     assert collected.metrics()["rollout/groups_left_out"] == 15
     assert by_group(batch, 4).shape == (1, 4)  # something to go on with: its advantages are 0
     metrics = GroupEpisodes(Countdown(8), Drawing(), 3, 2, 5)
@@ -112,6 +118,44 @@ def test_groups_without_spread_are_left_out_and_others_are_drawn_but_not_for_eve
     assert told["rollout/return"] == pytest.approx(
         sum(e.episode_return for e in metrics.episodes) / len(metrics.episodes)
     )
+
+
+def test_rows_take_another_group_as_soon_as_one_has_turned_out_useless():
+    env = Countdown(8)
+    collected = GroupEpisodes(env, Drawing(always=1.0), groups=4, group_size=2, most_draws=20)
+    collected.next()
+    assert len(collected.episodes) == 4 * 2 * 20 and env.steps <= collected.env_steps / 8 + 4  # the last take 4 at most
+
+
+def test_few_groups_are_played_that_are_not_needed_and_rows_seldom_wait():
+    torch.manual_seed(0)
+    env = Countdown(16)
+    collected = GroupEpisodes(env, Drawing(), groups=32, group_size=2)  # half of all groups are useful
+    drawn, unused, steps = 0, 0, 0
+    for _ in range(50):
+        batch = collected.next()
+        assert by_group(batch, 2).shape == (32, 2)
+        pairs = list(zip(collected.episodes[::2], collected.episodes[1::2], strict=True))
+        useful = [one.initial_state for one, two in pairs if one.episode_return != two.episode_return]
+        assert batch["observation", "proprio"][batch[EPISODE].argsort(), 0].unique().tolist() == sorted(useful[:32])
+        drawn += len(pairs)
+        unused += len(useful) - 32
+        steps += collected.env_steps
+    assert unused < 0.05 * drawn and steps > 0.8 * 16 * env.steps
+
+
+def test_states_are_drawn_in_rounds_of_all_rows_and_every_one_is_used_once():
+    env = Countdown(8)
+    collected = GroupEpisodes(env, Drawing(), groups=5, group_size=2)
+    used = []
+    for place in range(6):
+        if place == 3:  # goes on from a checkpoint
+            collected, state = GroupEpisodes(env, Drawing(), groups=5, group_size=2), collected.state_dict()
+            collected.load_state_dict({"environment": {}, "states": state["states"]}, 0)
+        collected.next()
+        used += [episode.initial_state for episode in collected.episodes[::2]]
+    assert used == list(range(10, 10 + len(used)))
+    assert set(env.drawn) == {8}
 
 
 def test_a_nan_is_named():
