@@ -15,8 +15,8 @@ RESULTS = ROOT / "experiments" / "results"
 PAGE = (ROOT / "docs" / "what_to_freeze.md").read_text()
 
 
-def compared(name: str, choosing: tuple[int, ...] = ()):
-    return compare(read_table(RESULTS / name / "runs.csv"), choosing_seeds=choosing)
+def compared(name: str, choosing: tuple[int, ...] = (), by: tuple[str, ...] = ()):
+    return compare(read_table(RESULTS / name / "runs.csv"), choosing_seeds=choosing, by=by)
 
 
 def row(words: str) -> str:
@@ -66,3 +66,14 @@ def test_seconds_and_rates_of_the_scopes(study):
 def test_the_longer_runs(name, words):
     (arm,) = compared(name).arms
     assert shown(arm.mean) in row(words)
+
+
+def test_the_algorithms_each_at_its_own_rate():
+    comparison = compared("algorithms", (1, 2, 3), ("algorithm", "algorithm.cfg.advantage"))
+    ppo, *others = comparison.arms
+    lines = [row("PPO, GRPO and RLOO at equal env steps"), row("| | GRPO |"), row("| | RLOO |")]
+    assert all(shown(arm.mean) in line for arm, line in zip((ppo, *others), lines, strict=True))
+    better = [pair.difference for pair in comparison.pairs if pair.first == "ppo"]
+    assert "{} and {} better".format(*map(shown, better)) in lines[0]
+    assert ppo.separable_from == ["grpo, grpo", "grpo, rloo"]
+    assert all(arm.separable_from == ["ppo"] for arm in others) and all("from PPO alone" in line for line in lines[1:])
