@@ -57,12 +57,13 @@ def read_folders(paths: Sequence[str], evaluation: str | None = None) -> list[Ru
 def _read_folder(folder: RunFolder, evaluation: str | None) -> Run:
     name = folder.path.name.encode("utf-8", "replace").decode()  # a file system allows names that no text file does
     try:
-        run = _make_run(name, _status(folder), _read_object(folder.config), _read_rows(folder.metrics))
+        rows = _read_rows(folder.metrics)
+        run = _make_run(name, _status(folder), _read_object(folder.config), rows)
         _add_origin(run, folder)
         if run.complete and run.eval_steps and folder.episodes.is_file():
             _add_episodes(run, folder)
         if run.complete and evaluation is not None:
-            _take_evaluation(run, folder.path / evaluation, evaluation)
+            _take_evaluation(run, folder.path / evaluation, evaluation, rows[-1] if rows else {})
     except UserError as error:
         run = _unreadable(name, error)
     run.folder = folder
@@ -155,8 +156,15 @@ def _add_episodes(run: Run, folder: RunFolder) -> None:
     run.choosing_states, run.choosing_episodes = _read_choosing(folder.choosing, run)
 
 
-def _take_evaluation(run: Run, path: Path, name: str) -> None:
-    """Let an evaluation of its last checkpoint, on other states or tasks, stand for a run's own."""
+def _take_evaluation(run: Run, path: Path, name: str, end: Mapping[str, Any]) -> None:
+    """Let an evaluation of its last checkpoint, on other states or tasks, stand for a run's own, if it has any.
+
+    Args:
+        run: the run.
+        path: the folder that `evaluate_vla.py` wrote.
+        name: what that folder is called.
+        end: the run's last row of metrics.
+    """
     scores: dict[int, float | None] = {}
     tasks: dict[int, str] = {}
     rows = _read_rows(path / "episodes.jsonl") if (path / "episodes.jsonl").is_file() else []
@@ -170,6 +178,9 @@ def _take_evaluation(run: Run, path: Path, name: str) -> None:
     if not scores or not _known(scores):
         raise UserError(f"{name}/episodes.jsonl: {'a score is missing' if scores else 'not there'}")
     run.states, run.tasks = as_ranges(sorted(scores)), _tasks(tasks)
+    steps, seconds = end.get("global_step"), end.get("time/elapsed_s")
+    if not run.eval_steps and is_number(steps):  # trainer.enable_eval=false
+        run.eval_steps, run.eval_seconds = [float(steps)], [float(seconds) if is_number(seconds) else math.nan]
     run.eval_steps, run.eval_seconds = run.eval_steps[-1:], run.eval_seconds[-1:]
     run.eval_scores, run.episodes = [sum(scores.values()) / len(scores)], [as_text(scores, run.measure)]
     run.splits, run.choosing_states, run.choosing_episodes = {}, "", ""
@@ -299,7 +310,9 @@ def _make_run(name: str, status: str, config: Mapping[str, Any], rows: Iterable[
     name_of_scope = scope if isinstance(scope, str) else "+".join(scope)
     count = _value(config, "trainer.num_eval_episodes", _WHOLE, lambda v: type(v) is int and 0 < v < 2**63)
     rows = [row for row in rows if is_number(row.get("global_step"))]
-    measure = "success" if any(is_number(row.get("eval/success_rate")) for row in rows) else "return"
+    told = {name for row in rows for name, value in row.items() if is_number(value)}
+    unevaluated = "rollout/success_rate" in told and "eval/return" not in told  # trainer.enable_eval=false
+    measure = "success" if "eval/success_rate" in told or unevaluated else "return"
     metric = MEASURES[measure].metric
     by_step = {row["global_step"]: row for row in rows if is_number(row.get(f"eval/{metric}"))}
     evaluations = [by_step[step] for step in sorted(by_step)]  # W&B keeps what a resumed run logs twice

@@ -1,6 +1,7 @@
 """The command that compares runs: the report it writes, by success or by return, again from its table, and refusals."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -79,6 +80,25 @@ def test_runs_are_compared_by_another_evaluation_and_again_from_the_table(study,
     assert again == first
     assert compare_runs.main([f"--table={tmp_path}/runs.csv", "--evaluation=choosing"]) == 2
     assert "error: --evaluation is read from run folders: name them" in capsys.readouterr().err
+
+
+def test_runs_that_did_not_evaluate_are_compared_by_an_evaluation_of_afterwards(tmp_path, capsys):
+    for scope, seed in itertools.product(("none", "vision"), (1, 2, 3)):
+        run = make_run(tmp_path / "runs" / f"{scope}-{seed}", scope, 1e-4, seed)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rollouts = [row for row in rows if "eval/return" not in row]  # trainer.enable_eval=false
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
+        (run / "episodes.jsonl").unlink()
+        write_choosing(run, np.arange(40) < (8 if scope == "vision" else 30) + seed)
+    runs = [str(tmp_path / "runs"), f"--output={tmp_path / 'report'}"]
+    assert compare_runs.main([*runs, "--evaluation=choosing"]) == 0
+    assert re.match(r"none: 0\.80\d .* rank 1 of 2\nvision: 0\.25\d .* rank 2 of 2\n", capsys.readouterr().out)
+    with (tmp_path / "report" / "runs.csv").open() as file:
+        assert {(row["measure"], row["eval_steps"], row["eval_seconds"]) for row in csv.DictReader(file)} == {
+            ("success", "2001", "200")
+        }
+    assert compare_runs.main(runs) == 2  # they have no evaluation of their own
+    assert "none of the 6 runs is complete" in capsys.readouterr().err
 
 
 def test_runs_are_compared_by_the_options_that_are_asked_for_and_again_from_the_table(study, tmp_path, capsys):
