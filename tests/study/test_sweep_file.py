@@ -29,7 +29,9 @@ def _in_a_folder_with_a_script(tmp_path, monkeypatch):
 def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
     sweep = load_sweep(path)
     check_options(sweep, partial(sweep_local.config_of, program=sweep.program))
-    assert (ROOT / sweep.program).is_file() and sweep.metric == "eval/success_rate" and sweep.maximize
+    evaluates = "trainer.enable_eval" not in {parameter.name for parameter in sweep.parameters}
+    assert (ROOT / sweep.program).is_file() and sweep.maximize
+    assert sweep.metric == ("eval/success_rate" if evaluates else "rollout/success_rate")
     runs = {"freeze": 15, "learning_rate": 15, "bayes": 40}
     runs |= {"freeze_learning_rate": 50, "freeze_learning_rate_confirm": 25, "language_rate": 5}
     runs |= {"algorithms_ppo_rates": 12, "algorithms_group_rates": 18, "algorithms_ppo": 10, "algorithms_group": 30}
