@@ -321,7 +321,7 @@ class PolicyGradientConfig:
     n_epochs: PositiveInt = 4
     """Passes over each rollout."""
     batch_size: PositiveInt = 512
-    """Transitions per minibatch."""
+    """Most transitions per minibatch; a rollout is divided evenly."""
     micro_batch_size: PositiveInt | None = None
     """Transitions per forward and backward pass; gradients accumulate over a minibatch. none = all at once."""
     ent_coef: NonNegativeFloat = 0.001

@@ -27,6 +27,8 @@ REFERENCE = "reference_log_prob"
 def group_advantages(returns: Tensor, kind: Literal["grpo", "rloo", "dr_grpo"]) -> Tensor:
     """Advantages `[G, R]` of episodes among those of their group, from returns `[G, R]`; 0 in groups without spread."""
     centred = returns - returns.mean(dim=1, keepdim=True)
+    # The mean of equal numbers is off by a rounding, which a division by their deviation would make an advantage of 1.
+    centred = torch.where(returns.amax(1, True) > returns.amin(1, True), centred, 0.0)
     if kind == "rloo":  # r - mean of the other R - 1
         return centred * returns.shape[1] / (returns.shape[1] - 1)
     if kind == "grpo":

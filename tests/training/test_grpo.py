@@ -31,6 +31,13 @@ def test_advantages_by_hand():
     assert torch.allclose(group_advantages(RETURNS, "grpo"), torch.tensor(centred) / spread)
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "dr_grpo"])
+def test_a_group_without_spread_has_no_advantages_whatever_rounding_makes_of_its_mean(kind):
+    alike = torch.tensor([-200.3, -13.7, 0.1, 1e-3])[:, None].repeat(1, 8)
+    assert (alike != alike.mean(dim=1, keepdim=True)).any()
+    assert (group_advantages(alike, kind) == 0).all()
+
+
 def test_advantages_are_torchrls():
     advantage = MCAdvantage(grpo_size=4, prompt_key="group", trajectory_return="sum")
     buffer = ReplayBuffer(

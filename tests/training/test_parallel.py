@@ -160,6 +160,8 @@ def everything(rank: int, folder: str) -> None:
     found["reductions"] = [world.total(rank + 1), world.largest(-rank), world.leaders(rank)]
     found["statistics"] = episodes_of(world)
     found["minibatches"] = world.gather([len(m) for m, _ in minibatches(make_rows(9 if rank else 4), 3, world)])
+    few = make_rows(7 if rank else 1)
+    found["few"] = world.gather([(len(m), weight) for m, weight in minibatches(few, 3, world, normalise=True)])
     model = nn.BatchNorm1d(2)
     nn.init.constant_(model.weight, 1.0 + rank)
     model.running_mean += rank
@@ -237,6 +239,11 @@ def test_what_ranks_tell_each_other(found):
 def test_ranks_with_unequal_rows_have_as_many_minibatches(found):
     """The one with 9 rows needs three of 3; the other divides its 4 in three."""
     assert found[0]["minibatches"] == [[2, 1, 1], [3, 3, 3]]
+
+
+def test_a_rank_with_fewer_rows_than_minibatches_takes_all_steps_and_counts_in_those_where_it_has_rows(found):
+    """One row of 8 in three minibatches: of 1 + 3, 0 + 2 and 0 + 2 rows."""
+    assert found[0]["few"] == [[(1, 0.5), (1, 0.0), (1, 0.0)], [(3, 1.5), (2, 2.0), (2, 2.0)]]
 
 
 def test_alone_nothing_is_exchanged():

@@ -159,10 +159,10 @@ def test_micro_batches_give_the_minibatchs_gradients_and_metrics(critic_gradient
 def test_minibatches_are_the_shuffled_rows_of_every_tensor():
     batch = make_batch(VLAPolicy(make_model()), size=10)
     torch.manual_seed(5)
-    rows = torch.randperm(10).split(4)
+    rows = torch.randperm(10).tensor_split(3)
     torch.manual_seed(5)
     got = [minibatch for minibatch, _ in minibatches(batch, 4)]
-    assert [len(m) for m in got] == [4, 4, 2]
+    assert [len(m) for m in got] == [4, 3, 3]  # no step on 2 alone
     for minibatch, which in zip(got, rows, strict=True):
         assert minibatch.batch_size == (len(which),) and set(minibatch.keys(True)) == set(batch.keys(True))
         assert (minibatch == batch[which]).all()
