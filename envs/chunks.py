@@ -111,7 +111,7 @@ def execute_together(
         step: takes `[N, A]`; returns what `BatchedDecision.add` counts.
         observe: what all rows look like after the last step, each entry `[N, ...]`.
         restart: called with the rows, int64 `[M]`, whose episode has ended, before they are stepped with the others:
-            where a step of an ended episode is an error, they begin one that is thrown away.
+            where a step of an ended episode is an error, they begin one that is thrown away, and another as it ends.
     Returns:
         as `execute`, each `[N, ...]`; a row is seen as its episode ended, or as the decision did.
     """
@@ -129,6 +129,7 @@ def execute_together(
                 seen[key] = torch.where(which, now, seen[key]) if key in seen else now
         if not decision.live.any():
             break
-        if ended.any() and taken < actions.shape[1]:
-            restart(ended.nonzero()[:, 0].cpu().numpy())
+        over = (counted["terminated"] | counted["truncated"])[:, 0]
+        if over.any() and taken < actions.shape[1]:
+            restart(over.nonzero()[:, 0].cpu().numpy())
     return {**decision.result(), **seen}

@@ -62,6 +62,8 @@ def run(argv: list[str]) -> int:
     if config.film < 0 or config.first_state < 0:
         raise UserError("film and first_state are at least 0")
     trainer, output = config.trainer, Path(config.output)
+    if RunFolder(output).is_run:
+        raise UserError(f"output: {output} is a training run's own folder, with its evaluations; name a folder in it")
 
     device = choose_device(trainer.device)
     torch.set_num_threads(choose_threads(trainer.threads)[0])  # those of the run, where it is one: the same results

@@ -37,7 +37,7 @@ def learn(parts: Assembly, run: TrainingRun) -> None:
         watch = Stopwatch()
         decisions = episodes.next()  # [M]: of whole episodes, in groups
         batch, metrics = algorithm.prepare(decisions)  # [M], with advantages
-        run.check_ratio(batch)  # before the first update: it should be 1
+        run.check_ratio(batch, metrics)  # before the first update: it should be 1
         watch.collected()
         metrics |= algorithm.update(batch, progress)
         episodes.publish()

@@ -47,13 +47,15 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
     if resumed:
         restore(resumed, parts, progress)  # what is written from here on goes on from there
         if world.leads:
-            writer.remove_after(progress.env_steps)
+            if gone := writer.remove_after(progress.env_steps):
+                print(f"going on from env step {progress.env_steps:,}; what came after it is gone: {', '.join(gone)}")
             evaluated = evaluation_at(folder, progress.env_steps, trainer.num_eval_episodes)
         evaluated = world.leaders(evaluated)
     run = TrainingRun(config, parts, folder, SilentTracker(), writer, progress, resumed is not None)
     if evaluated:
         run.result = Evaluation.from_rows(evaluated, getattr(parts.eval_env, "distinct_states", True))
         run.evaluated_at = progress.env_steps
+        progress.best = max(progress.best, run.result.score)  # the checkpoint was written before that evaluation
     if not world.leads:
         return run
     run.tracker = Tracker(

@@ -35,7 +35,7 @@ def learn(parts: Assembly, run: TrainingRun) -> None:
         watch = Stopwatch()
         rollout = rollouts.next()  # [N, T]
         batch, metrics = algorithm.prepare(rollout)  # [N * T], with advantages
-        run.check_ratio(batch)  # before the first update: it should be 1
+        run.check_ratio(batch, metrics)  # before the first update: it should be 1
         watch.collected()
         metrics |= algorithm.update(batch, progress)
         rollouts.publish()

@@ -40,8 +40,8 @@ UNTOLD = (
 
 def newest_run(trainer: TrainerConfig) -> RunFolder | None:
     """The run folder of this experiment's name whose checkpoint is the newest, if there is one."""
-    folders = [RunFolder(path) for path in Path(trainer.run_dir).glob(f"{trainer.exp_name}-*")]
-    started = [folder for folder in folders if folder.is_run and folder.last_checkpoint]
+    folders = [RunFolder(path) for path in Path(trainer.run_dir).glob("*")]
+    started = [folder for folder in folders if folder.exp_name == trainer.exp_name and folder.last_checkpoint]
     return max(started, key=lambda folder: folder.last_checkpoint.stat().st_mtime, default=None)
 
 
@@ -193,6 +193,7 @@ def restore(state: Mapping[str, Any], parts: Assembly, progress: Progress) -> No
     with _refusing_misfits(state):
         load_trained(parts.policy.model, state)
         parts.audit.load_state_dict(state["audit"])
+        _check_groups(state, parts)
         parts.algorithm.load_state_dict(state["optimizer"])
         progress.load_state_dict(state.get("progress", state))  # earlier runs kept its entries at the top
         own = _of_rank(state, parts.world)
@@ -204,6 +205,18 @@ def restore(state: Mapping[str, Any], parts: Assembly, progress: Progress) -> No
             restore_rng(own)
     if not exactly:
         print("episodes cannot be restored and start anew: the run goes on, but not bit for bit")
+
+
+def _check_groups(state: Mapping[str, Any], parts: Assembly) -> None:
+    """Refuse learning rates that are of other parts than before: the optimizer has a state for each group of them."""
+    was, now = (
+        [group["name"] for group in of["param_groups"]] for of in (state["optimizer"], parts.algorithm.state_dict())
+    )
+    if was != now:
+        raise UserError(
+            f"policy.learning_rates: the run to resume has rates for {', '.join(was)}, not for {', '.join(now)}; name "
+            "the same parts (the rates may differ)"
+        )
 
 
 def _of_rank(state: Mapping[str, Any], world: World) -> Mapping[str, Any] | None:

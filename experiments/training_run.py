@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,14 @@ from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
 from research.training.parallel import PeerEnded
-from research.training.ratio import clamped_share, describe_clamping, describe_jump, describe_ratio, largest_log_ratio
+from research.training.ratio import (
+    clamped_share,
+    describe_behaviour,
+    describe_clamping,
+    describe_jump,
+    describe_ratio,
+    largest_log_ratio,
+)
 from research.training.rollout import Rollouts
 
 log = logging.getLogger(__name__)
@@ -93,6 +101,12 @@ class TrainingRun:
         """Say what it is, check the frozen weights, and evaluate the policy that it starts from."""
         print(describe(self.parts, self.folder), flush=True)
         self._utilisation = measure_utilisation(self.config, self.parts)
+        warmup = self.config.algorithm.cfg.value_warmup_iterations
+        if self.trainer.max_env_steps is None and warmup >= self.trainer.iterations:
+            log.warning(
+                "the policy will not change: value_warmup_iterations = %d, of trainer.iterations = %d",
+                warmup, self.trainer.iterations,
+            )  # fmt: skip
         self.parts.audit.check("at the start" if not self.resumed else "where the run was resumed")
         if self.trainer.enable_eval and self.progress.before is None and self.progress.iteration == 0:
             self.evaluate(film=FILMED)
@@ -151,14 +165,20 @@ class TrainingRun:
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
 
-    def check_ratio(self, batch: TensorDictBase) -> None:
-        """Warn, once, of a policy whose first decisions are not what it scores."""
+    def check_ratio(self, batch: TensorDictBase, metrics: Mapping[str, float]) -> None:
+        """Warn, once, of a policy whose first decisions are not what it scores.
+
+        Args:
+            batch: as the update takes it.
+            metrics: of how it was made; where log-probabilities were computed anew, the distance to those that acted.
+        """
         if self._ratio_is_known or not self.world.leads:
             return
         self._ratio_is_known = True
         cfg, autocast = self.config.algorithm.cfg, self.trainer.autocast
         ratio = largest_log_ratio(self.parts.policy, batch, cfg.micro_batch_size or cfg.batch_size)
-        for warning in (describe_ratio(ratio, autocast), describe_clamping(clamped_share(batch[ACTION]))):
+        acted = describe_behaviour(metrics.get("rollout/behaviour_kl", 0.0))
+        for warning in (describe_ratio(ratio, autocast), acted, describe_clamping(clamped_share(batch[ACTION]))):
             if warning:
                 log.warning(warning)
 
@@ -259,7 +279,8 @@ class TrainingRun:
                 progress = self.progress
                 if self.world.leads:
                     facts |= {"machine": machine(self.parts.device), "wandb_url": self.tracker.url}
-                    summarise(self.tracker, self.folder, progress.env_steps, progress.before, self.result, facts)
+                    of_run, at = (progress.before, self.result, facts), self.evaluated_at
+                    summarise(self.tracker, self.folder, progress.env_steps, *of_run, at)
             except (OSError, UserError) as second:
                 print(f"error: no summary: {said(second)}", file=sys.stderr)
                 self.code = self.code or 1

@@ -164,11 +164,13 @@ class CheckpointWriter:
                 f"cannot write a checkpoint into {self.folder.checkpoints}: {reason}; the ones before are whole"
             ) from error
 
-    def remove_after(self, global_step: int) -> None:
-        """Remove the checkpoints of a run that went on from here before, and was resumed from here."""
-        for path in [*self.folder.checkpoints_called("step"), *self.folder.checkpoints_called("best")]:
-            if int(path.name.partition("_")[2]) > global_step:
-                remove_checkpoint(path)
+    def remove_after(self, global_step: int) -> list[str]:
+        """Remove the checkpoints of a run that went on from here before, and was resumed from here; their names."""
+        paths = [*self.folder.checkpoints_called("step"), *self.folder.checkpoints_called("best")]
+        later = [path for path in paths if int(path.name.partition("_")[2]) > global_step]
+        for path in later:
+            remove_checkpoint(path)
+        return [path.name for path in later]
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         write_checkpoint(path, state)

@@ -102,9 +102,20 @@ class RunFolder:
         return [run for run in found if run.metrics.is_file()]
 
     @property
+    def exp_name(self) -> str | None:
+        """`trainer.exp_name` of the run; None where there is no configuration, or none that can be read."""
+        try:
+            return str(read_json(self.config)["trainer"]["exp_name"])
+        except (OSError, UserError, ValueError, TypeError, KeyError, RecursionError):
+            return None
+
+    @property
     def id(self) -> str:
-        """What `create` put after the last "-" of the name; the run's id in W&B."""
-        return self.path.name.rsplit("-", 1)[-1]
+        """What `create` put after the experiment's name; the run's id in W&B. One that was given may have dashes."""
+        name, exp_name = self.path.name, self.exp_name
+        if exp_name is not None and name.startswith(f"{exp_name}-"):
+            return name.removeprefix(f"{exp_name}-")
+        return name.rsplit("-", 1)[-1]
 
     @property
     def config(self) -> Path:

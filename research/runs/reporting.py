@@ -36,6 +36,7 @@ def summarise(
     before: dict | None,
     result: Evaluation | None,
     facts: dict,
+    evaluated_at: int | None = None,
 ) -> None:
     """Print and record what the run achieved and where everything lies.
 
@@ -46,13 +47,16 @@ def summarise(
         before: `eval/*` metrics before training; None where there was no evaluation, as for `result`.
         result: the last evaluation.
         facts: what else belongs into `summary.json`, `exit_code` among it.
+        evaluated_at: the env step that `result` is of; None: the end.
     """
     summary = {"global_step": step, **facts}
     if before is not None:
         summary |= {f"before/{name.removeprefix('eval/')}": value for name, value in before.items()}
     if result is not None:
-        summary |= result.metrics()
-        print(f"after {step:,} env steps: {result.summary()}")
+        at = step if evaluated_at is None else evaluated_at
+        summary |= {"eval/global_step": at, **result.metrics()}
+        which = "" if at == step else f"ended after {step:,} env steps; the last evaluation was "
+        print(f"{which}after {at:,} env steps: {result.summary()}")
     if curve := plot_learning_curve(folder):
         tracker.log_image("learning_curve", curve, step)
     if result is not None and result.frames:

@@ -14,7 +14,6 @@ from research.errors import UserError
 from research.study.arms import Cell, also_differing, check_by, heading_of, make_cells, noun_of, refuse_other_questions
 from research.study.equal_budgets import AXES, at_one_budget, interruption, pairing, scores_at, shorter_note
 from research.study.rate_choice import (
-    REPORTING_STATES,
     Choice,
     ChooseOn,
     best_criterion,
@@ -22,6 +21,7 @@ from research.study.rate_choice import (
     choosing_scores,
     describe_choice,
     few_seeds_note,
+    states_that_choose,
 )
 from research.study.run_settings import ENV_CONFIG, RATE
 from research.study.run_table import Axis, Run, plain, quoted
@@ -204,6 +204,10 @@ def compare(
             "the rate can be chosen on evaluation states only where all runs have the episodes of their evaluations; "
             f"choose on training {complete[0].measure}"
         )
+    if choose_on == "states" and states_that_choose(complete[0]).all():
+        raise UserError(
+            "the rate can be chosen on evaluation states only where some are left to report; choose on others"
+        )
     if RATE in by:
         if choose_on or choosing_seeds:
             raise UserError(
@@ -226,7 +230,7 @@ def compare(
         by, equal, list(runs), budgets["steps"], budgets["seconds"], interrupted, cells,
         {cell: math.nan if scores is None else float(scores.mean()) for cell, scores in chosen_on.items()}, [], [], [],
     )  # fmt: skip
-    reported = REPORTING_STATES if choose_on == "states" else slice(None)
+    reported = ~states_that_choose(complete[0]) if choose_on == "states" else slice(None)
     comparison.arms = [
         _arm_result(comparison, arm, choice, choosing_seeds, paired, reported) for arm, choice in choices.items()
     ]
@@ -277,7 +281,7 @@ def _arm_result(
     choice: Choice,
     choosing_seeds: Sequence[int],
     paired: dict[Axis, bool],
-    reported: slice,
+    reported: slice | Array,
 ) -> ArmResult:
     """An arm at its chosen rate, of the states that are `reported`."""
     rate, equal, other = choice.learning_rate, comparison.equal, comparison.other_axis
@@ -302,7 +306,7 @@ def _arm_result(
             if all(split in run.splits for run in runs)
         },
     )
-    if paired[equal]:
+    if paired[equal] and runs[0].tasks:
         tasks = np.array(runs[0].task_of_state)[reported]
         result.tasks = {task: mean_interval(scores[:, tasks == task], bounded=bounded) for task in dict.fromkeys(tasks)}
     for other_rate, (behind, error) in choice.runners_up.items():

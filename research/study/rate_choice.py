@@ -14,7 +14,6 @@ from research.study.run_table import Axis, Run, plain, spans_of
 from research.study.statistics import Array, standard_error_of_difference
 
 ChooseOn = Literal["training", "states", "other_states"]
-CHOOSING_STATES, REPORTING_STATES = slice(0, None, 2), slice(1, None, 2)  # with choose_on "states"
 ENOUGH_SEEDS = 3  # with fewer, the choice is as much of the seeds as of the rates
 OPEN = 2  # standard errors; a rate that is no further behind the best is carried along
 
@@ -30,6 +29,15 @@ class Choice:
     """Of how many."""
     runners_up: dict[float, tuple[float, float]]
     """Rate -> how far it is behind in what the choice was by, and the standard error of that; NaN of one seed."""
+
+
+def states_that_choose(run: Run) -> Array:
+    """With `choose_on` "states": which of a run's states `[K]` choose, bool; the others are reported.
+
+    Every other one, and where a state's task follows from its id, every other round of all tasks.
+    """
+    tasks = max(1, len(run.tasks.split()))
+    return np.arange(len(run.scores(run.episodes[-1]))) // tasks % 2 == 0
 
 
 def best_criterion(cells: Iterable[Sequence[Run]], choosing_seeds: Sequence[int]) -> ChooseOn:
@@ -64,7 +72,7 @@ def choosing_scores(
     if not members:
         return None
     if choose_on == "states":
-        return np.array([run.episodes_at(axis, place) for run in members])[:, CHOOSING_STATES]
+        return np.array([run.episodes_at(axis, place) for run in members])[:, states_that_choose(members[0])]
     if choose_on == "other_states":
         _check_other_states(members)
         return np.array([run.scores(run.choosing_episodes) for run in members])

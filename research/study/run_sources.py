@@ -271,7 +271,9 @@ def _read_wandb_run(run: Any) -> Run:
         *run.scan_history(keys=["global_step", f"rollout/{metric}", "rollout/episodes"]),
         *run.scan_history(keys=["global_step", "rollout/decisions"]),
     ]
+    stopped = dict(getattr(run, "summary", {})).get("stopped_by")  # by W&B itself: that is no failure there
     status = "complete" if run.state == "finished" else f"W&B state {run.state}"
+    status = f"stopped by {_text(stopped)}" if run.state == "finished" and stopped else status
     config = dict(run.config)
     name = f"{config['trainer.exp_name']}-{run.id}" if "trainer.exp_name" in config else run.name  # as its folder
     try:

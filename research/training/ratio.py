@@ -14,6 +14,7 @@ from research.training.algorithm import Policy
 
 FEWEST, CLAMPED = 30, 0.01  # values between the extremes that tell anything; share of extremes that is worth a warning
 TOLERANCE = {"off": 1e-3, "bf16": 1e-2}  # of |log ratio|, by trainer.autocast
+BEHAVIOUR_TOLERANCE = 0.01  # nats, of a first rollout that the weights of now collected
 
 
 @torch.no_grad()
@@ -51,11 +52,23 @@ def describe_ratio(log_ratio: float, autocast: str) -> str | None:
     """A warning about a ratio that is not 1 at the start, or None where it is near enough."""
     if log_ratio <= TOLERANCE[autocast]:
         return None
+    return _not_the_one_that_acted(f"|log ratio| is up to {log_ratio:.3g}, and should be below {TOLERANCE[autocast]:g}")
+
+
+def describe_behaviour(kl: float) -> str | None:
+    """A warning where decisions that were just collected are scored otherwise, by a KL divergence of `kl` nats."""
+    if not kl > BEHAVIOUR_TOLERANCE:
+        return None
+    return _not_the_one_that_acted(
+        f"their KL divergence (rollout/behaviour_kl) is {kl:.2g} nats, and should be below {BEHAVIOUR_TOLERANCE:g}"
+    )
+
+
+def _not_the_one_that_acted(distance: str) -> str:
     return (
-        f"before the first update the policy that is scored is not the one that acted: |log ratio| is up to "
-        f"{log_ratio:.3g}, and should be below {TOLERANCE[autocast]:g}; likely causes are dropout or batch norm that "
-        "forward() puts in train mode, an action that is clamped or squashed after it was drawn, another sampling "
-        "temperature in evaluate_actions, or weights in half precision"
+        f"before the first update the policy that is scored is not the one that acted: {distance}; likely causes are "
+        "dropout or batch norm that forward() puts in train mode, an action that is clamped or squashed after it was "
+        "drawn, another sampling temperature in evaluate_actions, or weights in half precision"
     )
 
 

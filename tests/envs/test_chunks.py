@@ -178,3 +178,11 @@ def test_the_table_is_filmed_between_looks():
 def test_no_chunk(name, chunk):
     with pytest.raises(UserError, match=r"^trainer\.env_config\.chunk: .* got "):
         make_env(name, 2, {"chunk": chunk})
+
+
+def test_rows_whose_thrown_away_episodes_end_too_are_started_again():
+    """A long chunk holds several short episodes of a vector environment, whose rows are stepped together."""
+    env = make_env("gym_vec:InvertedPendulum-v5", 4, {"chunk": 40, "max_episode_steps": 5})
+    step = env.step(env.reset().set("action", torch.ones(4, 40, 1)))["next"]
+    assert step["done"].all() and (step["env_steps"] <= 5).all()
+    assert not env.reset(step.exclude("reward").set("_reset", step["done"]))["done"].any()

@@ -9,6 +9,7 @@ import pytest
 
 from envs.tabletop import TabletopEnv
 from research.errors import SimulatorFailed
+from research.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,15 @@ def test_all_splits_from_the_same_states(tmp_path, capsys):
     one, summary_of_one = read(tmp_path / "one")
     assert one == [row for row in rows if row["split"] == "semantics"]
     assert summary_of_one["splits"] == {"semantics": summary["splits"]["semantics"]}
+
+
+def test_a_training_run_keeps_its_own_evaluations(tmp_path, capsys):
+    run = RunFolder.create(tmp_path, "exp")
+    run.config.write_text("{}")
+    run.episodes.write_text("kept")
+    assert evaluate_vla.main([*FEW, f"--output={run}"]) == 2
+    assert f"error: output: {run} is a training run's own folder" in capsys.readouterr().err
+    assert run.episodes.read_text() == "kept" and not run.summary.exists()
 
 
 def test_states_that_training_draws_are_evaluated_with_a_note(tmp_path, capsys):

@@ -11,13 +11,15 @@ import ppo_vla
 import pytest
 import torch
 import training_run
-from resuming import evaluation_at
+from resuming import evaluation_at, newest_run
 from worlds import rows_without_times, run_folder, write_config
 
 from agents.small_vla import SmallVLA
+from research.config import TrainerConfig
 from research.errors import SimulatorFailed
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder, append_rows, read_rows
+from research.training import evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +43,50 @@ def test_a_finished_run_that_is_resumed_evaluates_nothing_again(finished, capsys
     assert {k: again[k] for k in again if k.startswith(("eval/", "before/"))} == {
         k: summary[k] for k in summary if k.startswith(("eval/", "before/"))
     }
+
+
+def test_the_best_checkpoint_of_a_finished_run_outlives_worse_evaluations(tmp_path, monkeypatch):
+    """It is written with the last evaluation, after the checkpoint that the run goes on from."""
+    succeeding = iter([0, 6, 3, 4])
+
+    def evaluate(*arguments):
+        result, count = evaluation.evaluate(*arguments), next(succeeding)
+        for place, episode in enumerate(result.episodes):
+            episode.success = place < count
+        return result
+
+    monkeypatch.setattr(training_run, "evaluate", evaluate)
+    assert ppo_vla.main(["--config", str(write_config(tmp_path))]) == 0
+    run = RunFolder(run_folder(tmp_path))
+    (best,) = run.checkpoints_called("best")
+    longer = ["--trainer.iterations=5", "--trainer.eval_freq=64"]
+    assert best.name == "best_000000192" and ppo_vla.main([f"--trainer.resume={run}", *longer]) == 0
+    assert next(succeeding, None) is None and run.checkpoints_called("best") == [best]
+
+
+def test_auto_goes_on_with_a_run_of_this_very_name(tmp_path, capsys):
+    for name in ("t", "t-large"):
+        assert ppo_vla.main(["--config", str(write_config(tmp_path, trainer__exp_name=name))]) == 0
+    assert newest_run(TrainerConfig(exp_name="t", run_dir=str(tmp_path / "runs"))).exp_name == "t"
+    assert newest_run(TrainerConfig(exp_name="t-", run_dir=str(tmp_path / "runs"))) is None
+
+
+def test_what_a_run_gives_up_and_cannot_go_on_with_is_said(finished, capsys):
+    earlier = RunFolder(finished).checkpoint(128)
+    assert ppo_vla.main([f"--trainer.resume={earlier}", '--policy.learning_rates={"vision_encoder.patches": 1e-3}']) == 2
+    refused = capsys.readouterr().err
+    assert (
+        "policy.learning_rates: the run to resume has rates for " in refused
+        and RunFolder(finished).checkpoint(192).exists()
+    )
+    assert ppo_vla.main([f"--trainer.resume={earlier}"]) == 0
+    assert "going on from env step 128; what came after it is gone: step_000000192" in capsys.readouterr().out
+
+
+def test_a_policy_that_never_moves_is_told(tmp_path, caplog):
+    config = write_config(tmp_path, algorithm__cfg__value_warmup_iterations=3, trainer__enable_eval=False)
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    assert "the policy will not change: value_warmup_iterations = 3, of trainer.iterations = 3" in caplog.messages
 
 
 def test_rows_of_what_is_done_again_are_dropped_and_torn_ones_too(finished, tmp_path):

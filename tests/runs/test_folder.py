@@ -72,6 +72,16 @@ def test_the_id_is_what_follows_the_last_dash(tmp_path, monkeypatch):
     assert RunFolder.create(tmp_path, "my-exp").id == "abc123"
 
 
+def test_an_id_that_was_given_may_have_dashes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "job-12-3")
+    folder = RunFolder.create(tmp_path, "my-exp")
+    assert folder.exp_name is None
+    write_json(folder.config, {"trainer": {"exp_name": "my-exp"}})
+    assert (folder.exp_name, folder.id) == ("my-exp", "job-12-3")
+    folder.config.write_text('{"trainer": []}')
+    assert folder.exp_name is None
+
+
 def test_every_file_has_its_place():
     folder = RunFolder("runs/exp-1")
     assert {

@@ -65,13 +65,22 @@ def test_the_end_says_and_records_what_was_achieved(tracker, capsys):
     ]
     summary = json.loads(tracker.folder.summary.read_text())
     before = {"before/return": 2.0, "before/success_rate": 0.25}
-    assert summary == {"global_step": 4096, "exit_code": 0, **before, **result.metrics()}
+    assert summary == {"global_step": 4096, "exit_code": 0, **before, "eval/global_step": 4096, **result.metrics()}
     assert images == [("learning_curve", tracker.folder.learning_curve, 4096)]
     assert tracker.folder.learning_curve.exists()
     strip = iio.imread(tracker.folder.strip)
     assert strip.shape[1] == 6 * (24 + 2) - 2  # six frames, from first to last, of the episode that succeeded
     assert (strip[0, 0] == 0).all() and (strip[0, -1] == 200).all()
     assert (strip[16:] == frame_strip(FRAMES[0], 6, caption=result.captions[1])[16:]).all() and len(strip) > 16
+
+
+def test_an_evaluation_of_before_the_end_is_said_to_be_one(tracker, capsys):
+    result = evaluation([False, True])
+    summarise(tracker, tracker.folder, 4096, None, result, {"exit_code": 130}, evaluated_at=2048)
+    line = f"ended after 4,096 env steps; the last evaluation was after 2,048 env steps: {result.summary()}"
+    assert line in capsys.readouterr().out.splitlines()
+    summary = json.loads(tracker.folder.summary.read_text())
+    assert (summary["global_step"], summary["eval/global_step"]) == (4096, 2048)
 
 
 def test_a_run_without_evaluations_or_rollouts_ends_all_the_same(tracker, capsys):

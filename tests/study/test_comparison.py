@@ -35,6 +35,27 @@ def test_choosing_on_states_reports_on_the_other_states(tmp_path):
     assert result.scores.shape == (2, STATES // 2)
 
 
+def test_choosing_on_states_takes_every_other_round_of_the_tasks(tmp_path):
+    """With as many states of each task on both sides: every other state would be the same tasks each time."""
+    task = np.arange(STATES) % 4
+    for seed in (1, 2):
+        for name, rate, solved in (("a", 1e-4, task % 2 == 0), ("b", 3e-4, task % 2 == 1), ("c", 1e-3, task > 0)):
+            make_run(tmp_path / f"{name}{seed}", rate=rate, seed=seed, final=solved)
+    runs = read_folders([str(tmp_path)])
+    for run in runs:
+        run.tasks = "reach push pull close"
+    comparison = compare(runs, choose_on="states")
+    assert comparison.chosen_by == {("none", 1e-4): 0.5, ("none", 3e-4): 0.5, ("none", 1e-3): 0.75}
+    (result,) = comparison.arms
+    assert result.mean.value == 0.75 and {task: e.value for task, e in result.tasks.items()} == {
+        "reach": 0, "push": 1, "pull": 1, "close": 1,
+    }  # fmt: skip
+    for run in runs:
+        run.tasks = " ".join(f"task_{number}" for number in range(STATES))
+    with pytest.raises(UserError, match="only where some are left to report"):
+        compare(runs, choose_on="states")
+
+
 def test_choosing_seeds_are_left_out_of_the_report(tmp_path):
     for seed in (1, 2, 3):
         make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, sampled=0.9 if seed == 1 else 0.1)

@@ -239,6 +239,16 @@ def wandb_run(folder, state="finished"):
     )
 
 
+def test_a_run_that_wandb_stopped_early_is_none_of_those_compared(study, monkeypatch):
+    """It is finished, for a sweep goes on; and its last evaluation would be where all runs are compared."""
+    runs = [wandb_run(folder) for folder in sorted(study.iterdir())]
+    runs[0].summary = {"stopped_by": "signal", "exit_code": 130}
+    runs[1].summary = {"stopped_by": None, "exit_code": 0}
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda path: runs))
+    first, *others = read_wandb("me/vla-rl")
+    assert first.status == "stopped by signal" and all(run.complete for run in others)
+
+
 def test_wandb_gives_the_rows_of_the_run_folders(study, monkeypatch):
     class Api:
         def sweep(self, path):

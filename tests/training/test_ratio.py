@@ -60,9 +60,12 @@ class Clamped(SmallVLA):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("buffer", ["standard", "vla"])
 @pytest.mark.parametrize(("model", "warned"), [("agents.small_vla.SmallVLA", False), ("test_ratio.Clamped", True)])
-def test_a_run_warns_once_of_one_that_is_not(tmp_path, caplog, model, warned):
-    config = write_config(tmp_path, policy__vla_config__model_class=model, trainer__enable_eval=False)
+def test_a_run_warns_once_of_one_that_is_not(tmp_path, caplog, model, warned, buffer):
+    config = write_config(
+        tmp_path, policy__vla_config__model_class=model, trainer__enable_eval=False, trainer__buffer_type=buffer
+    )
     assert ppo_vla.main(["--config", str(config)]) == 0
     assert sum("is not the one that acted" in message for message in caplog.messages) == warned
 
