@@ -73,7 +73,8 @@ def test_auto_goes_on_with_a_run_of_this_very_name(tmp_path, capsys):
 
 def test_what_a_run_gives_up_and_cannot_go_on_with_is_said(finished, capsys):
     earlier = RunFolder(finished).checkpoint(128)
-    assert ppo_vla.main([f"--trainer.resume={earlier}", '--policy.learning_rates={"vision_encoder.patches": 1e-3}']) == 2
+    other = '--policy.learning_rates={"vision_encoder.patches": 1e-3}'
+    assert ppo_vla.main([f"--trainer.resume={earlier}", other]) == 2
     refused = capsys.readouterr().err
     assert (
         "policy.learning_rates: the run to resume has rates for " in refused
