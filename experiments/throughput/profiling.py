@@ -40,7 +40,9 @@ def profile(loop: Loop, device: torch.device) -> str:
         text.append(f"{part.__name__}, {sum(libraries.values()):.4f} s in all")
         text += [f"{seconds:10.4f}  {name}" for name, seconds in sorted(libraries.items(), key=lambda item: -item[1])]
         stats.strip_dirs().sort_stats("tottime").print_stats(FUNCTIONS)
-        text += [line.rstrip() for line in out.getvalue().splitlines()[7:]]
+        lines = out.getvalue().splitlines()
+        header = next(number for number, line in enumerate(lines) if "filename:lineno" in line)
+        text += [line.rstrip() for line in lines[header:] if line.strip()]
     return "\n".join(text)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark_throughput as benchmark
 import pytest
@@ -13,6 +15,7 @@ import torch
 from throughput import model, processes
 from throughput.models import StandInEnv, build_model
 from throughput.peers import Floor
+from throughput.profiling import profile
 from throughput.row import Settings, build_loop, measure
 from torchrl.envs.utils import check_env_specs
 from worlds import ROOT
@@ -39,10 +42,24 @@ def table(tmp_path_factory) -> dict[str, dict]:
     assert code == 0
     for freeze in ("none", "backbone"):
         text = (folder / f"profile-ours-{freeze}-fp32-standard.txt").read_text()
-        for name in ("collect, ", "update, ", "torchrl", "tensordict", "envs", "tabletop.py", "ppo.py"):
+        for name in ("collect, ", "update, ", "torchrl", "tensordict", "envs"):
             assert name in text
     assert (folder / "small-tabletop-cpu.png").stat().st_size > 0
     return {row["row"]: row for row in benchmark.read_table(folder / "small-tabletop-cpu.csv")}
+
+
+def test_a_profile_names_the_functions_that_take_the_time_with_their_files():
+    def busy(seconds):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    loop = SimpleNamespace(collect=lambda: busy(0.05), update=lambda: None)
+    loop.collect.__name__, loop.update.__name__ = "collect", "update"
+    collect, update = profile(loop, torch.device("cpu")).split("update, ")
+    first = next(line for line in collect.splitlines() if "(busy)" in line)
+    assert Path(__file__).name in first and float(first.split()[1]) > 0.02
+    assert "(busy)" not in update
 
 
 def test_every_row_of_ours_has_its_columns_and_its_floor(table):
