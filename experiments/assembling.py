@@ -1,8 +1,8 @@
 """From a configuration to what a script works with: device, environment, model, policy, algorithm, rollouts.
 
 The scripts that train by reinforcement learning build their parts here; those that evaluate or imitate take what they
-need from building.py. Whatever can be refused is refused here, with one
-clear line, before a run folder is made or anything heavy starts.
+need from building.py. Whatever can be refused is refused here, with one clear line, before a run folder is made or
+anything heavy starts.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     torch.set_num_threads(trainer.threads)
     keep_freed_memory()
     print(f"threads: {trainer.threads} ({why})", flush=True)
+    warmup = config.algorithm.cfg.value_warmup_iterations
+    if trainer.max_env_steps is None and warmup >= trainer.iterations:
+        iterations = f"trainer.iterations = {trainer.iterations}"
+        print(f"the policy will not change: value_warmup_iterations = {warmup} of {iterations}")
     config = share_of(config, world)
     trainer, share = config.trainer, (world.rank, world.size)
     seed_everything(trainer.seed)  # every rank alike, so that models are

@@ -24,19 +24,12 @@ from research.runs.machine import machine
 from research.runs.reporting import last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker
 from research.runs.video import video_grid, write_video
-from research.schema import ACTION, check_finite
+from research.schema import check_finite
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
 from research.training.parallel import PeerEnded
-from research.training.ratio import (
-    clamped_share,
-    describe_behaviour,
-    describe_clamping,
-    describe_jump,
-    describe_ratio,
-    largest_log_ratio,
-)
+from research.training.ratio import describe_jump, doubts
 from research.training.rollout import Rollouts
 
 log = logging.getLogger(__name__)
@@ -101,12 +94,6 @@ class TrainingRun:
         """Say what it is, check the frozen weights, and evaluate the policy that it starts from."""
         print(describe(self.parts, self.folder), flush=True)
         self._utilisation = measure_utilisation(self.config, self.parts)
-        warmup = self.config.algorithm.cfg.value_warmup_iterations
-        if self.trainer.max_env_steps is None and warmup >= self.trainer.iterations:
-            log.warning(
-                "the policy will not change: value_warmup_iterations = %d, of trainer.iterations = %d",
-                warmup, self.trainer.iterations,
-            )  # fmt: skip
         self.parts.audit.check("at the start" if not self.resumed else "where the run was resumed")
         if self.trainer.enable_eval and self.progress.before is None and self.progress.iteration == 0:
             self.evaluate(film=FILMED)
@@ -175,12 +162,10 @@ class TrainingRun:
         if self._ratio_is_known or not self.world.leads:
             return
         self._ratio_is_known = True
-        cfg, autocast = self.config.algorithm.cfg, self.trainer.autocast
-        ratio = largest_log_ratio(self.parts.policy, batch, cfg.micro_batch_size or cfg.batch_size)
-        acted = describe_behaviour(metrics.get("rollout/behaviour_kl", 0.0))
-        for warning in (describe_ratio(ratio, autocast), acted, describe_clamping(clamped_share(batch[ACTION]))):
-            if warning:
-                log.warning(warning)
+        cfg, kl = self.config.algorithm.cfg, metrics.get("rollout/behaviour_kl", 0.0)
+        rows = cfg.micro_batch_size or cfg.batch_size
+        for doubt in doubts(self.parts.policy, batch, rows, self.trainer.autocast, kl):
+            log.warning(doubt)
 
     def log(self, metrics: dict[str, float], decisions: int, collect_s: float, update_s: float) -> None:
         """Record an iteration that has just ended: its metrics, its times, and the share of the device's speed."""

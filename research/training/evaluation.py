@@ -192,10 +192,10 @@ class EpisodeRows:
 
     Args:
         env, states, film, max_steps: as for `evaluate`.
-        more: called with the places in `states` of episodes that have just ended; returns states of further episodes,
-            which follow those that wait already.
         record: called at every step with `running` bool `[N]`, whose rows count, the places `[N]` of their episodes
             in `states`, what the policy made of the step, and what that led to.
+        more: called with the places in `states` of episodes that have just ended; returns states of further episodes,
+            which follow those that wait already.
     """
 
     def __init__(

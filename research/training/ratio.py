@@ -72,6 +72,19 @@ def _not_the_one_that_acted(distance: str) -> str:
     )
 
 
+def doubts(policy: Policy, batch: TensorDictBase, rows: int, autocast: str, behaviour_kl: float) -> list[str]:
+    """What is doubtful in the first batch, a line each.
+
+    Args:
+        policy, batch: as for `largest_log_ratio`, `rows` of it at once.
+        autocast: `trainer.autocast`.
+        behaviour_kl: where the batch's log-probabilities were computed anew, how far they are from those that acted.
+    """
+    ratio, clamped = largest_log_ratio(policy, batch, rows), clamped_share(batch[ACTION])
+    told = [describe_ratio(ratio, autocast), describe_behaviour(behaviour_kl), describe_clamping(clamped)]
+    return [line for line in told if line]
+
+
 def clamped_share(action: Tensor) -> float:
     """The share of action components that lie exactly at their lowest or highest value, where others never repeat.
 

@@ -84,10 +84,11 @@ def test_what_a_run_gives_up_and_cannot_go_on_with_is_said(finished, capsys):
     assert "going on from env step 128; what came after it is gone: step_000000192" in capsys.readouterr().out
 
 
-def test_a_policy_that_never_moves_is_told(tmp_path, caplog):
+def test_a_policy_that_never_moves_is_told(tmp_path, capsys):
     config = write_config(tmp_path, algorithm__cfg__value_warmup_iterations=3, trainer__enable_eval=False)
     assert ppo_vla.main(["--config", str(config)]) == 0
-    assert "the policy will not change: value_warmup_iterations = 3, of trainer.iterations = 3" in caplog.messages
+    told = "the policy will not change: value_warmup_iterations = 3 of trainer.iterations = 3"
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_rows_of_what_is_done_again_are_dropped_and_torn_ones_too(finished, tmp_path):
