@@ -61,8 +61,10 @@ def _make_env(name: str, num_envs: int, env_config: dict, device: torch.device |
                 f"trainer.env_config: tabletop has no option {', '.join(unknown)}; it has {', '.join(known)}"
             )
         return TabletopEnv(num_envs, device=device, seed=seed, **env_config)
-    _, colon, env_id = name.partition(":")
-    return maker_of(name)(*([env_id] if colon else []), num_envs, device, seed, **env_config)
+    make, (kind, _, env_id) = maker_of(name), name.partition(":")
+    if kind in _GYMNASIUM and not env_id:
+        raise UserError(f"trainer.env: {kind} needs an environment's id, as in {kind}:Pendulum-v1")
+    return make(*([env_id] if env_id else []), num_envs, device, seed, **env_config)
 
 
 def maker_of(name: str) -> Callable[..., EnvBase]:

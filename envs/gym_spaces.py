@@ -197,7 +197,7 @@ def encode_instruction(text: str, length: int) -> np.ndarray:
         raise UserError(f"trainer.env_config.instruction_length: {error}") from error
 
 
-def read_actions(space: gymnasium.Space, name: str) -> ActionScale | ActionChoices:
+def read_actions(space: gymnasium.Space, name: str) -> ActionMap:
     """How actions reach an environment.
 
     Raises:
@@ -205,17 +205,17 @@ def read_actions(space: gymnasium.Space, name: str) -> ActionScale | ActionChoic
     """
     spaces = gymnasium.spaces
     if isinstance(space, spaces.Box) and space.dtype.kind == "f":
-        return ActionScale(space)
+        return _scaled(space)
     if isinstance(space, spaces.Discrete):
-        return ActionChoices(np.array(space.start), np.array(space.n), space.dtype)
+        return _chosen(space, space.start, space.n)
     if isinstance(space, spaces.MultiDiscrete):
-        return ActionChoices(space.start, space.nvec, space.dtype)
+        return _chosen(space, space.start, space.nvec)
     if isinstance(space, spaces.MultiBinary):
-        return ActionChoices(np.zeros(space.shape, np.int64), np.full(space.shape, 2), space.dtype)
+        return _chosen(space, np.zeros(space.shape), np.full(space.shape, 2))
     if isinstance(space, spaces.Box) and space.dtype.kind in "iu":
         count = space.high.astype(np.float64) - space.low.astype(np.float64) + 1
         if (count <= _MOST_CHOICES).all():
-            return ActionChoices(space.low, count.astype(np.int64), space.dtype)
+            return _chosen(space, space.low, count.astype(np.int64))
     raise UserError(
         f"trainer.env: {name} takes actions from {space}; supported are Box, Discrete, MultiDiscrete and MultiBinary "
         f"(a Box of integers has at most {_MOST_CHOICES} per component); wrap it in a TransformAction"
@@ -225,63 +225,69 @@ def read_actions(space: gymnasium.Space, name: str) -> ActionScale | ActionChoic
 _MOST_CHOICES = 1024
 
 
-class ActionScale:
-    """How actions reach a Box: a component with two finite bounds is rescaled from [-1, 1] and clipped; others pass.
+class ActionMap:
+    """How actions reach an environment: component by component scaled, moved, clipped, and choices rounded.
 
-    Bounds at the edge of what their type can hold, as environments without bounds declare them, are none.
+    Args:
+        space: what the environment takes.
+        low, high: bounds float64 `[A]`, in its terms.
+        scale, offset: float64 `[A]`; an action x becomes offset + scale x.
+        bounded: whether an action of [-1, 1] means all of every component.
+        choices: how many choices each component has, where it has them.
     """
 
-    choices = None
-
-    def __init__(self, space: gymnasium.spaces.Box):
+    def __init__(
+        self,
+        space: gymnasium.Space,
+        low: np.ndarray,
+        high: np.ndarray,
+        scale: np.ndarray,
+        offset: np.ndarray,
+        bounded: bool = False,
+        choices: tuple[int, ...] | None = None,
+    ):
         self.shape, self.dtype, self.size = space.shape, space.dtype, prod(space.shape)
-        self.low, self.high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
-        edge = np.finfo(space.dtype).max / 10
-        finite = (self.low > -edge) & (self.high < edge)
-        self.bounded = bool(finite.all())
-        self.scale, self.offset = np.ones_like(self.low), np.zeros_like(self.low)
-        low, high = self.low[finite], self.high[finite]
-        self.scale[finite], self.offset[finite] = (high - low) / 2, (high + low) / 2
+        self.bounded, self.choices = bounded, choices
+        self._numbers = low, high, scale, offset
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
         """An action float32 `[A]`, or a batch `[N, A]` of them, as the environment takes it."""
+        action = self._mapped(action, *self._numbers).astype(self.dtype)
+        return action.reshape((*action.shape[:-1], *self.shape))[()]  # one of no dimension is a number
+
+    def as_tensor(self, action: Tensor, device: torch.device) -> Tensor:
+        """A batch of actions float32 `[N, A]` as an environment takes it that keeps its tensors on this device."""
+        numbers = (torch.as_tensor(number, device=device) for number in self._numbers)
+        action = self._mapped(action.to(device, torch.float32), *numbers)
+        return action.to(torch.from_numpy(np.empty(0, self.dtype)).dtype).reshape(len(action), *self.shape)
+
+    def _mapped(self, action: Any, low: Any, high: Any, scale: Any, offset: Any) -> Any:
         # gymnasium.wrappers.RescaleAction rounds some actions to just outside the Box; clipping last cannot.
-        action = np.clip(self.offset + self.scale * action, self.low, self.high)
-        return action.astype(self.dtype).reshape((*action.shape[:-1], *self.shape))[
-            ()
-        ]  # one of no dimension is a number
+        action = (offset + scale * action).clip(low, high)
+        return action.round() if self.choices else action
 
     def sample(self, generator: np.random.Generator, shape: tuple[int, ...] = ()) -> np.ndarray:
         """Actions float32 `[*shape, A]` to try an environment with."""
+        if self.choices:
+            return generator.integers(0, self.choices, (*shape, self.size)).astype(np.float32)
         return generator.uniform(-1, 1, (*shape, self.size)).astype(np.float32)
 
 
-class ActionChoices:
-    """How choices reach a Discrete, MultiDiscrete or MultiBinary space: whole numbers from 0, component by component.
+def _scaled(space: gymnasium.spaces.Box) -> ActionMap:
+    """A component with two finite bounds is rescaled from [-1, 1] and clipped; others pass.
 
-    Args:
-        start: the number that choice 0 stands for, of the space's shape.
-        counts: how many choices each component has, of the space's shape.
-        dtype: the space's.
+    Bounds at the edge of what their type can hold, as environments without bounds declare them, are none.
     """
+    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
+    edge = np.finfo(space.dtype).max / 10
+    finite = (low > -edge) & (high < edge)
+    scale, offset = np.ones_like(low), np.zeros_like(low)
+    scale[finite], offset[finite] = (high[finite] - low[finite]) / 2, (high[finite] + low[finite]) / 2
+    return ActionMap(space, low, high, scale, offset, bounded=bool(finite.all()))
 
-    bounded = False
 
-    def __init__(self, start: np.ndarray, counts: np.ndarray, dtype: np.dtype):
-        self.start, self.shape, self.dtype = start.ravel(), counts.shape, dtype
-        self.choices = tuple(counts.ravel().tolist())
-        self.size = len(self.choices)
-        # In the terms of `ActionScale`, which also says how a batch on a GPU is turned into actions.
-        self.low, self.high = self.start.astype(np.float64), self.start + counts.ravel() - 1.0
-        self.scale, self.offset = np.ones(self.size), self.low
-
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """An action float32 `[A]`, or a batch `[N, A]` of them, as the environment takes it."""
-        action = np.clip(np.rint(self.offset + action), self.low, self.high)
-        return action.astype(self.dtype).reshape((*action.shape[:-1], *self.shape))[
-            ()
-        ]  # one of no dimension is a number
-
-    def sample(self, generator: np.random.Generator, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Actions float32 `[*shape, A]` to try an environment with."""
-        return generator.integers(0, self.choices, (*shape, self.size)).astype(np.float32)
+def _chosen(space: gymnasium.Space, start: Any, counts: Any) -> ActionMap:
+    """Whole numbers from 0, component by component; `start` is what choice 0 stands for, of the space's shape."""
+    low, counts = np.ravel(start).astype(np.float64), np.ravel(counts)
+    choices = tuple(counts.tolist())
+    return ActionMap(space, low, low + counts - 1.0, np.ones(len(choices)), low, choices=choices)

@@ -242,13 +242,7 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
         """Actions float32 `[N, A]` as the vector environment takes them."""
         if self._tensor_device is None:
             return self._actions(action.to("cpu", torch.float32).numpy())
-        space, device = self._actions, self._tensor_device
-        low, high, scale, offset = (
-            torch.as_tensor(bound, device=device) for bound in (space.low, space.high, space.scale, space.offset)
-        )
-        action = (offset + scale * action.to(device, torch.float32)).clamp(low, high)
-        action = action.round() if space.choices else action
-        return action.to(torch.from_numpy(np.empty(0, space.dtype)).dtype).reshape(len(action), *space.shape)
+        return self._actions.as_tensor(action, self._tensor_device)
 
     def _own(self, value: Any, dtype: torch.dtype | None = None) -> Tensor:
         """What was returned, as a tensor on this environment's device that nobody else writes to."""

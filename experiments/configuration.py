@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from research.config import ExperimentConfig
 from research.option_parser import split_questions
-from research.options import parse_config
+from research.options import names_config, parse_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pick_place.json"
 GRPO_CONFIG = DEFAULT_CONFIG.with_name("pick_place_grpo.json")
@@ -53,19 +53,17 @@ def read_experiment(config_class: type[C], argv: Sequence[str], description: str
         config = parse_config(config_class, [f"--config={folder.config}", *argv], description)
         refuse_foreign_code(folder, config, trusted)
         return config
-    argv = with_default_config(argv, default)
-    config = parse_config(config_class, argv, description)
-    return go_on_with_newest(config, argv, description, default, trusted) if config.trainer.resume == "auto" else config
+    config = parse_config(config_class, argv, description, default)
+    return go_on_with_newest(config, argv, description, trusted) if config.trainer.resume == "auto" else config
 
 
-def go_on_with_newest(config: C, argv: Sequence[str], description: str, default: Path, trusted: bool) -> C:
+def go_on_with_newest(config: C, argv: Sequence[str], description: str, trusted: bool) -> C:
     """The configuration where `trainer.resume` is auto: that of the newest run of the name, unless one is named."""
     from resuming import newest_run, refuse_foreign_code
 
     newest = newest_run(config.trainer)
-    if newest is not None and f"--config={default}" in argv:
-        argv = [f"--config={newest.config}", *(word for word in argv if word != f"--config={default}")]
-        config = parse_config(type(config), argv, description)
+    if newest is not None and not names_config(argv):
+        config = parse_config(type(config), [f"--config={newest.config}", *argv], description)
         refuse_foreign_code(newest, config, trusted)
     config.trainer.resume = None if newest is None else str(newest)
     return config
@@ -81,19 +79,9 @@ def split_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
     return [word for word in argv if word != flag], flag in argv
 
 
-def with_default_config(argv: Sequence[str], default: Path = DEFAULT_CONFIG) -> list[str]:
-    """Arguments that start from a script's configuration unless they name one of their own."""
-    return [*argv] if names_config(argv) else [f"--config={default}", *argv]
-
-
 def default_of(script: str | Path) -> Path:
     """The configuration that a training script starts from where none is named."""
     return GRPO_CONFIG if Path(script).name == "grpo_vla.py" else DEFAULT_CONFIG
-
-
-def names_config(argv: Sequence[str]) -> bool:
-    """Whether some arguments name a configuration file."""
-    return any(word == "--config" or word.startswith("--config=") for word in argv)
 
 
 def argv_value(argv: Sequence[str], option: str) -> str | None:

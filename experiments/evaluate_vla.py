@@ -21,7 +21,7 @@ import answering  # noqa: F401
 import torch
 from assembling import choose_device
 from building import load_trained, make_model, make_policy
-from configuration import EvaluationConfig, split_flag, with_default_config
+from configuration import DEFAULT_CONFIG, EvaluationConfig, split_flag
 from resuming import load_run
 
 from envs import make_env, splits_of
@@ -51,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     argv, trusted = split_flag(argv, "--trust")
-    config, trained = parse_config(EvaluationConfig, with_default_config(split_questions(argv)[0])), None
+    config, trained = parse_config(EvaluationConfig, split_questions(argv)[0], start=DEFAULT_CONFIG), None
     if config.checkpoint and (run := RunFolder.containing(config.checkpoint)).is_run:
         config = parse_config(EvaluationConfig, [f"--config={run.config}", *argv], __doc__)
         trained = load_run(config.checkpoint, config, trusted)
     else:
-        config = parse_config(EvaluationConfig, with_default_config(argv), __doc__)
+        config = parse_config(EvaluationConfig, argv, __doc__, DEFAULT_CONFIG)
     if config.checkpoint and trained is None:
         config.policy.vla_config.model_path = config.checkpoint
     if config.film < 0 or config.first_state < 0:

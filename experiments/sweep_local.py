@@ -34,7 +34,7 @@ from pathlib import Path
 import packages  # noqa: F401
 
 import optuna
-from configuration import default_of, with_default_config
+from configuration import default_of
 from optuna.trial import TrialState
 
 from research.config import ExperimentConfig
@@ -252,7 +252,7 @@ def found(program: str) -> str:
 
 def config_of(flags: list[str], program: str = "ppo_vla.py") -> ExperimentConfig:
     """The configuration of a run, as its script reads it."""
-    return parse_config(ExperimentConfig, with_default_config(flags, default_of(program)))
+    return parse_config(ExperimentConfig, flags, start=default_of(program))
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ combination of values: it raises `UserError` with a message that begins with the
 the dotted path in front. A method `resolve(given)` may settle values that follow from others; it is told which keys
 were given, and by what ("base", "file" or "flag"). A class attribute `kinds` says which fields mean something under one
 value of another alone: what a file's base gives them is left out where the file gives that other one another value.
+A file that the arguments do not name, from which a script starts (`start`), is a base to the flags in the same way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -52,7 +54,9 @@ MAX_INT = 2**63 - 1
 MAX_FLOAT = 3.4028235e38  # what float32 holds
 
 
-def parse_config(config_class: type[C], argv: Sequence[str] | None = None, description: str = "") -> C:
+def parse_config(
+    config_class: type[C], argv: Sequence[str] | None = None, description: str = "", start: str | Path | None = None
+) -> C:
     """Build a configuration: the defaults, then the file named by `--config`, then the flags.
 
     Args:
@@ -60,20 +64,24 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, descr
         argv: command-line arguments without the program's name; None takes those of this process.
         description: what the script does, for `--help`, which prints and exits with code 0. So do `--print_config` and
             `--print_completion`.
+        start: the file that is read where none is named. Of what it gives, only what fits the kinds (environment, model
+            class, algorithm) that flags name is kept; a named file keeps all, as one may vary its kind in a sweep.
     Raises:
         UserError: unknown key, wrong type, value out of range, impossible combination, or unreadable file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _parsed(config_class, argv, description)
+        return _parsed(config_class, argv, description, start)
     except UserError as error:
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error)[:MAX_LINE])
         raise UserError(line) from None
 
 
-def _parsed(config_class: type[C], argv: list[str], description: str) -> C:
+def _parsed(config_class: type[C], argv: list[str], description: str, start: str | Path | None) -> C:
     argv, asked = split_questions(argv)
     chains = [read_chain(path) for path in _values_of(argv, "config")]
+    if start is not None and not names_config(argv):
+        chains = [[*read_chain(str(start)), ConfigFile("the command line", _kinds_of_flags(config_class, argv))]]
     chosen = _choices(config_class, argv, [file for chain in chains for file in chain])
     options = list(_options(config_class, chosen))
     values = {key: default for key, _, default in options}
@@ -137,6 +145,11 @@ def flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def names_config(argv: Sequence[str]) -> bool:
+    """Whether some arguments name a configuration file."""
+    return any(word == "--config" or word.startswith("--config=") for word in argv)
+
+
 def _values_of(argv: Sequence[str], option: str) -> Iterator[str]:
     """The texts that some arguments give an option, in order."""
     for i, word in enumerate(argv):
@@ -173,6 +186,20 @@ def _kinds(config_class: type, prefix: str = "") -> dict[str, tuple[str, ...]]:
             if is_dataclass(group):
                 kinds |= _kinds(group, f"{prefix}{name}.")
     return kinds
+
+
+def _kinds_of_flags(config_class: type, argv: Sequence[str]) -> dict[str, Any]:
+    """The kinds that some arguments name, nested as in a file."""
+    nested = {}
+    for option in _kinds(config_class):
+        *_, text = None, *_values_of(argv, option)
+        if text is not None:
+            *groups, name = option.split(".")
+            node = nested
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[name] = text
+    return nested
 
 
 def _unions(config_class: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, ...], str]]:

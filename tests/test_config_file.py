@@ -124,7 +124,7 @@ def test_an_empty_object_empties(child):
 
 
 def test_another_kind_takes_over_nothing_of_the_old_ones(child):
-    """The same kind, said again, does; flags never take anything away."""
+    """The same kind, said again, does; beside a file that is named, flags never take anything away."""
     assert child(trainer={"env": "gym:X", "env_config": {"chunk": 2}}).trainer.env_config == {"chunk": 2}
     assert child(trainer={"env": "gym:X"}).trainer.env_config == {}
     assert child(trainer={"env": "tabletop"}).trainer.env_config == BASE["trainer"]["env_config"]
@@ -135,6 +135,29 @@ def test_another_kind_takes_over_nothing_of_the_old_ones(child):
     cfg = child(algorithm={"name": "grpo"}, trainer={"seed": 1}).algorithm.cfg
     assert cfg == GRPOConfig()
     assert child(algorithm={"name": "grpo", "cfg": {"groups": 3}}).algorithm.cfg == GRPOConfig(groups=3)
+
+
+def test_flags_that_name_another_kind_keep_nothing_of_a_file_that_was_not_named(tmp_path):
+    """Whoever says `--trainer.env=gym:X` and no more has not asked for the main job's task; in any order."""
+    (tmp_path / "start.json").write_text(json.dumps(BASE))
+
+    def started(*flags: str) -> ExperimentConfig:
+        return parse_config(ExperimentConfig, flags, start=tmp_path / "start.json")
+
+    assert started().trainer.env_config == started("--trainer.env=tabletop").trainer.env_config == {
+        "task": "push", "modalities": ["rgb", "proprio"],
+    }  # fmt: skip
+    assert started("--trainer.env_config.chunk=2", "--trainer.env", "gym:X").trainer.env_config == {"chunk": 2}
+    assert started("--trainer.env=gym:X", "--trainer.env=tabletop").trainer.env_config["task"] == "push"
+    other = started("--policy.vla_config.model_class=c.D")
+    assert (other.policy.vla_config.model_path, other.policy.vla_config.model_config) == (None, {})
+    assert other.trainer.env_config["task"] == "push" and other.trainer.seed == 5
+    assert started("--algorithm.name=grpo").algorithm.cfg == GRPOConfig()
+    with pytest.raises(UserError, match='^the command line: algorithm.name: expected "ppo" or "grpo"'):
+        started("--algorithm.name=gro")
+    (tmp_path / "named.json").write_text('{"algorithm": {"cfg": {"gamma": 0.25}}}')
+    named = started(f"--config={tmp_path / 'named.json'}", "--trainer.env=gym:X")
+    assert named.algorithm.cfg.gamma == 0.25 and named.trainer.seed != 5
 
 
 def test_a_base_that_names_no_kind_means_the_default(tmp_path):

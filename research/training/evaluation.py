@@ -54,6 +54,14 @@ class Episode:
     task: str | None = None
 
 
+def success_by_task(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Success rate of every task, where there are several; of episodes of an environment that tells success."""
+    tasks = sorted({e.task for e in episodes} - {None})
+    if len(tasks) < 2:
+        return {}
+    return {task: float(np.mean([bool(e.success) for e in episodes if e.task == task])) for task in tasks}
+
+
 @dataclass
 class Evaluation:
     """Episodes in the order of their initial states, and frames uint8 `[T_i, H, W, 3]` of the first few."""
@@ -91,17 +99,8 @@ class Evaluation:
             metrics |= {"eval/success_rate": rate, "eval/success_low": low, "eval/success_high": high}
             if any(e.success_at_end is not None and e.success_at_end != e.success for e in self.episodes):
                 metrics["eval/success_at_end"] = sum(bool(e.success_at_end) for e in self.episodes) / len(self.episodes)
-            metrics |= {f"eval/success_rate/{task}": rate for task, rate in self.by_task().items()}
+            metrics |= {f"eval/success_rate/{task}": rate for task, rate in success_by_task(self.episodes).items()}
         return metrics
-
-    def by_task(self) -> dict[str, float]:
-        """Success rate of every task, where there are several."""
-        tasks = {e.task for e in self.episodes} - {None}
-        if not self.has_success or len(tasks) < 2:
-            return {}
-        return {
-            task: float(np.mean([bool(e.success) for e in self.episodes if e.task == task])) for task in sorted(tasks)
-        }
 
     @property
     def filmed_success(self) -> list[bool] | None:
@@ -136,7 +135,7 @@ class Evaluation:
         if self.has_success:
             interval = f"{m['eval/success_rate']:.3f} [{m['eval/success_low']:.3f}, {m['eval/success_high']:.3f}]"
             of = "" if self.distinct else ", all from one initial state"
-            tasks = "".join(f"; {task} {rate:.2f}" for task, rate in self.by_task().items())
+            tasks = "".join(f"; {task} {rate:.2f}" for task, rate in success_by_task(self.episodes).items())
             return f"{interval} success over {len(self.episodes)} episodes{of}{tasks}"
         return f"return {m['eval/return']:.3f} over {len(self.episodes)} episodes"
 

@@ -14,7 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from research.schema import ACTION, ENV_STEPS, LOG_PROB, check_finite, with_text_as
 from research.training.algorithm import Policy
-from research.training.evaluation import Episode, EpisodeRows
+from research.training.evaluation import Episode, EpisodeRows, success_by_task
 from research.training.parallel import ALONE, World
 
 EPISODE, RETURN = "episode", "episode_return"  # of a decision: its episode's place among all, and that one's return
@@ -132,10 +132,7 @@ class GroupEpisodes:
         }
         if told[0].success is not None:
             metrics["rollout/success_rate"] = mean([float(e.success) for e in told])
-            tasks = sorted({e.task for e in told} - {None})
-            for task in tasks if len(tasks) > 1 else ():
-                own = [float(e.success) for e in told if e.task == task]
-                metrics[f"rollout/success_rate/{task}"] = sum(own) / len(own)
+            metrics |= {f"rollout/success_rate/{task}": rate for task, rate in success_by_task(told).items()}
         return metrics
 
     @property

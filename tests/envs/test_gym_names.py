@@ -53,6 +53,12 @@ def test_what_is_refused_says_what_is_taken():
         find_spec("gym:user_package.habits:system")
 
 
+@pytest.mark.parametrize("name", ["gym", "gym:", "gym_vec"])
+def test_a_kind_without_an_environment_is_refused(name):
+    with pytest.raises(UserError, match=f"^trainer.env: {name.rstrip(':')} needs an environment's id, as in gym"):
+        make_env(name, 2, {"id": "Pendulum-v1"})
+
+
 def test_a_function_that_returns_no_environment_is_named():
     with pytest.raises(UserError, match="make_number should return a gymnasium.Env, got int"):
         make_env("gym:user_package.habits:make_number", 2, {})
