@@ -10,8 +10,10 @@ Runs are compared by freeze scope, each at its own best learning rate, or by oth
     python experiments/compare_runs.py runs --by=policy.vla_config.model_path        # start checkpoints
     python experiments/compare_runs.py runs --by policy.vla_config.model_class policy.freeze
     python experiments/compare_runs.py runs --by algorithm algorithm.cfg.advantage   # algorithms, recipes and all
-Runs that differ in anything else are refused. Where each was given the iterations that fit one time, schedule included:
+Runs that differ in anything else are refused. Where each was given the iterations that fit one time, schedule included,
+they are compared at equal wall time, or, if other work stretched the times, each at its own end:
     python experiments/compare_runs.py runs --equal=seconds
+    python experiments/compare_runs.py runs --equal=ends
 
 Splits are compared too, where each run was evaluated in them:
     python experiments/evaluate_vla.py --checkpoint=runs/<run> --split=all --output=runs/<run>/splits
@@ -62,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         "--by", nargs="+", default=[], metavar="OPTION", help="dotted options that are compared, default policy.freeze"
     )
     parser.add_argument(
-        "--equal", choices=["steps", "seconds"], default="steps",
-        help="compare at equal env steps (default) or at equal wall time",
+        "--equal", choices=["steps", "seconds", "ends"], default="steps",
+        help="compare at equal env steps (default), at equal wall time, or each run at its own end",
     )  # fmt: skip
     parser.add_argument(
         "--choose_on", choices=["training", "states", "other_states"],

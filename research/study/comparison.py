@@ -12,7 +12,15 @@ import numpy as np
 
 from research.errors import UserError
 from research.study.arms import Cell, also_differing, check_by, heading_of, make_cells, noun_of, refuse_other_questions
-from research.study.equal_budgets import AXES, at_one_budget, interruption, pairing, scores_at, shorter_note
+from research.study.equal_budgets import (
+    AXES,
+    at_one_budget,
+    interruption,
+    pairing,
+    refuse_unlike_ends,
+    scores_at,
+    shorter_note,
+)
 from research.study.rate_choice import (
     Choice,
     ChooseOn,
@@ -71,7 +79,7 @@ class ArmResult:
     mean: Estimate
     iqm: Estimate
     at_other_axis: Estimate
-    """Mean score at equal wall time; at equal env steps, where runs are compared at equal wall time."""
+    """Mean score at equal wall time; at equal env steps, where runs are compared by anything but these."""
     runners_up: list[RunnerUp] = field(default_factory=list)
     splits: dict[str, Estimate] = field(default_factory=dict)
     """Mean score in every split in which all of these runs were evaluated."""
@@ -126,8 +134,8 @@ class Comparison:
 
     @property
     def place(self) -> float:
-        """The env step or second at which runs are compared."""
-        return self.env_steps if self.equal == "steps" else self.seconds
+        """The env step or second at which runs are compared; 0 for their ends."""
+        return {"steps": self.env_steps, "seconds": self.seconds, "ends": 0.0}[self.equal]
 
     @property
     def other_axis(self) -> Axis:
@@ -181,7 +189,8 @@ def compare(
         choosing_seeds: seeds that choose the rate and are left out of the report; none = all seeds do both.
         by: dotted options; runs that agree in all of them are an arm. None = the freeze scope. Where the learning rate
             is one of them, it is not chosen.
-        equal: whether scores, differences and ranks are at equal env steps or at equal wall time.
+        equal: whether scores, differences and ranks are at equal env steps, at equal wall time, or at the end of each
+            run: what was made equal is then the business of whoever gave the runs their budgets.
     Raises:
         UserError: runs that cannot be compared (the message says which and why), or nothing left to compare.
     """
@@ -193,8 +202,11 @@ def compare(
     refuse_other_questions(complete, by)
     complete = at_one_budget(complete)
     cells = make_cells(complete, by)
-    budgets: dict[Axis, float] = {axis: min(run.places(axis)[-1] for run in complete) for axis in AXES}
-    notes += shorter_note(complete, budgets["steps"])
+    axes = dict.fromkeys((*AXES, equal))
+    budgets: dict[Axis, float] = {axis: min(run.places(axis)[-1] for run in complete) for axis in axes}
+    notes += shorter_note(complete, budgets["steps"], equal)
+    if equal == "ends":
+        refuse_unlike_ends(cells)
     paired, pairing_notes = pairing(complete, budgets, equal)
     notes += pairing_notes
     interrupted, interruption_notes = interruption(complete, budgets, noun_of(by), equal)

@@ -1,9 +1,13 @@
-"""Where runs are compared: at equal env steps or wall time, paired by initial state where single episodes are known."""
+"""Where runs are compared: at equal env steps or wall time, or at the end of each, whatever it was given.
+
+They are paired by initial state where single episodes are known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -31,16 +35,30 @@ def at_one_budget(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def shorter_note(complete: Sequence[Run], steps: float) -> list[str]:
+def refuse_unlike_ends(cells: Mapping[Any, Sequence[Run]]) -> None:
+    """Runs of one arm and rate that were given different budgets, where each counts at its end.
+
+    Raises:
+        UserError: there are such runs.
+    """
+    for members in cells.values():
+        short, *_, long = sorted((members[0], *members), key=lambda run: run.eval_steps[-1])
+        if long.eval_steps[-1] > ALIKE_LENGTH * short.eval_steps[-1]:
+            raise UserError(
+                f"--equal=ends compares runs where they end, and {short.run} and {long.run}, of one arm and learning "
+                f"rate, end at {short.eval_steps[-1]:,.0f} and {long.eval_steps[-1]:,.0f} env steps; name those of one "
+                "budget, or what tells them apart with --by"
+            )
+
+
+def shorter_note(complete: Sequence[Run], steps: float, equal: Axis) -> list[str]:
     """That runs ended at different env steps, as a note."""
     longest = max(run.eval_steps[-1] for run in complete)
     if longest == steps:
         return []
     shortest = min(complete, key=lambda run: run.eval_steps[-1]).run
-    return [
-        f"{quoted(shortest)} ended at {steps:,.0f} env steps, others at up to {longest:,.0f}: "
-        f"all are compared at {steps:,.0f}."
-    ]
+    compared = "each is compared at its own end" if equal == "ends" else f"all are compared at {steps:,.0f}"
+    return [f"{quoted(shortest)} ended at {steps:,.0f} env steps, others at up to {longest:,.0f}: {compared}."]
 
 
 def pairing(complete: Sequence[Run], budgets: dict[Axis, float], equal: Axis) -> tuple[dict[Axis, bool], list[str]]:
@@ -58,7 +76,7 @@ def pairing(complete: Sequence[Run], budgets: dict[Axis, float], equal: Axis) ->
             f"Differences are not paired by initial state, and intervals are {for_states}"
         ]
     if not all(paired.values()):
-        other = next(axis for axis in paired if axis != equal)
+        other = next(axis for axis, are in paired.items() if not are)
         return paired, [f"Intervals at equal {AXES[other]}, and the bands of curves, are {for_states}"]
     return paired, []
 
@@ -92,7 +110,8 @@ def interruption(
         if axis == equal == "seconds":
             raise UserError(
                 f"--equal=seconds would cut schedules{said}: learning rates fall to 0 at each run's own end "
-                f"(algorithm.cfg.anneal_lr), and {lengths}; give each {noun} the iterations that fit the time"
+                f"(algorithm.cfg.anneal_lr), and {lengths}; give each {noun} the iterations that fit the time, or, if "
+                "they were given those, say --equal=ends"
             )
         notes.append(
             f"At equal {AXES[axis]} schedules are interrupted{said}: learning rates fall to 0 at each run's own end "

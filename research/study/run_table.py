@@ -60,7 +60,7 @@ import numpy as np
 from research.errors import UserError
 from research.runs.folder import RunFolder
 
-Axis = Literal["steps", "seconds"]
+Axis = Literal["steps", "seconds", "ends"]
 LARGEST_SCORE = 1e100  # what squares and sums of scores still hold
 
 
@@ -125,15 +125,17 @@ class Run:
         return MEASURES[self.measure].extent is not None
 
     def places(self, axis: Axis) -> list[float]:
-        """Where its evaluations lie: their env steps, or their seconds."""
+        """Where its evaluations lie: their env steps, their seconds, or 0 for the last, -1 for that before it, …"""
+        if axis == "ends":
+            return [float(i) for i in range(1 - len(self.eval_steps), 1)]
         return self.eval_steps if axis == "steps" else self.eval_seconds
 
     def mean_at(self, axis: Axis, place: float) -> float:
-        """Mean score at an env step or second, linear between evaluations."""
+        """Mean score at a place on an axis, linear between evaluations."""
         return float(np.interp(place, self.places(axis), self.eval_scores))
 
     def episodes_at(self, axis: Axis, place: float) -> list[float] | None:
-        """Score by initial state at an env step or second, linear between evaluations; None where not known."""
+        """Score by initial state at a place on an axis, linear between evaluations; None where not known."""
         position = float(np.interp(place, self.places(axis), range(len(self.eval_scores))))
         before, share = int(position), position % 1
         around = [self.episodes[before], self.episodes[before + 1 if share else before]]

@@ -25,7 +25,10 @@ def describe(comparison: Comparison) -> list[str]:
     config = ", ".join(
         f"{key} = {value}" for key, value in sorted(first.env_config.items()) if ENV_CONFIG + key not in comparison.by
     )
-    compared = f" Runs are compared at equal {AXES[comparison.equal]}." if comparison.equal != "steps" else ""
+    compared = {
+        "steps": "", "seconds": " Runs are compared at equal wall time.",
+        "ends": " Each run is compared at its own end, whatever it was given.",
+    }[comparison.equal]  # fmt: skip
     return [
         f"{first.environment} ({config or 'default settings'}), initial states {first.states}. "
         f"{len(comparison.runs)} runs, {complete} of them complete. {comparison.measure.capitalize()} at "
@@ -59,12 +62,16 @@ def arm_table(comparison: Comparison) -> Table:
     """Each arm at its own best learning rate, best first."""
     measure, decimals, other = comparison.measure, comparison.decimals, comparison.other_axis
     at_other = f"{measure} at equal {AXES[other]}{', schedules interrupted' if other in comparison.interrupted else ''}"
-    header = [comparison.heading, "learning rate", "seeds", "before", measure, "IQM", at_other, "run, s", "rank"]
+    budget = ["env steps"] if comparison.equal == "ends" else []
+    header = [
+        comparison.heading, "learning rate", "seeds", "before", measure, "IQM", at_other, *budget, "run, s", "rank",
+    ]  # fmt: skip
     rows = [
         [
             result.arm, f"{result.learning_rate:g}", count_of_seeds(len(result.runs)),
             f"{result.before:.{decimals}f}",
             *(interval(mean, decimals) for mean in (result.mean, result.iqm, result.at_other_axis)),
+            *(f"{np.mean([run.eval_steps[-1] for run in result.runs]):,.0f}" for _ in budget),
             f"{np.mean([run.eval_seconds[-1] for run in result.runs]):.0f}",
             "-".join(map(str, dict.fromkeys(result.rank))),
         ]

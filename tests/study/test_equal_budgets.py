@@ -188,6 +188,38 @@ def test_arms_that_were_given_one_time_are_ranked_where_their_schedules_end(tmp_
     assert "runs had 400 to 1,000 env steps" in note and "give each scope the iterations that fit the time" in note
 
 
+def test_arms_are_compared_at_the_ends_of_what_each_was_given(tmp_path):
+    """Whatever env steps and seconds that was, which here are equal in neither."""
+    for seed in (1, 2, 3):
+        for scope, steps, pace, final in (("vision", 1000, 0.5, 0.7), ("none", 400, 0.2, 0.8)):
+            marks = np.arange(STATES) < final * STATES
+            changes = {"algorithm__cfg__anneal_lr": True}
+            make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=marks, steps=(0, steps), pace=pace, **changes)
+    runs = read_folders([str(tmp_path)])
+    with pytest.raises(UserError, match="if they were given those, say --equal=ends$"):
+        compare(runs, equal="seconds")
+    comparison = compare(runs, equal="ends")
+    none, vision = comparison.arms
+    assert (none.arm, none.mean.value, vision.mean.value) == ("none", 0.8, 0.7) and comparison.paired
+    assert vision.at_other_axis.value == pytest.approx(0.5 + 0.4 * (0.7 - 0.5))  # at 400 of its 1000 steps
+    assert comparison.pairs[0].difference.value == pytest.approx(0.1)
+    header, rows = arm_table(comparison)
+    assert [row[header.index("env steps")] for row in rows] == ["400", "1,000"]
+    assert describe(comparison)[0].endswith("Each run is compared at its own end, whatever it was given.")
+    assert any(note.endswith("others at up to 1,000: each is compared at its own end.") for note in comparison.notes)
+    ends = np.array([run.scores(run.episodes[-1]) for run in vision.runs])
+    assert (vision.scores == ends).all()
+
+
+def test_an_arm_has_one_budget_where_its_runs_are_compared_at_their_ends(tmp_path):
+    for seed, steps in ((1, 400), (2, 420), (3, 1000)):
+        make_run(tmp_path / f"a{seed}", "vision", seed=seed, steps=(0, steps))
+    with pytest.raises(UserError, match="a1 and .*a3, of one arm and learning rate, end at 400 and 1,000 env steps; "):
+        compare(read_folders([str(tmp_path)]), equal="ends")
+    (tmp_path / "a3").rename(tmp_path.parent / "away")
+    assert compare(read_folders([str(tmp_path)]), equal="ends").arms[0].mean.value > 0
+
+
 def test_iterations_may_differ_between_arms_and_an_order_of_cut_schedules_is_doubted(tmp_path):
     for seed in (1, 2, 3):
         for scope, steps in (("vision", 1000), ("none", 400)):

@@ -241,23 +241,19 @@ def test_the_main_jobs_table_is_that_of_the_committed_runs():
 
 
 def test_the_algorithms_at_equal_wall_time_are_those_of_the_committed_runs():
-    """Each at the end of its own schedule; PPO's runs are those of the comparison at equal env steps."""
+    """Each at the end of its own schedule; PPO's runs are those of the comparison at equal env steps, again."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## PPO, GRPO and RLOO")[1].split("\n## ")[0]
     page = (ROOT / "docs" / "what_to_freeze.md").read_text()
-    group = read_table(STUDY.parent / "algorithms" / "equal_time.csv")
-    comparison = compare(group, by=["algorithm.cfg.advantage"])
-    assert not comparison.pairs[0].separable and "the two again not separable" in text
-    ppo = [
-        run for run in read_table(STUDY.parent / "algorithms" / "runs.csv")
-        if run.settings["algorithm.name"] == "ppo" and run.learning_rate == 3e-4 and run.seed > 3
-    ]  # fmt: skip
-
-    def ends(runs):
-        return np.array([run.scores(run.episodes[-1]) for run in sorted(runs, key=lambda run: run.seed)])
-
-    for arm in comparison.arms:
-        assert [run.seed for run in arm.runs] == [11, 12, 13, 14, 15] == sorted(run.seed for run in ppo)
+    runs = read_table(STUDY.parent / "algorithms" / "equal_time.csv")
+    comparison = compare(runs, by=["algorithm", "algorithm.cfg.advantage"], equal="ends")
+    ppo, *others = comparison.arms
+    assert not comparison.pairs[-1].separable and "the two again not separable" in text
+    before = {run.run: run.episodes for run in read_table(STUDY.parent / "algorithms" / "runs.csv")}
+    assert all(run.episodes == before[run.run] and run.learning_rate == 3e-4 for run in ppo.runs)
+    for arm, pair in zip(others, comparison.pairs[:2], strict=True):
+        assert [run.seed for run in arm.runs] == [11, 12, 13, 14, 15] == sorted(run.seed for run in ppo.runs)
         assert all(1_105_000 <= run.eval_steps[-1] < 1_130_000 for run in arm.runs)
-        better = shown_estimate(difference_interval(ends(ppo), ends(arm.runs), bounded=True))
-        told = f"{arm.arm.upper()} {shown_estimate(arm.mean)}, PPO {better} better"
+        assert (pair.first, pair.second) == ("ppo", arm.arm) and pair.separable
+        better = shown_estimate(pair.difference)
+        told = f"{arm.arm.removeprefix('grpo, ').upper()} {shown_estimate(arm.mean)}, PPO {better} better"
         assert told in " ".join(text.split()) and shown_estimate(arm.mean) in page and better in page
