@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from agents.policy import VLAPolicy
-from agents.vla import DecidingVLA, for_model
+from agents.stages import run_stage
+from agents.vla import Contract, DecidingVLA, contract_of, for_model
 from research.errors import UserError, one_line
-from research.schema import ACTION, LOG_PROB, VALUE
+from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE
 
 
 def check_policy(
@@ -26,7 +27,7 @@ def check_policy(
     Raises:
         UserError: also where the log-probability depends on no parameter that trains.
     """
-    what, log_prob = check_model(policy.model, observations, action_shape, choices)
+    what, log_prob = check_model(policy.model, observations, action_shape, choices, policy.contract)
     if any(p.requires_grad for p in policy.model.parameters()) and not log_prob.requires_grad:
         raise UserError(f"{what}: log_prob depends on no trainable parameter, so nothing would be learned")
 
@@ -37,16 +38,18 @@ def check_model(
     observations: TensorDictBase,
     action_shape: Sequence[int],
     choices: Sequence[int] | None = None,
+    contract: Contract | None = None,
 ) -> tuple[str, Tensor]:
-    """Run the model once on a few observations and refuse wrong shapes and dtypes.
+    """Run the model once on a few observations and refuse wrong shapes and dtypes, and what writes into observations.
 
-    The model's methods run as they are written, whatever a policy compiles.
+    The methods that a run will call are tried, as they are written, whatever a policy compiles.
 
     Args:
         model: the VLA.
         observations: what the environment will offer, batch `[B]`, B >= 2 so that a lost batch dimension shows.
         action_shape: of one action of the environment: `[A]`, or `[H, A]` for chunks.
         choices: how many each component of an action has, where the environment takes choices; None: it is continuous.
+        contract: the policy's, where there is one; None: the model's own.
     Returns:
         the name of the method that scores, and the log-probability that it gave.
     Raises:
@@ -60,23 +63,32 @@ def check_model(
             f"{', '.join(sorted(observations.keys()))}; tell the model in policy.vla_config.model_config which "
             "modalities there are"
         )
-    check = _check_deciding if isinstance(model, DecidingVLA) else _check_methods
-    return check(model, observations, tuple(action_shape), choices)
+    contract = contract or contract_of(model)
+    versions = {key: value._version for key, value in observations.items()}
+    if getattr(contract, "interface", "deciding") == "methods":
+        tried = _check_methods(model, observations, tuple(action_shape), choices)
+    else:
+        tried = _check_contract(model, contract, observations, tuple(action_shape), choices)
+    if written := [key for key, version in versions.items() if observations.get(key)._version != version]:
+        raise UserError(
+            f"{_name(model)} writes into {', '.join(written)}, which the rollout keeps and the update scores; let it "
+            "work on a copy, as in x = x / 255 instead of x /= 255"
+        )
+    return tried
 
 
 def _check_methods(
     model: nn.Module, observations: TensorDictBase, action_shape: tuple, choices: Sequence[int] | None
 ) -> tuple[str, Tensor]:
-    name, b = _name(model), observations.batch_size[0]
-    observations = for_model(model, observations)
+    name, b, given = _name(model), observations.batch_size[0], observations
     with torch.no_grad():
-        action = _call(f"{name}.forward", model, observations)
+        action = _call(f"{name}.forward", model, for_model(model, given))
         if choices is not None and isinstance(action, Tensor):
             action = action.float()  # as a rollout keeps it
         _expect_action(f"{name}.forward (the action)", action, (b, *action_shape))
         _expect_choices(f"{name}.forward", action, choices)
-        _expect(f"{name}.get_value", _call(f"{name}.get_value", model.get_value, observations), (b, 1))
-    scores = _call(f"{name}.evaluate_actions", model.evaluate_actions, observations, action)
+        _expect(f"{name}.get_value", _call(f"{name}.get_value", model.get_value, for_model(model, given)), (b, 1))
+    scores = _call(f"{name}.evaluate_actions", model.evaluate_actions, for_model(model, given), action)
     if not isinstance(scores, tuple) or len(scores) != 2:
         raise UserError(f"{name}.evaluate_actions should return (log_prob, entropy), got {type(scores).__name__}")
     for what, score in zip(("log_prob", "entropy"), scores, strict=True):
@@ -84,29 +96,53 @@ def _check_methods(
     return f"{name}.evaluate_actions", scores[0]
 
 
-def _check_deciding(
-    model: DecidingVLA, observations: TensorDictBase, action_shape: tuple, choices: Sequence[int] | None
+def _check_contract(
+    model: nn.Module,
+    contract: Contract,
+    observations: TensorDictBase,
+    action_shape: tuple,
+    choices: Sequence[int] | None,
 ) -> tuple[str, Tensor]:
+    """As `check_model`, of all that does more than the three methods; messages name the methods of the user's."""
     name, b, chunk = _name(model), observations.batch_size[0], (1, *action_shape)[-2:]
+    fused = getattr(contract, "interface", "deciding") == "fused"
+    if not fused and getattr(model, "language_format", "bytes") != "bytes":
+        raise UserError(
+            f"{name}.language_format: stages read the instruction as bytes, int64 [B, L]; "
+            "research.schema.decode_text makes strings of them"
+        )
+    if fused:
+        decide, score, state_value = "act", "evaluate", "get_value"
+    elif isinstance(model, DecidingVLA):
+        decide, score, state_value = "decide", "score", "state_value"
+    else:
+        decide, score, state_value = "action_distribution", "action_distribution", "value"
+
+    def staged() -> TensorDictBase:
+        step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
+        for stage in contract.stages():
+            step = run_stage(stage, step)
+        return step
+
     with torch.no_grad():
-        step = _call(f"{name}.stages", model.run_stages, observations)
-        step = _call(f"{name}.decide", model.decide, step, False)
-        _expect_action(f"{name}.decide ({ACTION})", step.get(ACTION, None), (b, *action_shape))
-        parts = {"chunk": (), "action": (chunk[0],), "token": (chunk[0] * chunk[1],)}[model.ratio_level]
+        step = _call(f"{name}.stages", staged)
+        step = _call(f"{name}.{decide}", contract.decide, step, False)
+        _expect_action(f"{name}.{decide} ({ACTION})", step.get(ACTION, None), (b, *action_shape))
+        parts = {"chunk": (), "action": (chunk[0],), "token": (chunk[0] * chunk[1],)}[contract.ratio_level]
         for key, shape in ((LOG_PROB, (b, *parts)), (VALUE, (b, 1))):
-            _expect(f"{name}.decide ({key})", step.get(key, None), shape)
-        _expect_choices(f"{name}.decide", step.get(ACTION), choices)
-        for key in model.decision_keys:
+            _expect(f"{name}.{decide} ({key})", step.get(key, None), shape)
+        _expect_choices(f"{name}.{decide}", step.get(ACTION), choices)
+        for key in contract.decision_keys:
             if step.get(key, None) is None:
-                raise UserError(f"{name}.decide should write {key!r}, which decision_keys names")
-        _expect(f"{name}.state_value", _call(f"{name}.state_value", model.state_value, step), (b, 1))
-    seen = _call(f"{name}.stages", model.run_stages, observations).update(step.select(*model.decision_keys))
-    scores = _call(f"{name}.score", model.score, seen)
+                raise UserError(f"{name}.{decide} should write {key!r}, which decision_keys names")
+        _expect(f"{name}.{state_value}", _call(f"{name}.{state_value}", contract.state_value, step), (b, 1))
+    seen = _call(f"{name}.stages", staged).update(step.select(*contract.decision_keys))
+    scores = _call(f"{name}.{score}", contract.score, seen)
     if not isinstance(scores, tuple) or len(scores) != 3:
-        raise UserError(f"{name}.score should return (log_prob, entropy, value), got {type(scores).__name__}")
-    for what, score, shape in zip(("log_prob", "entropy", "value"), scores, ((b, *parts), (b,), (b, 1)), strict=True):
-        _expect(f"{name}.score ({what})", score, shape)
-    return f"{name}.score", scores[0]
+        raise UserError(f"{name}.{score} should return (log_prob, entropy, value), got {type(scores).__name__}")
+    for what, one, shape in zip(("log_prob", "entropy", "value"), scores, ((b, *parts), (b,), (b, 1)), strict=True):
+        _expect(f"{name}.{score} ({what})", one, shape)
+    return f"{name}.{score}", scores[0]
 
 
 def _call(what: str, method: Callable, *arguments) -> Any:

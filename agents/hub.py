@@ -20,6 +20,7 @@ from torch import nn
 
 from agents.loading import load_vla_model
 from agents.serving import serve
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import LANGUAGE, RGB, base_modality
 
@@ -46,6 +47,7 @@ class SharedPolicy(
         model_config: keyword arguments of its constructor.
         observations: observation key -> shape of one, as in training: `rgb` -> `[H, W, 3]`.
         autocast: as in training, see `VLAPolicy`.
+        action_map: what the environment of training made of an action, as `ActionMap.to_dict` has it; None: nothing.
     Raises:
         UserError: the class would be imported from elsewhere, or has no such arguments.
     """
@@ -56,6 +58,7 @@ class SharedPolicy(
         model_config: dict[str, Any],
         observations: dict[str, list[int]],
         autocast: str = "off",
+        action_map: dict[str, Any] | None = None,
     ):
         super().__init__()
         module = model_class.replace(":", ".").rpartition(".")[0]
@@ -64,11 +67,18 @@ class SharedPolicy(
         self.model = load_vla_model(None, model_class, model_config, expect_fresh=True).eval()
         pixels = {key: torch.uint8 if base_modality(key) in (RGB, LANGUAGE) else torch.float32 for key in observations}
         seen = {key: torch.zeros(2, *shape, dtype=pixels[key]) for key, shape in observations.items()}
-        self.act = serve(self.model, TensorDict(seen, [2]), autocast)
+        to_robot = None if action_map is None else ActionMap.from_dict(action_map)
+        self.act = serve(self.model, TensorDict(seen, [2]), autocast, to_robot)
 
     @classmethod
     def of(
-        cls, model: nn.Module, model_class: str, model_config: dict[str, Any], observations: TensorDict, autocast: str
+        cls,
+        model: nn.Module,
+        model_class: str,
+        model_config: dict[str, Any],
+        observations: TensorDict,
+        autocast: str,
+        action_map: ActionMap | None = None,
     ) -> SharedPolicy:
         """A trained model, its adapters merged, as one to share.
 
@@ -76,13 +86,17 @@ class SharedPolicy(
             model: with the weights.
             model_class, model_config, autocast: as above.
             observations: some, `[B]`, as in training.
+            action_map: of the environment.
         Raises:
             UserError: what the constructor makes has other weights, or reads files that nobody else has.
         """
         if files := [name for name, value in model_config.items() if isinstance(value, str) and Path(value).exists()]:
             raise UserError(f"model_config.{files[0]} is a file of this machine; nobody else has it: export to a .pt")
         shapes = {key: list(value.shape[1:]) for key, value in observations.items()}
-        shared = cls(model_class=model_class, model_config=model_config, observations=shapes, autocast=autocast)
+        shared = cls(
+            model_class=model_class, model_config=model_config, observations=shapes, autocast=autocast,
+            action_map=None if action_map is None else action_map.to_dict(),
+        )  # fmt: skip
         try:
             shared.model.load_state_dict(model.state_dict())
         except RuntimeError as error:

@@ -3,7 +3,8 @@
     act = serve(model)
     action = act({"rgb": picture, "proprio": joints, "language": "put the cup on the plate"})
 
-It runs the modules that collect rollouts (`agents/policy.py`): a robot gets the action that training would have got.
+It runs the modules that collect rollouts (`agents/policy.py`), and what the environment of training made of an action
+before its world got it: a robot gets the action that the world would have got, in its units and within its bounds.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from agents.policy import VLAPolicy
+from research.action_map import ActionMap
 from research.errors import UserError
-
-# What a robot gives, of one moment: kind -> (is of this dtype, dimensions, in words).
 from research.schema import ACTION, DEPTH, LANGUAGE, OBSERVATION, PROPRIO, RGB, base_modality, encode_text
 
 # What a robot gives, of one moment: kind -> (is of this dtype, dimensions, in words).
@@ -31,20 +31,27 @@ _KINDS = {
 }
 
 
-def serve(model: nn.Module, example: TensorDictBase | None = None, autocast: str = "off") -> Callable[..., np.ndarray]:
+def serve(
+    model: nn.Module,
+    example: TensorDictBase | None = None,
+    autocast: str = "off",
+    action_map: ActionMap | None = None,
+) -> Callable[..., np.ndarray]:
     """A function that acts on observations, one at a time.
 
     Args:
         model: the VLA, wherever it lies; put in eval mode.
         example: observations `[B]` as the model was trained on: others than of these shapes are then refused.
         autocast: as in training, see `VLAPolicy`.
+        action_map: the environment's of training. None: actions are the model's own numbers, not clipped; those of a
+            model trained on bounded actions mean their bounds at -1 and 1.
     Returns:
-        `act(observation, deterministic=True)`: the action, float32 `[A]`, or `[H, A]` where H control steps are
-        executed before the next look. The observation has, for each key that the model reads, a picture uint8
-        `[H, W, 3]`, a depth float `[H, W]`, `proprio` float `[P]`, or, as `language`, a string. What is not
-        deterministic draws from torch's global generator; a flow draws what it denoises in either case. It raises a
-        `UserError`, of one line that names the key, where a key is missing or too many, or has another dtype or shape,
-        or numbers that are not finite.
+        `act(observation, deterministic=True)`: the action, `[A]`, or `[H, A]` where H control steps are executed before
+        the next look; float32, or with an `action_map` of its shape and dtype. The observation has, for each key that
+        the model reads, a picture uint8 `[H, W, 3]`, a depth float `[H, W]`, `proprio` float `[P]`, or, as `language`,
+        a string. What is not deterministic draws from torch's global generator; a flow draws what it denoises in either
+        case. It raises a `UserError`, of one line that names the key, where a key is missing or too many, or has
+        another dtype or shape, or numbers that are not finite.
     """
     policy = VLAPolicy(model.eval(), autocast=autocast)
     device = next(model.parameters()).device
@@ -56,7 +63,8 @@ def serve(model: nn.Module, example: TensorDictBase | None = None, autocast: str
         seen = {key: _as_tensor(key, value, example) for key, value in observation.items()}
         step = TensorDict({OBSERVATION: {key: value[None] for key, value in seen.items()}}, [1]).to(device)
         with set_exploration_type(ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM):
-            return policy.act(step).get(ACTION)[0].float().cpu().numpy()
+            action = policy.act(step).get(ACTION)[0].float().cpu().numpy()
+        return action if action_map is None else action_map(action)
 
     return act
 

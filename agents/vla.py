@@ -254,7 +254,7 @@ class _ThreeMethods:
 
     def act(self, observations: TensorDictBase, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
         options = {"deterministic": deterministic} if self.takes_deterministic else {}
-        action = self.model(observations, **options)
+        action = self.model(observations, **options).float()  # as the rollout keeps it, and the update scores it
         log_prob, _ = self.model.evaluate_actions(observations, action)
         return action, log_prob, self.model.get_value(observations)
 
@@ -295,8 +295,12 @@ def check_modalities(model: nn.Module, modalities: Sequence[str], known: Sequenc
 
 
 def for_model(model: nn.Module, observations: TensorDictBase) -> TensorDictBase:
-    """Observations as the model wants them: with the instruction as a list of strings if it declares so."""
+    """Observations as the model wants them: with the instruction as a list of strings if it declares so.
+
+    Another TensorDict of the same tensors: a method that sets an entry of its own sets it for itself.
+    """
+    observations = observations.copy()
     if getattr(model, "language_format", "bytes") == "strings" and LANGUAGE in observations.keys():
         text = NonTensorData(decode_text(observations.get(LANGUAGE)), batch_size=observations.batch_size)
-        observations = observations.copy().set(LANGUAGE, text)
+        observations.set(LANGUAGE, text)
     return observations

@@ -207,6 +207,7 @@ class GymnasiumSimulator:
             has_success=recipe.success_key is not None or recipe.success_return is not None,
             films=self.env.render_mode == "rgb_array",
             action_choices=self.actions.choices,
+            action_map=self.actions,
         )
 
     def reset(self, state: int) -> None:

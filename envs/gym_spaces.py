@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import DEPTH, LANGUAGE, MODALITIES, PROPRIO, RGB, base_modality, encode_text
 
@@ -225,54 +226,6 @@ def read_actions(space: gymnasium.Space, name: str) -> ActionMap:
 _MOST_CHOICES = 1024
 
 
-class ActionMap:
-    """How actions reach an environment: component by component scaled, moved, clipped, and choices rounded.
-
-    Args:
-        space: what the environment takes.
-        low, high: bounds float64 `[A]`, in its terms.
-        scale, offset: float64 `[A]`; an action x becomes offset + scale x.
-        bounded: whether an action of [-1, 1] means all of every component.
-        choices: how many choices each component has, where it has them.
-    """
-
-    def __init__(
-        self,
-        space: gymnasium.Space,
-        low: np.ndarray,
-        high: np.ndarray,
-        scale: np.ndarray,
-        offset: np.ndarray,
-        bounded: bool = False,
-        choices: tuple[int, ...] | None = None,
-    ):
-        self.shape, self.dtype, self.size = space.shape, space.dtype, prod(space.shape)
-        self.bounded, self.choices = bounded, choices
-        self._numbers = low, high, scale, offset
-
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """An action float32 `[A]`, or a batch `[N, A]` of them, as the environment takes it."""
-        action = self._mapped(action, *self._numbers).astype(self.dtype)
-        return action.reshape((*action.shape[:-1], *self.shape))[()]  # one of no dimension is a number
-
-    def as_tensor(self, action: Tensor, device: torch.device) -> Tensor:
-        """A batch of actions float32 `[N, A]` as an environment takes it that keeps its tensors on this device."""
-        numbers = (torch.as_tensor(number, device=device) for number in self._numbers)
-        action = self._mapped(action.to(device, torch.float32), *numbers)
-        return action.to(torch.from_numpy(np.empty(0, self.dtype)).dtype).reshape(len(action), *self.shape)
-
-    def _mapped(self, action: Any, low: Any, high: Any, scale: Any, offset: Any) -> Any:
-        # gymnasium.wrappers.RescaleAction rounds some actions to just outside the Box; clipping last cannot.
-        action = (offset + scale * action).clip(low, high)
-        return action.round() if self.choices else action
-
-    def sample(self, generator: np.random.Generator, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Actions float32 `[*shape, A]` to try an environment with."""
-        if self.choices:
-            return generator.integers(0, self.choices, (*shape, self.size)).astype(np.float32)
-        return generator.uniform(-1, 1, (*shape, self.size)).astype(np.float32)
-
-
 def _scaled(space: gymnasium.spaces.Box) -> ActionMap:
     """A component with two finite bounds is rescaled from [-1, 1] and clipped; others pass.
 
@@ -283,11 +236,11 @@ def _scaled(space: gymnasium.spaces.Box) -> ActionMap:
     finite = (low > -edge) & (high < edge)
     scale, offset = np.ones_like(low), np.zeros_like(low)
     scale[finite], offset[finite] = (high[finite] - low[finite]) / 2, (high[finite] + low[finite]) / 2
-    return ActionMap(space, low, high, scale, offset, bounded=bool(finite.all()))
+    return ActionMap(low, high, scale, offset, space.shape, space.dtype, bounded=bool(finite.all()))
 
 
 def _chosen(space: gymnasium.Space, start: Any, counts: Any) -> ActionMap:
     """Whole numbers from 0, component by component; `start` is what choice 0 stands for, of the space's shape."""
     low, counts = np.ravel(start).astype(np.float64), np.ravel(counts)
     choices = tuple(counts.tolist())
-    return ActionMap(space, low, low + counts - 1.0, np.ones(len(choices)), low, choices=choices)
+    return ActionMap(low, low + counts - 1.0, np.ones(len(choices)), low, space.shape, space.dtype, choices=choices)

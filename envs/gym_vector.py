@@ -164,6 +164,7 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
                 has_success=self.recipe.success_key is not None or recipe.success_return is not None,
                 films=self.vector.render_mode == "rgb_array",
                 action_choices=self._actions.choices,
+                action_map=self._actions,
             )
         )
         if self.films:

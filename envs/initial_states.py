@@ -19,6 +19,7 @@ from torchrl.envs import EnvBase
 from envs.chunks import check_chunk
 from envs.pictures import letterbox
 from envs.simulator import HELD_OUT_STATES, Layout
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import (
     ACTION,
@@ -85,6 +86,7 @@ class InitialStateEnv(EnvBase):
         self._layout, self.films, self.has_success = layout, layout.films, layout.has_success
         self.action_choices, self.task_names = layout.action_choices, layout.task_names
         self.has_expert = layout.has_expert
+        self.action_map = layout.action_map or (ActionMap.clipping(layout.action_dim) if layout.bounded else None)
         n, device = self.batch_size[0], self.device
         flag = lambda: Categorical(2, (n, 1), dtype=torch.bool, device=device)  # noqa: E731
         observation = Composite(shape=(n,), device=device)

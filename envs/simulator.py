@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from tensordict import TensorDictBase
 
+    from research.action_map import ActionMap
+
 # Ids of initial states below this are never drawn in training: they are kept for evaluation, and for demonstrations.
 HELD_OUT_STATES = 10_000
 
@@ -38,6 +40,8 @@ class Layout(NamedTuple):
     """Where there are several tasks, or one with a name: the task of an id is `task_names[id % len(task_names)]`."""
     has_expert: bool = False
     """Whether `expert_action` can be asked for what an expert would do."""
+    action_map: ActionMap | None = None
+    """What the simulator makes of an action; None: it takes it as it is, and clips it if actions are bounded."""
 
 
 class Simulator(Protocol):
@@ -140,6 +144,8 @@ class Environment(Protocol):
     """Whether different ids are different states (absent: they are); if not, an evaluation is of one state."""
     action_choices: tuple[int, ...] | None
     """How many choices each component of an action has (absent or None: actions are continuous)."""
+    action_map: ActionMap | None
+    """What it makes of an action's numbers before the world gets them (absent or None: nothing)."""
     chunk: int
     """H, actions per decision."""
     has_expert: bool

@@ -65,6 +65,7 @@ from envs.tabletop_scene import (
     lowbias32,
 )
 from envs.tabletop_states import MAX_PLATES, PLACE_RADIUS, REACH_RADIUS, TabletopStates
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import (
     ACTION,
@@ -116,6 +117,7 @@ class TabletopEnv(EnvBase):
     batch_locked = True
     distinct_states = True
     action_choices = None
+    action_map = ActionMap.clipping(3)
     resumes_exactly = True
     has_expert = True
     held_out = HELD_OUT_STATES

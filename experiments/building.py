@@ -202,8 +202,9 @@ def what_follows(
 ) -> dict[str, Any]:
     """What an environment says of a model's constructor arguments, for those that have these names.
 
-    `modalities` are those of its own default that are offered, and `cameras` the keys of all pictures. `executed` and
-    `horizon`, the control steps that a decision has and those that are planned, are said where there are several.
+    `modalities` are all that are offered of the kinds of its own default, and `cameras` the keys of all pictures.
+    `executed` and `horizon`, the control steps that a decision has and those that are planned, are said where there are
+    several.
     """
     follows: dict[str, Any] = {"action_dim": action_shape[-1]}
     executed = 1 if len(action_shape) == 1 else action_shape[0]
@@ -216,8 +217,9 @@ def what_follows(
     if cameras := sorted(key for key in observations.keys() if base_modality(key) == RGB):
         follows["cameras"] = cameras
     default = named["modalities"].default if "modalities" in named else None
-    if isinstance(default, list | tuple) and (offered := [key for key in default if key in observations.keys()]):
-        follows["modalities"] = offered
+    if isinstance(default, list | tuple):
+        offered = [key for kind in default for key in sorted(observations.keys()) if base_modality(key) == kind]
+        follows |= {"modalities": offered} if offered else {}
     return {name: value for name, value in follows.items() if name in named}
 
 

@@ -72,7 +72,9 @@ def export(checkpoint: str, output: Path, trusted: bool = False) -> int:
             model.export(output)
         else:
             vla, autocast = trained.config.policy.vla_config, trained.config.trainer.autocast
-            shared = SharedPolicy.of(model, vla.model_class, trained.arguments, trained.observations, autocast)
+            shared = SharedPolicy.of(
+                model, vla.model_class, trained.arguments, trained.observations, autocast, trained.action_map
+            )
             shared.save_pretrained(output)
     except OSError as error:
         raise UserError(f"--output: cannot write {output}: {error.strerror}") from error

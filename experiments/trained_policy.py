@@ -16,6 +16,7 @@ from torch import nn
 
 from agents.serving import serve
 from envs import make_env
+from research.action_map import ActionMap
 from research.config import ExperimentConfig
 from research.errors import UserError
 from research.options import parse_config
@@ -32,6 +33,8 @@ class TrainedModel(NamedTuple):
     """Zeros `[2]` as the environment offers observations."""
     arguments: dict[str, Any]
     """What its constructor was called with."""
+    action_map: ActionMap | None
+    """What the environment makes of an action."""
 
 
 def load_trained_model(checkpoint: str, trusted: bool = False, device: str = "cpu") -> TrainedModel:
@@ -53,17 +56,20 @@ def load_trained_model(checkpoint: str, trusted: bool = False, device: str = "cp
     trained = load_run(checkpoint, config, trusted)
     env = make_env(config.trainer.env, 2, config.trainer.env_config, "cpu")
     observations, action_shape = env.observation_spec[OBSERVATION].zero(), env.action_spec.shape[1:]
-    choices = getattr(env, "action_choices", None)
+    choices, action_map = getattr(env, "action_choices", None), getattr(env, "action_map", None)
     env.close()
     where = choose_device(device)
     observations = observations.to(where)
     arguments = model_arguments(config, observations, action_shape, choices)
     model = make_model(config, observations, action_shape, where, expect_fresh=True, choices=choices).model
     load_trained(model, trained)
-    return TrainedModel(model, config, observations, arguments)
+    return TrainedModel(model, config, observations, arguments, action_map)
 
 
 def load_policy(checkpoint: str, trusted: bool = False, device: str = "auto") -> Callable[..., np.ndarray]:
-    """`act(observation, deterministic=True)` of a run, see `agents.serving.serve`; arguments as above."""
+    """`act(observation, deterministic=True)` of a run, see `agents.serving.serve`; arguments as above.
+
+    Actions are those that the run's environment gave to its world: in its units, within its bounds, of its dtype.
+    """
     trained = load_trained_model(checkpoint, trusted, device)
-    return serve(trained.model, trained.observations, trained.config.trainer.autocast)
+    return serve(trained.model, trained.observations, trained.config.trainer.autocast, trained.action_map)

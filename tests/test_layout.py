@@ -26,6 +26,7 @@ SCHEMA = (
     "research.own_packages",
     "research.schema",
     "research.processes",
+    "research.action_map",
     "research.checkpoint_size",
     "research.progress_bar",
 )

@@ -317,10 +317,9 @@ class EpisodeRows:
             shot.append(frames[row])
 
     def _film_between(self) -> None:
-        if self.between and self.filming:
-            between = self.env.frames_between()
-            for row, shot in self._filmed().items():
-                shot += list(between[row])
+        between = self.env.frames_between() if self.between and self.filming else ()
+        for row, shot in self._filmed().items() if between else ():  # films of what is observed have none
+            shot += list(between[row])
 
     def _filmed(self) -> dict[int, list[Tensor]]:
         """The rows that are filmed now, each with the frames of its episode."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from worlds import (
-    ThreeMethods,
-    small_model,
-)
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Independent, Normal
+from worlds import Fused, ThreeMethods, small_model
 
 from agents.checking import check_policy
 from agents.policy import VLAPolicy
@@ -55,6 +55,89 @@ def test_wrong_shapes_and_dtypes_say_expected_and_got(method, result, message):
     with pytest.raises(UserError, match=message) as caught:
         check_policy(VLAPolicy(model), observations(), (3,))
     assert "\n" not in str(caught.value)
+
+
+class Unmarked(nn.Module):
+    """A staged model by its methods alone, whose distribution has a probability per number: no `Independent`."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.mean, self.value = nn.Linear(3, 8), nn.Linear(8, 3), nn.Linear(8, 1)
+
+    def stages(self):
+        return [TensorDictModule(self.trunk, in_keys=[("observation", "proprio")], out_keys=["hidden"])]
+
+    def action_distribution(self, hidden):
+        return Normal(self.mean(hidden), 1.0)
+
+
+class Marked(Unmarked):
+    def action_distribution(self, hidden):
+        return Independent(super().action_distribution(hidden), 1)
+
+
+def test_a_staged_model_is_tried_out_though_it_derives_from_nothing():
+    check_policy(VLAPolicy(Marked()), observations(), (3,))
+    with pytest.raises(
+        UserError, match=r"^Unmarked.action_distribution \(action_log_prob\): .* \[2\], got .* \[2, 3\]"
+    ):
+        check_policy(VLAPolicy(Unmarked()), observations(), (3,))
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "message"),
+    [
+        (
+            "act",
+            lambda o, deterministic: (torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 1)),
+            r"act \(action\).*\[2, 3\].*\[2, 1\]",
+        ),
+        ("act", lambda o: None, "act failed on the environment's observations: TypeError"),
+        (
+            "act",
+            lambda o, deterministic: (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 1)),
+            r"act \(action_log",
+        ),
+        ("evaluate", lambda o, a: (torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 1)), r"evaluate \(entropy\)"),
+        ("evaluate", lambda o, a: (torch.zeros(2), torch.zeros(2)), "evaluate should return"),
+        ("get_value", lambda o: torch.zeros(2), r"get_value: expected a float tensor \[2, 1\]"),
+    ],
+)
+def test_the_fused_methods_are_tried_out(method, result, message):
+    model = Fused(small_model())
+    check_policy(VLAPolicy(model), observations(), (3,))
+    setattr(model, method, result)
+    with pytest.raises(UserError, match=message) as caught:
+        check_policy(VLAPolicy(model), observations(), (3,))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", [ThreeMethods, Fused])
+def test_a_model_that_writes_into_its_observations_is_refused_and_one_that_replaces_them_is_not(wrap):
+    class Writes(wrap):
+        def get_value(self, seen):
+            seen["proprio"].mul_(2)
+            return super().get_value(seen)
+
+    class Replaces(wrap):
+        def get_value(self, seen):
+            seen["proprio"] = seen["proprio"] * 2
+            return super().get_value(seen)
+
+    with pytest.raises(UserError, match="^Writes writes into proprio, which the rollout keeps"):
+        check_policy(VLAPolicy(Writes(small_model())), observations(), (3,))
+    policy, seen = VLAPolicy(Replaces(small_model())), observations()
+    check_policy(policy, seen, (3,))
+    step = TensorDict({"observation": seen}, [2])
+    policy.act(step)
+    assert step["observation", "proprio"] is seen["proprio"]
+
+
+def test_stages_get_no_strings():
+    model = small_model()
+    model.language_format = "strings"
+    with pytest.raises(UserError, match="^SmallVLA.language_format: stages read the instruction as bytes"):
+        check_policy(VLAPolicy(model), observations(), (3,))
 
 
 def test_a_modality_the_environment_lacks_is_named():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
+from torch import nn
+from torch.distributions import Independent, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from worlds import (
@@ -95,6 +98,39 @@ def test_ratio_is_one_at_the_first_minibatch(head, options, interface):
     assert losses["clip_fraction"].item() == 0
     assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)
     assert losses["mean_ratio"].item() == pytest.approx(1.0, abs=1e-5)
+
+
+class HalfSamples(nn.Module):
+    """Three methods that draw in the precision of their layers, as a model's author writes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.value_head = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def distribution(self, observations):
+        return Independent(Normal(self.layer(observations["proprio"]), 0.1), 1)
+
+    def forward(self, observations):
+        return self.distribution(observations).sample()
+
+    def get_value(self, observations):
+        return self.value_head(observations["proprio"])
+
+    def evaluate_actions(self, observations, actions):
+        distribution = self.distribution(observations)
+        return distribution.log_prob(actions), distribution.entropy()
+
+
+def test_what_was_drawn_in_bfloat16_is_scored_as_it_is_kept():
+    """In float32, when it acts as in the update: else the two log-probabilities differ by their rounding."""
+    policy = VLAPolicy(HalfSamples(), autocast="bf16")
+    step = TensorDict({"observation": {"proprio": torch.randn(64, 3)}}, [64])
+    with torch.no_grad():
+        acted = policy.act(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            log_prob, *_ = policy.contract.score(acted)
+    assert acted["action"].dtype == torch.float32
+    torch.testing.assert_close(log_prob, acted["action_log_prob"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("interface", INTERFACES)

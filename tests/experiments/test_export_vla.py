@@ -11,6 +11,7 @@ import ppo_vla
 import pytest
 import torch
 from trained_policy import load_policy, load_trained_model
+from user_package.reach_env import ReachEnv
 from worlds import ROOT, all_weights, run_folder, write_config
 
 from agents.hub import SharedPolicy
@@ -18,6 +19,7 @@ from agents.loading import load_vla_model
 from agents.openvla import OpenVLA
 from agents.policy import VLAPolicy
 from agents.residual import add_residual, policy_at
+from agents.serving import serve
 from envs.tabletop import TabletopEnv
 from research.training.rollout import Rollouts
 
@@ -79,7 +81,7 @@ def test_a_residual_is_exported_by_its_name_and_served_from_its_run(tmp_path):
     assert model.residual.network[2].weight.abs().max() > 0
     action, act = model(observations, deterministic=True), load_policy(str(run), device="cpu")
     seen = {key: observations[key][0].numpy() for key in ("rgb", "proprio")}
-    np.testing.assert_allclose(act(seen), action[0].detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(act(seen), action[0].clamp(-1, 1).detach().numpy(), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +129,42 @@ def test_a_run_is_served_with_the_actions_of_its_rollouts(run):
     torch.manual_seed(3)
     for row in range(len(rows)):
         observation = {key: rows["observation", key][row].numpy() for key in ("rgb", "proprio")}
-        np.testing.assert_array_equal(act(observation, deterministic=False), rows["action"][row].numpy())
+        clipped = rows["action"][row].clamp(-1, 1).numpy()  # as the table does
+        np.testing.assert_array_equal(act(observation, deterministic=False), clipped)
     assert np.array_equal(act(observation), act(observation))
+
+
+def test_a_run_is_served_in_the_units_of_its_robot_with_all_cameras_that_it_trained_with(tmp_path):
+    """Nothing is said of modalities: the model reads every camera. Actions are chunks, and nothing can be filmed."""
+    keys = {"rgb": "images.front", "rgb_back": "images.front", "proprio": "state"}
+    config = write_config(
+        tmp_path,
+        trainer__env="gym:user_package.reach_env:ReachEnv",
+        trainer__env_config={"keys": keys, "chunk": 2, "max_episode_steps": 6},
+        trainer__iterations=1,
+        policy__action_dim=None,
+        policy__vla_config={"model_class": "agents.small_vla.SmallVLA", "model_config": {"hidden_size": 16}},
+    )
+    assert ppo_vla.main(["--config", str(config)]) == 0
+    run = run_folder(tmp_path)
+    trained = load_trained_model(str(run))
+    assert set(trained.model.observation_keys) == set(keys)
+    assert export_vla.main([f"--checkpoint={run}", f"--output={tmp_path / 'shared'}"]) == 0
+    space = ReachEnv().action_space
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    observation = {key: np.zeros(spec.shape[1:], spec.numpy().dtype) for key, spec in trained.observations.items()}
+    acts = load_policy(str(run), device="cpu"), SharedPolicy.from_pretrained(tmp_path / "shared").act
+    own = serve(trained.model, trained.observations)
+    for seed in range(20):
+        actions = []
+        for act in (own, *acts):
+            torch.manual_seed(seed)
+            actions.append(act(observation, deterministic=False))
+        expected = np.clip(middle + half * actions[0], space.low, space.high)
+        assert expected.shape == (2, 2)
+        for action in actions[1:]:
+            np.testing.assert_allclose(action, expected, atol=1e-6)
+            assert action.dtype == np.float32 and space.contains(action[0])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from envs import make_env
 from envs.tabletop import TabletopEnv
 from research.errors import NonFiniteError
 from research.training.evaluation import Episode, Evaluation, evaluate, wilson_interval
@@ -169,6 +170,15 @@ def test_chunks_count_control_steps_and_are_filmed_in_full():
         for ours, theirs in zip(result.frames, expected.frames, strict=True):
             assert (ours == theirs).all()
     assert next(e.length for e in chunked(3, 4, max_steps=5).episodes if e.cut_off) == 8  # no chunk is cut in two
+
+
+def test_chunks_are_filmed_where_only_what_is_observed_can_be_seen():
+    """An environment that does not render shows its picture at each look, and nothing in between."""
+    config = {"keys": {"rgb": "images.front", "proprio": "state"}, "chunk": 2, "max_episode_steps": 6}
+    env = make_env("gym:user_package.reach_env:ReachEnv", 2, config)
+    still = lambda step: step.set("action", torch.zeros(2, 2, 2))  # noqa: E731
+    result = evaluate(env, still, range(2), film=2)
+    assert [e.length for e in result.episodes] == [6, 6] and [len(frames) for frames in result.frames] == [4, 4]
 
 
 def test_success_is_told_for_every_task():
