@@ -19,6 +19,7 @@ The update sees the same two modules whatever the model is, a `ProbabilisticActo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -116,6 +117,11 @@ class VLAPolicy:
         """See `DecidingVLA`; in the precision in which the model is run."""
         with self.precision():
             return getattr(self.contract, "score_is_exact", True)
+
+    def unread(self, keys: Iterable[str]) -> list[str]:
+        """Of these observations those that no stage and no head reads; none where the model gets them as a whole."""
+        reads = {*self.frozen.in_keys, *self.rest.in_keys, *self.contract.context_keys}
+        return [] if OBSERVATION in reads else [key for key in keys if (OBSERVATION, key) not in reads]
 
     def _kept_keys(self) -> list:
         """Observations and outputs of frozen stages that other stages or the model read; and what was decided."""

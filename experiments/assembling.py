@@ -197,10 +197,12 @@ def describe(parts: Assembly, folder: object) -> str:
     model = parts.policy.model
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    unread = parts.policy.unread(sorted(parts.observations.keys()))
     lines = [
         f"{type(model).__name__} ({parts.policy.interface} interface): {trained:,} of "
         f"{sum(p.numel() for p in parameters):,} parameters train, on {parts.device}",
         *reuse_report(parts.policy, parts.observations[:1]).lines(),
+        *([f"offered and read by nothing: {', '.join(unread)}"] if unread else []),
         f"run folder: {folder}",
     ]
     return "\n".join(lines)

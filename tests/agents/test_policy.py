@@ -133,6 +133,14 @@ def test_what_was_drawn_in_bfloat16_is_scored_as_it_is_kept():
     torch.testing.assert_close(log_prob, acted["action_log_prob"], rtol=0, atol=1e-6)
 
 
+def test_what_nothing_reads_is_known_where_the_model_says_what_it_reads():
+    model = small_model()
+    freeze(model, ["vision_encoder"])
+    offered = ["depth", "language", "proprio", "rgb", "rgb_wrist"]
+    assert VLAPolicy(model).unread(offered) == ["depth", "rgb_wrist"]
+    assert VLAPolicy(ThreeMethods(model)).unread(offered) == []
+
+
 @pytest.mark.parametrize("interface", INTERFACES)
 @pytest.mark.parametrize("scope", ["none", ["vision_encoder"]])
 def test_bf16_keeps_the_ratio_at_one_and_the_mathematics_in_float32(interface, scope):
