@@ -23,6 +23,7 @@ from research.study.run_settings import (
     defaults_of,
     differing_settings,
     is_option,
+    setting_of,
     value_of,
 )
 from research.study.run_table import Run, plain
@@ -107,22 +108,26 @@ def _order(run: Run, option: str) -> tuple[int, float, str]:
 def _refuse_unlike_seeds(cell: Sequence[Run], where: str) -> None:
     """The runs of one arm and rate are taken for repetitions: only their seeds may differ."""
     for one, other in combinations(cell, 2):
-        if one.seed == other.seed:
-            raise UserError(f"{one.run} and {other.run} are the same seed {one.seed} of {where}: leave one of them out")
+        # Before the seeds: who left an option out of --by has no run too many.
         for key in differing_settings([one, other]):
-            a, b = one.settings.get(key), other.settings.get(key)
+            a, b = setting_of(one, key), setting_of(other, key)
             raise UserError(
                 f"{one.run} and {other.run}, both {where}, are no repetitions: {key} is {a!r} and {b!r}; "
                 "compare them separately, or by that option, too (--by)"
             )
+    for one, other in combinations(cell, 2):
+        if one.seed == other.seed:
+            raise UserError(f"{one.run} and {other.run} are the same seed {one.seed} of {where}: leave one of them out")
 
 
 def _refuse_confounded(runs: Sequence[Run], by: Sequence[str]) -> None:
     """Between arms only what is compared may differ: what else differs could be why one is better."""
+    differing = differing_settings(runs)
+    # What belongs to an option that is missing from --by goes with it, once that is named.
     found = [
         f"{key} ({', '.join(_values(runs, key))})"
-        for key in differing_settings(runs)
-        if key not in (*by, *BUDGET) and not _is_part(key, by, runs)
+        for key in differing
+        if key not in (*by, *BUDGET) and not _is_part(key, (*by, *(name for name in differing if name != key)), runs)
     ]
     if found:
         raise UserError(
@@ -133,7 +138,7 @@ def _refuse_confounded(runs: Sequence[Run], by: Sequence[str]) -> None:
 
 def _values(runs: Sequence[Run], key: str) -> list[str]:
     """The values of a setting, each shortened, at most four of them."""
-    texts = dict.fromkeys(json.dumps(run.settings.get(key), sort_keys=True)[:60] for run in runs)
+    texts = dict.fromkeys(json.dumps(setting_of(run, key), sort_keys=True)[:60] for run in runs)
     return [*list(texts)[:4], *(["..."] if len(texts) > 4 else [])]
 
 

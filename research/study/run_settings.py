@@ -96,10 +96,15 @@ def value_of(run: Run, option: str) -> tuple[bool, Any]:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """The options in which some runs differ, of those in their `settings`."""
-    return sorted({key for run in runs for key in run.settings if not agree(runs, key)})
+    """The options in which some runs differ, of those in their `settings` and the freeze scope."""
+    return sorted({key for run in runs for key in (SCOPE, *run.settings) if not agree(runs, key)})
+
+
+def setting_of(run: Run, key: str) -> Any:
+    """A run's value of a setting, or its freeze scope, which has a column of its own; None where it has none."""
+    return run.scope if key == SCOPE else run.settings.get(key)
 
 
 def agree(runs: Sequence[Run], key: str) -> bool:
     """Whether runs have one value of a setting; none is one."""
-    return len({json.dumps(run.settings.get(key), sort_keys=True) for run in runs}) == 1
+    return len({json.dumps(setting_of(run, key), sort_keys=True) for run in runs}) == 1

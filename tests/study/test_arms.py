@@ -130,9 +130,12 @@ def test_a_model_class_brings_its_checkpoint_and_arguments_if_all_of_its_runs_ha
         make_run(tmp_path / f"{seed}", seed=seed, **model(name, width))
     by = ["policy.vla_config.model_class"]
     assert set(arms_of(tmp_path, by)[0]) == {"agents.A", "agents.B"}
+    with pytest.raises(UserError, match=r"by policy.freeze alone, they differ in policy.vla_config.model_class \("):
+        make_run(tmp_path / "other" / "4", "vision", seed=1, **model("B", 2))
+        compare(read_folders([f"{tmp_path}/0", f"{tmp_path}/other"]))
     make_run(tmp_path / "3", "vision", seed=3, **model("B", 4))
     with pytest.raises(UserError, match=r"they differ in policy.vla_config.model_config.width \(1, 2, 4\)"):
-        compare(read_folders([str(tmp_path)]), by=[*by, "policy.freeze"])
+        compare(read_folders([f"{tmp_path}/[0-3]"]), by=[*by, "policy.freeze"])
 
 
 def test_what_only_adapters_have_is_no_difference_to_runs_without_them(tmp_path):
@@ -241,3 +244,33 @@ def test_scopes_that_differ_in_other_settings_are_refused_and_all_of_them_named(
         "these runs cannot be compared by policy.freeze alone, they differ in algorithm.cfg.n_epochs (4, 8); "
         "trainer.num_envs (64, 128): name in --by what belongs to the comparison, or leave runs out"
     )
+
+
+def test_the_freeze_scope_is_a_difference_like_any_other(tmp_path):
+    """Else two starts are told apart by what was frozen, and two scopes are seeds of one arm."""
+    for i, (start, scope) in enumerate(itertools.product(("a.pt", "b.pt"), ("none", "lora"))):
+        for seed in (1, 2):
+            changes = {"policy__vla_config__model_path": start}
+            changes |= {"policy__lora": {"rank": 32}} if scope == "lora" else {}
+            make_run(tmp_path / f"{i}{seed}", scope, seed=seed + 2 * (scope == "lora"), **changes)
+    by = ["policy.vla_config.model_path"]
+    with pytest.raises(UserError) as error:  # a.pt frozen otherwise than b.pt; what lora has of its own goes with it
+        compare(read_folders([f"{tmp_path}/0*", f"{tmp_path}/3*"]), by=by)
+    assert str(error.value) == (
+        'these runs cannot be compared by policy.vla_config.model_path alone, they differ in policy.freeze ("none", '
+        '"lora"): name in --by what belongs to the comparison, or leave runs out'
+    )
+    with pytest.raises(UserError, match="01 and 11, both arm a.pt, learning rate 0.0001, are no repetitions: "):
+        compare(read_folders([str(tmp_path)]), by=by)
+    assert len(arms_of(tmp_path, [*by, "policy.freeze"])[0]) == 4
+
+
+def test_runs_of_one_seed_that_differ_lack_an_option_and_are_not_one_too_many(tmp_path):
+    width = {"policy__vla_config__model_config": {"width": 8}}
+    message = refused(tmp_path, {"seed": 1}, {"seed": 1, **width}, {"seed": 1, "scope": "vision"})
+    assert "run0 and run1, both scope none, learning rate 0.0001, are no repetitions: policy.vla_config" in message
+    with pytest.raises(
+        UserError, match="run0 and run2, both arm learning_rate=0.0001, .* are no repetitions: policy.f"
+    ):
+        make_run(tmp_path / "run3", rate=1e-3)
+        compare(read_folders([f"{tmp_path}/run[023]"]), by=["algorithm.cfg.learning_rate"])
