@@ -16,8 +16,10 @@ from research.study.equal_budgets import (
     AXES,
     at_one_budget,
     interruption,
+    is_unknown,
     pairing,
     refuse_unlike_ends,
+    refuse_unlike_lengths,
     scores_at,
     shorter_note,
 )
@@ -76,10 +78,14 @@ class ArmResult:
     scores: Array
     """`[n, K]` where runs are compared, of single episodes; where those cannot be paired, `[n, 1]`, of the curves."""
     before: float
+    """NaN where a run was evaluated once: at its end."""
     mean: Estimate
     iqm: Estimate
     at_other_axis: Estimate
-    """Mean score at equal wall time; at equal env steps, where runs are compared by anything but these."""
+    """Mean score at equal wall time; at equal env steps, where runs are compared by anything but these.
+
+    NaN where a run was evaluated only later.
+    """
     runners_up: list[RunnerUp] = field(default_factory=list)
     splits: dict[str, Estimate] = field(default_factory=dict)
     """Mean score in every split in which all of these runs were evaluated."""
@@ -207,6 +213,8 @@ def compare(
     notes += shorter_note(complete, budgets["steps"], equal)
     if equal == "ends":
         refuse_unlike_ends(cells)
+    else:
+        refuse_unlike_lengths(complete, budgets[equal], equal)
     paired, pairing_notes = pairing(complete, budgets, equal)
     notes += pairing_notes
     interrupted, interruption_notes = interruption(complete, budgets, noun_of(by), equal)
@@ -303,15 +311,19 @@ def _arm_result(
     bounded = runs[0].bounded
     scores = scores_at(runs, equal, comparison.place, paired[equal])[:, reported]
     elsewhere = comparison.seconds if other == "seconds" else comparison.env_steps
+    unknown = any(is_unknown(run, other, elsewhere) for run in runs)
+    befores = [run.eval_scores[0] if len(run.eval_scores) > 1 else math.nan for run in runs]
     result = ArmResult(
         arm,
         rate,
         runs,
         scores,
-        before=float(np.mean([run.eval_scores[0] for run in runs])),
+        before=float(np.mean(befores)),
         mean=mean_interval(scores, bounded=bounded),
         iqm=iqm_interval([scores], bounded=bounded),
-        at_other_axis=mean_interval(scores_at(runs, other, elsewhere, paired[other]), bounded=bounded),
+        at_other_axis=Estimate(math.nan, math.nan, math.nan)
+        if unknown
+        else mean_interval(scores_at(runs, other, elsewhere, paired[other]), bounded=bounded),
         splits={
             split: mean_interval([run.scores(run.splits[split]) for run in runs], bounded=bounded)
             for split in runs[0].splits

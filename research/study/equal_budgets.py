@@ -51,6 +51,30 @@ def refuse_unlike_ends(cells: Mapping[Any, Sequence[Run]]) -> None:
             )
 
 
+def refuse_unlike_lengths(complete: Sequence[Run], place: float, equal: Axis) -> None:
+    """Runs of which nothing is known where others ended: they were evaluated only after more env steps or seconds.
+
+    Raises:
+        UserError: there are such runs.
+    """
+    late = [run for run in complete if is_unknown(run, equal, place)]
+    if late:
+        short, unit = min(complete, key=lambda run: run.places(equal)[-1]), "s" if equal == "seconds" else "env steps"
+        raise UserError(
+            f"{late[0].run} was evaluated at {late[0].places(equal)[0]:,.0f} {unit} alone, and {short.run} ended at "
+            f"{place:,.0f}: nothing is known of the former there; name runs of one budget, or, if each was given what "
+            "it should have, say --equal=ends"
+        )
+
+
+def is_unknown(run: Run, axis: Axis, place: float) -> bool:
+    """Whether a run was evaluated only after a place, so that its score there is not known.
+
+    Times of runs that did as much differ by a machine's noise.
+    """
+    return run.places(axis)[0] > place * (ALIKE_LENGTH if axis == "seconds" else 1)
+
+
 def shorter_note(complete: Sequence[Run], steps: float, equal: Axis) -> list[str]:
     """That runs ended at different env steps, as a note."""
     longest = max(run.eval_steps[-1] for run in complete)

@@ -52,7 +52,9 @@ def ranking(comparison: Comparison) -> list[str]:
 
 
 def interval(estimate: Estimate, decimals: int = 3, signed: bool = False) -> str:
-    """An estimate as text: "0.919 [0.890, 0.940]"."""
+    """An estimate as text: "0.919 [0.890, 0.940]"; "-" for one that is not known."""
+    if math.isnan(estimate.value):
+        return "-"
     form = f"{{:{'+' if signed else ''}.{decimals}f}}"
     value, low, high = (form.format(x) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]" if estimate.has_interval else f"{value} (no interval)"
@@ -69,7 +71,7 @@ def arm_table(comparison: Comparison) -> Table:
     rows = [
         [
             result.arm, f"{result.learning_rate:g}", count_of_seeds(len(result.runs)),
-            f"{result.before:.{decimals}f}",
+            "-" if math.isnan(result.before) else f"{result.before:.{decimals}f}",
             *(interval(mean, decimals) for mean in (result.mean, result.iqm, result.at_other_axis)),
             *(f"{np.mean([run.eval_steps[-1] for run in result.runs]):,.0f}" for _ in budget),
             f"{np.mean([run.eval_seconds[-1] for run in result.runs]):.0f}",

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from study_worlds import STATES, make_run, write_return_study, written
+from study_worlds import STATES, make_run, write_choosing, write_return_study, written
 
 from research.errors import UserError
 from research.study.comparison import compare
@@ -239,3 +239,34 @@ def test_an_order_at_equal_wall_time_is_refused_where_schedules_would_be_cut(tmp
         compare(read_folders([str(tmp_path)]), equal="seconds")
     message = str(error.value)
     assert message.startswith("--equal=seconds would cut schedules: ") and "runs took 200 to 1,000 s" in message
+
+
+def test_runs_that_were_evaluated_at_unlike_ends_alone_are_compared_there_or_not_at_all(tmp_path):
+    """By `--evaluation`, say: there is no score of the longer run where the shorter one ended."""
+    for seed in (1, 2, 3):
+        for scope, steps, pace in (("vision", 2000, 0.1), ("none", 500, 0.4)):
+            folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, steps=(0, steps), pace=pace)
+            write_choosing(folder, np.arange(STATES) < 10 * seed, first=200)
+    runs = read_folders([str(tmp_path)], "choosing")
+    with pytest.raises(UserError) as error:
+        compare(runs)
+    assert str(error.value) == (
+        "vision1 was evaluated at 2,000 env steps alone, and none1 ended at 500: nothing is known of the former there; "
+        "name runs of one budget, or, if each was given what it should have, say --equal=ends"
+    )
+    assert compare(runs, equal="seconds").arms[0].mean.value == 0.5  # all took 200 s
+    comparison = compare(runs, equal="ends")
+    assert [arm.mean.value for arm in comparison.arms] == [0.5, 0.5]
+    header, rows = arm_table(comparison)
+    at_equal_steps = header.index("success at equal env steps, schedules interrupted")
+    assert {row[0]: (row[3], row[at_equal_steps][:5]) for row in rows} == {"vision": ("-", "-"), "none": ("-", "0.500")}
+    for run in runs:  # within an iteration of the shortest all count as if they had ended there
+        run.iteration_steps = 1600.0
+    assert compare(runs).arms[0].mean.value == 0.5
+
+
+def test_before_is_of_runs_that_were_evaluated_before(tmp_path):
+    for seed in (1, 2):
+        write_choosing(make_run(tmp_path / f"{seed}", seed=seed), np.ones(STATES), first=200)
+    assert arm_table(compare(read_folders([str(tmp_path)], "choosing")))[1][0][3] == "-"
+    assert arm_table(compare(read_folders([str(tmp_path)])))[1][0][3] == "0.500"
