@@ -21,6 +21,8 @@ Splits are compared too, where each run was evaluated in them:
 A learning rate is best chosen by deterministic success on states that are not reported, on seeds of its own:
     python experiments/evaluate_vla.py --checkpoint=runs/<run> --first_state=256 --output=runs/<run>/choosing
     python experiments/compare_runs.py runs --choosing_seeds 1 2 3
+Where --evaluation=choosing reports that very evaluation, to see which rates to take, each rate chosen is the best in
+it, and its success flatters. Whatever else is reported, <run>/choosing chooses.
 
 Instead of by their own last evaluation, runs are compared by another one of what they came to: more states, sampled
 actions, or tasks that they did not train, which shows what was forgotten:
@@ -30,8 +32,9 @@ actions, or tasks that they did not train, which shows what was forgotten:
 
 Scores are success, or return where the environment has no success. Writes into --output: report.md, report.html (one
 file: figures, sortable tables, videos), curves.png, success.png or return.png, heatmap.png, and runs.csv, from which
---table recomputes every number. Runs of different environments, or evaluated from different initial states, are
-refused; runs that crashed, or whose files cannot be read, are listed and left out of all means.
+--table recomputes every number. Runs of different environments, evaluated from different initial states, otherwise, or
+before they were resumed, are refused; runs that crashed, or whose files cannot be read, are listed and left out of all
+means.
 """
 
 from __future__ import annotations
@@ -68,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         help="compare at equal env steps (default), at equal wall time, or each run at its own end",
     )  # fmt: skip
     parser.add_argument(
-        "--choose_on", choices=["training", "states", "other_states"],
-        help="what chooses a learning rate: training success or return, every other evaluation state, or the episodes "
-        "of <run>/choosing, see above; default: the last where all runs that choose have them, else the first",
+        "--choose_on", choices=["training", "states", "other_states", "evaluation"],
+        help="what chooses a learning rate: training success or return, every other evaluation state, the episodes of "
+        "<run>/choosing, see above, or the very evaluation that is reported; default: the episodes of <run>/choosing "
+        "where all runs that choose have them (reported ones with --evaluation=choosing), else training",
     )  # fmt: skip
     parser.add_argument(
         "--choosing_seeds", type=int, nargs="+", default=[], metavar="SEED",

@@ -7,7 +7,8 @@
 
 A run folder, or a checkpoint in it, brings its own configuration; bare weights take it from --config, by default
 experiments/configs/pick_place.json. Flags win over both. Writes episodes.jsonl, summary.json (the metrics of the first
-split, and of every split under "splits") and a video grid per split. An initial state has the same id in every split.
+split, of every split under "splits", and what was evaluated under "evaluated") and a video grid per split. An initial
+state has the same id in every split.
 A run folder from elsewhere that names code outside of this project asks for --trust.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import answering  # noqa: F401
 
@@ -89,7 +91,8 @@ def run(argv: list[str]) -> int:
     states = range(config.first_state, config.first_state + trainer.num_eval_episodes)
     if states.stop > first.held_out:
         print(f"note: training draws initial states from {first.held_out} on; those evaluated end at {states.stop - 1}")
-    RunFolder(output).episodes.unlink(missing_ok=True)
+    for old in (RunFolder(output).episodes, RunFolder(output).summary):  # one does not speak of the other's episodes
+        old.unlink(missing_ok=True)
     metrics = {}
     for split, env in envs.items():
         with ProgressBar(total=len(states), unit="episode", desc=split, disable=not trainer.progress_bar) as bar:
@@ -103,9 +106,20 @@ def run(argv: list[str]) -> int:
     facts = {"checkpoint": config.checkpoint or config.policy.vla_config.model_path, **next(iter(metrics.values()))}
     if None not in metrics:
         facts["splits"] = metrics
+    facts["evaluated"] = what_was_evaluated(trainer, trained)
     write_json(RunFolder(output).summary, facts)
     print(f"episodes, summary{' and video' if result.frames else ''} in {output}/")
     return 0
+
+
+def what_was_evaluated(trainer: TrainerConfig, trained: dict[str, Any] | None) -> dict[str, Any]:
+    """What `compare_runs.py` asks of evaluations: the question, and the checkpoint, None for weights of no run."""
+    facts = {name: getattr(trainer, name) for name in ("env", "env_config", "eval_mode", "max_eval_steps")}
+    checkpoint = {"env_steps": None, "weights_sha256": None}
+    if trained is not None:
+        checkpoint["env_steps"] = trained.get("progress", trained).get("global_step")
+        checkpoint["weights_sha256"] = trained["sha256"]
+    return facts | checkpoint
 
 
 def options_of_splits(trainer: TrainerConfig, wanted: str | None) -> dict[str | None, dict]:

@@ -135,6 +135,15 @@ def write_choosing(run, outcomes, first=STATES):
     (run / "choosing" / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_evaluated(run, name, **facts):
+    """What `evaluate_vla.py --output=<run>/<name>` says there of what it evaluated, beside the episodes."""
+    evaluated = {
+        "env": "tabletop", "env_config": {"task": "pick_place"}, "eval_mode": "mode", "max_eval_steps": 64,
+        "env_steps": 2000, "weights_sha256": run.name,
+    }  # fmt: skip
+    (run / name / "summary.json").write_text(json.dumps({"eval/return": 0.5, "evaluated": evaluated | facts}))
+
+
 def write_sweep(rates=(0.5, 1.0), **changes) -> str:
     """A grid of two seeds and some learning rates for `script.py`, in the working directory; None leaves a key out."""
     content = {

@@ -189,7 +189,8 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     Args:
         path: a checkpoint, or a run folder: then the newest one whose sums hold, and it is said if one was skipped.
     Returns:
-        the state; `model_state_dict` lacks frozen weights (`frozen_weights`), and `source` is where it was read.
+        the state; `model_state_dict` lacks frozen weights (`frozen_weights`), `source` is where it was read, and
+        `sha256` that of its `state.pt`, None for one of an earlier version.
     Raises:
         UserError: nothing there, damaged, or not a training checkpoint.
     """
@@ -243,7 +244,7 @@ def _read(path: Path) -> dict[str, Any]:
     known = isinstance(state, dict) and isinstance(state.get("config"), Mapping)
     if not known or not isinstance(state.get("model_state_dict"), Mapping):
         raise UserError(f"{path} is not a checkpoint of a training run (weights go into policy.vla_config.model_path)")
-    return {**state, "source": str(path)}
+    return {**state, "source": str(path), "sha256": manifest["files"][STATE]["sha256"] if manifest else None}
 
 
 def _checked_manifest(path: Path) -> dict[str, Any]:

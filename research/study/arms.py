@@ -174,7 +174,7 @@ def refuse_other_questions(runs: Sequence[Run], by: Iterable[str] = ()) -> None:
     """Refuse runs of several environments, measures or sets of evaluation states, and say which run has which."""
     values = [_question(run) for run in runs]
     for key in dict.fromkeys(key for value in values for key in value if key not in by):
-        _refuse_different(runs, values, key)
+        refuse_different(runs, values, key)
 
 
 def _question(run: Run) -> dict[str, Any]:
@@ -184,7 +184,8 @@ def _question(run: Run) -> dict[str, Any]:
     return environment | settings | {"what evaluations measure": run.measure}
 
 
-def _refuse_different(runs: Sequence[Run], values: Sequence[Mapping[str, Any]], key: str) -> None:
+def refuse_different(runs: Sequence[Run], values: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Refuse runs that differ in the value of a key, and say which run has which."""
     who: dict[str, list[str]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         who[json.dumps(value.get(key), sort_keys=True)].append(run.run)

@@ -23,6 +23,7 @@ from research.study.equal_budgets import (
     scores_at,
     shorter_note,
 )
+from research.study.evaluations import check_evaluations, how_chosen
 from research.study.rate_choice import (
     Choice,
     ChooseOn,
@@ -31,10 +32,12 @@ from research.study.rate_choice import (
     choosing_scores,
     describe_choice,
     few_seeds_note,
+    refuse_unlike_budgets,
     states_that_choose,
+    that_choose,
 )
 from research.study.run_settings import ENV_CONFIG, RATE
-from research.study.run_table import Axis, Run, plain, quoted
+from research.study.run_table import CHOOSING, SPLITS, Axis, Run, plain, quoted
 from research.study.sample_size import seeds_needed, states_needed
 from research.study.statistics import (
     Array,
@@ -189,8 +192,9 @@ def compare(
     Args:
         runs: of one environment, measure and set of evaluation states; those that did not complete only get a note.
         choose_on: what the best rate is best in: "training" scores, so that all evaluation episodes are fresh for the
-            report; the final evaluation from every other state ("states"), with the report on the remaining ones; or an
-            evaluation on states that are not reported ("other_states"). None = other states where all runs that choose
+            report; the final evaluation from every other state ("states"), with the report on the remaining ones; an
+            evaluation on states that are not reported ("other_states"); or the one that is reported ("evaluation").
+            None = the one that is reported where that is the one to choose by, other states where all runs that choose
             were evaluated on some, else training.
         choosing_seeds: seeds that choose the rate and are left out of the report; none = all seeds do both.
         by: dotted options; runs that agree in all of them are an arm. None = the freeze scope. Where the learning rate
@@ -206,6 +210,8 @@ def compare(
         raise UserError(f"none of the {len(runs)} runs is complete; the first, {runs[0].run}: {runs[0].status}")
     by = check_by(by, complete)
     refuse_other_questions(complete, by)
+    reported_in = {run.evaluation for run in complete} | {SPLITS for run in complete if run.splits}
+    notes += check_evaluations(complete, sorted(reported_in - {""}), by)
     complete = at_one_budget(complete)
     cells = make_cells(complete, by)
     axes = dict.fromkeys((*AXES, equal))
@@ -235,8 +241,14 @@ def compare(
             )
         chosen_on, choices = {}, {arm: Choice(rate, 0, 1, {}) for arm, rate in cells}
     else:
-        choose_on = choose_on or best_criterion(cells.values(), choosing_seeds)
         rates = Counter(arm for arm, _ in cells)
+        if not choose_on:  # where each arm has one rate, no evaluation is asked for
+            choose_on = best_criterion(cells.values(), choosing_seeds) if max(rates.values()) > 1 else "training"
+        choosing = that_choose(complete, choosing_seeds)
+        if choose_on == "other_states":
+            notes += check_evaluations(choosing, [CHOOSING], by)
+        if equal == "ends" or choose_on in ("training", "other_states"):
+            refuse_unlike_budgets(cells, choosing_seeds)
         chosen_on = {
             cell: choosing_scores(members, choose_on, choosing_seeds, equal, budgets[equal], alone=rates[cell[0]] == 1)
             for cell, members in cells.items()
@@ -245,7 +257,8 @@ def compare(
         notes += few_seeds_note(choices)
         chosen = any(choice.rates > 1 for choice in choices.values())
         if chosen or choosing_seeds or choose_on == "states":  # the last two leave something out of the numbers
-            notes.insert(0, describe_choice(noun_of(by), complete[0].measure, choose_on, choosing_seeds))
+            how = next(filter(None, (how_chosen(run, CHOOSING) for run in choosing)), "")
+            notes.insert(0, describe_choice(noun_of(by), complete[0].measure, choose_on, choosing_seeds, how))
     comparison = Comparison(
         by, equal, list(runs), budgets["steps"], budgets["seconds"], interrupted, cells,
         {cell: math.nan if scores is None else float(scores.mean()) for cell, scores in chosen_on.items()}, [], [], [],

@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 
 from research.errors import UserError
-from research.study.run_table import Axis, Run, plain, spans_of
+from research.study.equal_budgets import ALIKE_LENGTH
+from research.study.run_table import CHOOSING, Axis, Run, plain, spans_of
 from research.study.statistics import Array, standard_error_of_difference
 
-ChooseOn = Literal["training", "states", "other_states"]
+ChooseOn = Literal["training", "states", "other_states", "evaluation"]
 ENOUGH_SEEDS = 3  # with fewer, the choice is as much of the seeds as of the rates
 OPEN = 2  # standard errors; a rate that is no further behind the best is carried along
 
@@ -41,13 +42,37 @@ def states_that_choose(run: Run) -> Array:
 
 
 def best_criterion(cells: Iterable[Sequence[Run]], choosing_seeds: Sequence[int]) -> ChooseOn:
-    """What chooses where nobody says: other states, if all runs that choose were evaluated on them, else training."""
-    choosing = [run for cell in cells for run in _that_choose(cell, choosing_seeds)]
+    """What chooses where nobody says: the evaluation to choose by, if all runs that choose have one, else training.
+
+    That is the one of other states, in `choosing/`, or, where just that one is reported, the one that is reported.
+    """
+    choosing = [run for cell in cells for run in that_choose(cell, choosing_seeds)]
+    if choosing and all(run.evaluation == CHOOSING for run in choosing):
+        return "evaluation"
     return "other_states" if choosing and all(run.choosing_episodes for run in choosing) else "training"
 
 
-def _that_choose(cell: Sequence[Run], choosing_seeds: Sequence[int]) -> list[Run]:
-    return [run for run in cell if not choosing_seeds or run.seed in choosing_seeds]
+def that_choose(runs: Iterable[Run], choosing_seeds: Sequence[int]) -> list[Run]:
+    """Those of some runs that choose: the ones of the choosing seeds, or all where none are named."""
+    return [run for run in runs if not choosing_seeds or run.seed in choosing_seeds]
+
+
+def refuse_unlike_budgets(cells: Mapping[tuple[str, float], Sequence[Run]], choosing_seeds: Sequence[int]) -> None:
+    """Refuse rates of one arm that are chosen by what their runs came to after unlike env steps.
+
+    Raises:
+        UserError: there are such rates.
+    """
+    for arm in dict.fromkeys(arm for arm, _ in cells):
+        of_rates = [that_choose(members, choosing_seeds) for (name, _), members in cells.items() if name == arm]
+        found = sorted((run for members in of_rates for run in members), key=lambda run: run.eval_steps[-1])
+        if sum(map(bool, of_rates)) > 1 and found[-1].eval_steps[-1] > ALIKE_LENGTH * found[0].eval_steps[-1]:
+            short, long = (f"{r.run} ({r.learning_rate:g}) at {r.eval_steps[-1]:,.0f}" for r in (found[0], found[-1]))
+            raise UserError(
+                f"the learning rate of {plain(arm)} would be chosen by what runs came to at unlike ends, {short} and "
+                f"{long} env steps: name runs of one budget, or what they were given in --by; --choose_on=states "
+                "chooses where all are compared"
+            )
 
 
 def choosing_scores(
@@ -63,22 +88,26 @@ def choosing_scores(
     Args:
         cell: the runs of an arm at a rate.
         choose_on: as in `compare`, with `choosing_seeds`.
-        axis, place: where the final evaluation is, for the choice on every other state.
+        axis, place: where the evaluation is that chooses, if that is a reported one.
         alone: whether it is the arm's only rate, so that runs without a training score, NaN, are in nobody's way.
     Raises:
         UserError: a run without such scores, or one whose other states are among the reported ones.
     """
-    members = _that_choose(cell, choosing_seeds)
+    members = that_choose(cell, choosing_seeds)
     if not members:
         return None
     if choose_on == "states":
         return np.array([run.episodes_at(axis, place) for run in members])[:, states_that_choose(members[0])]
+    if choose_on == "evaluation":
+        episodes = [run.episodes_at(axis, place) for run in members]
+        return np.array(episodes if all(episodes) else [[run.mean_at(axis, place)] for run in members])
     if choose_on == "other_states":
         _check_other_states(members)
         return np.array([run.scores(run.choosing_episodes) for run in members])
     if not alone and (missing := [run for run in members if math.isnan(run.training_score)]):
         raise UserError(
-            f"{missing[0].run} has no training {missing[0].measure} to choose the learning rate on; choose on states"
+            f"{missing[0].run} has no training {missing[0].measure} to choose the learning rate on; say "
+            "--choose_on=states, or --choose_on=evaluation"
         )
     return np.array([[run.training_score] for run in members])
 
@@ -96,7 +125,8 @@ def _check_other_states(members: Sequence[Run]) -> None:
                 if first <= high and low <= last:
                     raise UserError(
                         f"--choose_on=other_states: {run.run} would choose on the states {run.choosing_states}, of "
-                        f"which {max(first, low)}-{min(last, high)} are reported; {command} takes others"
+                        f"which {max(first, low)}-{min(last, high)} are reported; {command} takes others, and "
+                        "--choose_on=training takes none"
                     )
         if run.choosing_states != members[0].choosing_states:
             raise UserError(
@@ -147,17 +177,32 @@ def few_seeds_note(choices: Mapping[str, Choice]) -> list[str]:
     return [f"Learning rates chosen on fewer than {ENOUGH_SEEDS} seeds, which are too few: {named}."]
 
 
-def describe_choice(noun: str, measure: str, choose_on: ChooseOn, choosing_seeds: Sequence[int]) -> str:
-    """What chose the rates, for the report; `noun` is what an arm is called there."""
+def describe_choice(noun: str, measure: str, choose_on: ChooseOn, choosing_seeds: Sequence[int], how: str = "") -> str:
+    """What chose the rates, for the report.
+
+    Args:
+        noun: what an arm is called there.
+        measure: what scores are.
+        choose_on, choosing_seeds: as in `compare`.
+        how: in what other way than deterministically, as in training, other states were evaluated.
+    """
     by = {
         "training": f"{measure} in the last tenth of training, so that every evaluation episode is fresh",
         "states": "the final evaluation from every other initial state; the numbers are from the remaining states",
-        "other_states": f"deterministic {measure} of the last checkpoint on initial states that are not reported",
+        "other_states": f"{'' if how else 'deterministic '}{measure} of the last checkpoint on initial states that are "
+        f"not reported{f' ({plain(how)})' if how else ''}",
+        "evaluation": f"{measure} in the evaluation that is reported",
     }[choose_on]
     if choosing_seeds:
         seeds = ", ".join(map(str, choosing_seeds))
         return (
             f"Each {noun}'s learning rate was chosen by {by}, on seeds {seeds}; the numbers are from the other seeds."
+        )
+    if choose_on == "evaluation":
+        return (
+            f"Each {noun}'s learning rate was chosen by {by}: the same seeds and episodes chose it, so that its "
+            f"numbers are too high, and more so for {noun}s with more rates tried. They say which rate to take, and "
+            "not how good it is: for that, other seeds (--choosing_seeds) or other states."
         )
     return (
         f"Each {noun}'s learning rate was chosen by {by}. The same seeds chose it, which still favours rates with "

@@ -25,7 +25,18 @@ from research.errors import UserError, one_line
 from research.options import flatten_dict
 from research.runs.folder import MANIFEST, RunFolder, read_json, read_rows
 from research.study.run_settings import keep_what_tells, settings_of
-from research.study.run_table import MEASURES, Run, as_ranges, as_text, check, is_number, plain
+from research.study.run_table import (
+    AS_EVALUATED,
+    CHOOSING,
+    MEASURES,
+    SPLITS,
+    Run,
+    as_ranges,
+    as_text,
+    check,
+    is_number,
+    plain,
+)
 
 COMPARING = "compare"  # job type of W&B runs that show what others came to, and are none of those compared
 
@@ -64,6 +75,10 @@ def _read_folder(folder: RunFolder, evaluation: str | None) -> Run:
             _add_episodes(run, folder)
         if run.complete and evaluation is not None:
             _take_evaluation(run, folder.path / evaluation, evaluation, rows[-1] if rows else {})
+        if run.complete and evaluation != CHOOSING:
+            run.choosing_states, run.choosing_episodes = _read_choosing(folder.choosing, run)
+        used = {CHOOSING: run.choosing_episodes, SPLITS: run.splits, evaluation: run.complete and evaluation}
+        run.evaluated = {n: facts for n, is_used in used.items() if is_used and (facts := _evaluated(folder.path / n))}
     except UserError as error:
         run = _unreadable(name, error)
     run.folder = folder
@@ -153,7 +168,6 @@ def _add_episodes(run: Run, folder: RunFolder) -> None:
         for step in run.eval_steps
     ]
     run.splits = _read_splits(folder.splits, states, run.measure)
-    run.choosing_states, run.choosing_episodes = _read_choosing(folder.choosing, run)
 
 
 def _take_evaluation(run: Run, path: Path, name: str, end: Mapping[str, Any]) -> None:
@@ -183,8 +197,18 @@ def _take_evaluation(run: Run, path: Path, name: str, end: Mapping[str, Any]) ->
         run.eval_steps, run.eval_seconds = [float(steps)], [float(seconds) if is_number(seconds) else math.nan]
     run.eval_steps, run.eval_seconds = run.eval_steps[-1:], run.eval_seconds[-1:]
     run.eval_scores, run.episodes = [sum(scores.values()) / len(scores)], [as_text(scores, run.measure)]
-    run.splits, run.choosing_states, run.choosing_episodes = {}, "", ""
-    run.environment = f"{run.environment}, as evaluated in {name}/"
+    run.splits = {}
+    run.environment = f"{run.environment}{AS_EVALUATED}{name}/"
+
+
+def _evaluated(path: Path) -> dict[str, Any]:
+    """What `evaluate_vla.py` says that it evaluated into a folder, with dotted keys; earlier versions said nothing."""
+    summary = path / "summary.json"
+    try:
+        facts = _read_object(summary).get("evaluated") if summary.is_file() else None
+    except UserError as error:
+        raise UserError(f"{path.name}/{error}") from None
+    return {key: value for key, value in flatten_dict(facts).items() if value != {}} if isinstance(facts, dict) else {}
 
 
 def _tasks(of_state: Mapping[int, str]) -> str:

@@ -10,7 +10,8 @@ committed `runs.csv` recomputes every number of it. Its columns:
 | `scope`            | what was frozen: `policy.freeze`, a list joined by `+`                                      |
 | `learning_rate`    | `algorithm.cfg.learning_rate`                                                               |
 | `seed`             | `trainer.seed`                                                                              |
-| `environment`      | `trainer.env`; empty where the run's configuration could not be read                        |
+| `environment`      | `trainer.env`, behind which ", as evaluated in NAME/" says that its scores are of another   |
+|                    | evaluation (`--evaluation`); empty where the run's configuration could not be read          |
 | `env_config`       | `trainer.env_config` as JSON with dotted keys                                               |
 | `states`           | ids of the evaluation's initial states, as in `0-255` or `0-9 20`                           |
 | `measure`          | what scores are: `success` where the run logged it in its evaluations, else `return`        |
@@ -35,6 +36,8 @@ committed `runs.csv` recomputes every number of it. Its columns:
 | `code`             | git commit of the code that ran, with `-dirty` where it had changes                         |
 | `machine`          | processor, cores and GPU, not its name                                                      |
 | `url`              | its page on W&B                                                                             |
+| `evaluated`        | JSON: name of a folder that evaluations were taken from -> what `evaluate_vla.py` says that |
+|                    | it evaluated, with dotted keys: environment, its options, the checkpoint's env steps, ...   |
 
 Splits are what `evaluate_vla.py --split=all` wrote into the folder `splits/` of a run folder, from the run's last
 checkpoint and the same initial states as its own evaluations; `choosing/` is what it wrote there on other states, with
@@ -61,6 +64,8 @@ from research.errors import UserError
 from research.runs.folder import RunFolder
 
 Axis = Literal["steps", "seconds", "ends"]
+CHOOSING, SPLITS = "choosing", "splits"  # folders in a run's: what chooses learning rates, and all splits
+AS_EVALUATED = ", as evaluated in "
 LARGEST_SCORE = 1e100  # what squares and sums of scores still hold
 
 
@@ -108,6 +113,7 @@ class Run:
     splits: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=dict)
+    evaluated: dict[str, dict[str, Any]] = field(default_factory=dict)
     started: str = ""
     code: str = ""
     machine: str = ""
@@ -123,6 +129,11 @@ class Run:
     def bounded(self) -> bool:
         """Whether its scores lie within 0..1."""
         return MEASURES[self.measure].extent is not None
+
+    @property
+    def evaluation(self) -> str:
+        """The folder of the evaluation that stands for the run's own; empty where none does."""
+        return self.environment.partition(AS_EVALUATED)[2].removesuffix("/")
 
     def places(self, axis: Axis) -> list[float]:
         """Where its evaluations lie: their env steps, their seconds, or 0 for the last, -1 for that before it, …"""
@@ -243,9 +254,9 @@ _COLUMNS = (
 )  # fmt: skip
 _LATER = ("earlier_episodes", "anneal_lr", "choosing_states", "choosing_episodes")  # not in tables of earlier versions
 # In a table of which some run has them.
-_WHERE_KNOWN = ("iteration_steps", "tasks", "common", "started", "code", "machine", "url")
+_WHERE_KNOWN = ("iteration_steps", "tasks", "common", "started", "code", "machine", "url", "evaluated")
 _LISTS = ("eval_steps", "eval_seconds", "eval_scores")
-_OBJECTS = ("env_config", "splits", "settings", "common")
+_OBJECTS = ("env_config", "splits", "settings", "common", "evaluated")
 _SWITCH = {True: "true", False: "false", None: ""}
 
 
@@ -321,6 +332,8 @@ def _read_row(row: Mapping[str | None, Any]) -> Run:
         json.dumps(values[name], ensure_ascii=False).encode()  # half of a character can be escaped, but not written
     if not all(isinstance(text, str) for text in values["splits"].values()):
         raise UserError("splits: expected the episodes of each as text")
+    if not all(isinstance(facts, dict) for facts in values["evaluated"].values()):
+        raise UserError("evaluated: expected a JSON object of each folder")
     values |= {name: float(row[name]) for name in ("learning_rate", "training_score")}
     values["seed"] = int(row["seed"])
     if row["measure"] not in MEASURES:

@@ -12,7 +12,8 @@ import numpy as np
 from research.study.arms import arm_of
 from research.study.comparison import VERDICT_SEEDS, Comparison, Pair, RunnerUp
 from research.study.equal_budgets import AXES
-from research.study.run_settings import ENV_CONFIG, defaults_of
+from research.study.evaluations import describe_evaluation
+from research.study.run_settings import defaults_of
 from research.study.run_table import plain
 from research.study.statistics import Estimate
 
@@ -22,15 +23,12 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 def describe(comparison: Comparison) -> list[str]:
     """What was compared: environment, initial states, runs, and the env steps and seconds that all of them reached."""
     first, complete = comparison.arms[0].runs[0], sum(run.complete for run in comparison.runs)
-    config = ", ".join(
-        f"{key} = {value}" for key, value in sorted(first.env_config.items()) if ENV_CONFIG + key not in comparison.by
-    )
     compared = {
         "steps": "", "seconds": " Runs are compared at equal wall time.",
         "ends": " Each run is compared at its own end, whatever it was given.",
     }[comparison.equal]  # fmt: skip
     return [
-        f"{first.environment} ({config or 'default settings'}), initial states {first.states}. "
+        f"{describe_evaluation(first, comparison.by)}, initial states {first.states}. "
         f"{len(comparison.runs)} runs, {complete} of them complete. {comparison.measure.capitalize()} at "
         f"{comparison.env_steps:,.0f} env steps and at {comparison.seconds:,.0f} s of wall time, the most that all "
         f"complete runs reached.{compared}",

@@ -137,3 +137,7 @@ def test_its_evaluation_films_every_control_step(tmp_path):
     episodes = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
     assert len(episodes) == 8 and max(episode["length"] for episode in episodes) <= 25
     assert any(episode["length"] % 3 for episode in episodes)
+    evaluated, last = json.loads((out / "summary.json").read_text())["evaluated"], rows_without_times(run)[-1]
+    assert evaluated["eval_mode"] == "sample" and evaluated["env_steps"] == last["global_step"] > 0
+    manifest = json.loads((RunFolder(run).last_checkpoint / "manifest.json").read_text())
+    assert evaluated["weights_sha256"] == manifest["files"]["state.pt"]["sha256"]

@@ -67,6 +67,10 @@ def test_the_configurations_own_split_is_the_default(tmp_path):
     assert {row["split"] for row in rows} == {"vision"}
     assert summary["eval/success_rate"] == summary["splits"]["vision"]["eval/success_rate"]
     assert (tmp_path / "evaluation.mp4").exists()
+    assert summary["evaluated"] == {
+        "env": "tabletop", "env_config": {"modalities": ["rgb", "proprio", "language"], "split": "vision"},
+        "eval_mode": "mode", "max_eval_steps": 1000, "env_steps": None, "weights_sha256": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from study_worlds import STATES, make_run, write_choosing
+from worlds import ROOT
 
 from research.errors import UserError
 from research.study.comparison import compare
@@ -134,3 +135,68 @@ def test_an_only_rate_needs_no_training_score_and_one_of_several_does(tmp_path):
     make_run(tmp_path / "other", rate=1e-3)
     with pytest.raises(UserError, match="has no training success to choose the learning rate on"):
         compare(read_folders([str(tmp_path)]))
+
+
+def evaluated_twice(tmp_path):
+    """Success by training is best at 3e-4, in `choosing/` at 1e-4, and in `kept/` at 3e-4 again."""
+    for seed in (1, 2, 3):
+        for rate, chosen, kept, sampled in ((1e-4, 0.9, 0.2, 0.1), (3e-4, 0.3, 0.7, 0.9)):
+            folder = make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed, final=share(0.5), sampled=sampled)
+            write_choosing(folder, share(kept, 20), first=500)
+            (folder / "choosing").rename(folder / "kept")
+            write_choosing(folder, share(chosen, 20))
+
+
+def test_other_states_choose_whatever_evaluation_is_reported(tmp_path):
+    evaluated_twice(tmp_path)
+    comparison = compare(read_folders([str(tmp_path)], "kept"))
+    assert (comparison.arms[0].learning_rate, comparison.arms[0].mean.value) == (1e-4, 0.2)
+    assert "deterministic success of the last checkpoint on initial states" in comparison.notes[0]
+    assert comparison.chosen_by == compare(read_folders([str(tmp_path)]), "other_states").chosen_by
+    for folder in tmp_path.iterdir():  # runs that evaluated nothing themselves have them too
+        rows = (folder / "metrics.jsonl").read_text().splitlines()
+        (folder / "metrics.jsonl").write_text("".join(row + "\n" for row in rows if "eval/return" not in row))
+        (folder / "episodes.jsonl").unlink()
+    assert compare(read_folders([str(tmp_path)], "kept")).chosen_by == comparison.chosen_by
+
+
+def test_the_evaluation_to_choose_by_chooses_where_it_is_reported_and_its_numbers_are_doubted(tmp_path):
+    evaluated_twice(tmp_path)
+    comparison = compare(read_folders([str(tmp_path)], "choosing"))
+    assert (comparison.arms[0].learning_rate, comparison.arms[0].mean.value) == (1e-4, 0.9)
+    assert comparison.chosen_by == pytest.approx({("none", 1e-4): 0.9, ("none", 3e-4): 0.3})
+    assert "the same seeds and episodes chose it, so that its numbers are too high" in comparison.notes[0]
+    write_table(tmp_path / "runs.csv", comparison.runs)
+    assert compare(read_table(tmp_path / "runs.csv")).chosen_by == comparison.chosen_by
+    fresh = compare(comparison.runs, choosing_seeds=[1, 2])
+    assert fresh.notes[0].endswith("on seeds 1, 2; the numbers are from the other seeds.")
+    assert compare(comparison.runs, "training").arms[0].learning_rate == 3e-4
+    assert compare(read_folders([str(tmp_path)], "kept"), "evaluation").arms[0].learning_rate == 3e-4  # if one asks
+
+
+def test_rates_that_were_given_unlike_budgets_are_not_chosen_by_their_ends(tmp_path):
+    """The longer one is the better at its end, and the worse where all are compared."""
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"a{seed}", rate=1e-4, seed=seed, final=share(0.9), steps=(0, 2000, 8000))
+        make_run(tmp_path / f"b{seed}", rate=4e-4, seed=seed, final=share(0.8), steps=(0, 2000))
+    with pytest.raises(UserError) as error:
+        compare(read_folders([str(tmp_path)]))
+    assert str(error.value) == (
+        "the learning rate of none would be chosen by what runs came to at unlike ends, b1 (0.0004) at 2,000 and a3 "
+        "(0.0001) at 8,000 env steps: name runs of one budget, or what they were given in --by; --choose_on=states "
+        "chooses where all are compared"
+    )
+    assert compare(read_folders([str(tmp_path)]), "states").arms[0].learning_rate in (1e-4, 4e-4)
+    with pytest.raises(UserError, match="at unlike ends"):
+        compare(read_folders([str(tmp_path)]), "states", equal="ends")
+    assert len(compare(read_folders([str(tmp_path)]), by=["algorithm.cfg.learning_rate"]).arms) == 2
+
+
+def test_the_committed_rates_of_pretrained_scopes_are_the_best_by_the_evaluation_that_their_plan_names():
+    comparison = compare(read_table(ROOT / "experiments" / "results" / "pretrained_scopes_rates" / "runs.csv"))
+    ends: dict[tuple[str, float], list[float]] = {}
+    for run in comparison.runs:
+        ends.setdefault((run.scope, run.learning_rate), []).append(run.eval_scores[-1])
+    means = {cell: np.mean(scores) for cell, scores in ends.items()}
+    for arm in comparison.arms:
+        assert means[arm.arm, arm.learning_rate] == max(mean for (scope, _), mean in means.items() if scope == arm.arm)
