@@ -4,7 +4,8 @@
 
 A row has the run's seed, control steps and minutes so far, success with its interval over the held-out states, success
 of each task where there are several, and success while sampling: of the training episodes over the last --window
-control steps. Written as CSV, and printed as Markdown; the evaluation at the start, before any training, comes first.
+control steps. Where several runs have one seed, the run's name is its first column. Written as CSV, and printed as
+Markdown; the evaluation at the start, before any training, comes first.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 
 SUCCESS, SAMPLED = "eval/success_rate", "rollout/success_rate"
+# Columns; those of tasks, where a run has several, lie between.
+BEFORE_TASKS, BEHIND_TASKS = ("seed", "env_steps", "minutes"), ("success", "low", "high", "sampling")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,10 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=60_000, help="control steps, default %(default)s")
     options = parser.parse_args(argv)
     try:
-        rows = [row for run in options.runs for row in rows_of(run, options.window)]
-        rows.sort(key=lambda row: (row["seed"], row["env_steps"]))
-        if not rows:
-            raise UserError(f"{', '.join(map(str, options.runs))}: no evaluation in any of them")
+        rows = table_of(options.runs, options.window)
         if options.output:
             write(rows, options.output)
     except UserError as error:
@@ -44,6 +44,31 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(as_markdown(rows))
     return 0
+
+
+def table_of(runs: Sequence[Path], window: int) -> list[dict]:
+    """The rows of all runs, by seed, run and control steps, with the same columns each: "" where a run has no value.
+
+    Raises:
+        UserError: what is no run folder, or no run that evaluated success.
+    """
+    of_runs = {run: rows_of(run, window) for run in dict.fromkeys(runs)}
+    names = ", ".join(str(run) for run, rows in of_runs.items() if not rows)
+    if not any(of_runs.values()):
+        evaluated = any("eval/return" in row for run in of_runs for row in read_metrics(RunFolder(run)))
+        what = "no success in their evaluations, only return: compare_runs.py shows that" if evaluated else ""
+        raise UserError(f"{names}: {what or 'no evaluation in any of them'}")
+    if names:
+        print(f"note: not in the table, as without success in an evaluation: {names}", file=sys.stderr)
+    found = [(run, row) for run, rows in of_runs.items() for row in rows]
+    found.sort(key=lambda each: (each[1]["seed"], str(each[0]), each[1]["env_steps"]))
+    tasks = [name for _, row in found for name in row if name not in (*BEFORE_TASKS, *BEHIND_TASKS)]
+    columns = (*BEFORE_TASKS, *dict.fromkeys(tasks), *BEHIND_TASKS)
+    several = len({row["seed"] for _, row in found}) < len({run for run, _ in found})
+    return [
+        ({"run": run.resolve().name} if several else {}) | {name: row.get(name, "") for name in columns}
+        for run, row in found
+    ]
 
 
 def rows_of(run: Path, window: int) -> list[dict]:
@@ -77,22 +102,25 @@ def rows_of(run: Path, window: int) -> list[dict]:
 
 
 def write(rows: Sequence[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f"--output: cannot write to {path}: {error.strerror}") from error
 
 
 def as_markdown(rows: Sequence[dict]) -> str:
-    tasks = [
-        name for name in rows[0] if name not in ("seed", "env_steps", "minutes", "success", "low", "high", "sampling")
-    ]
-    lines = [f"| {' | '.join(['seed', 'control steps', *tasks, 'all, 95 % interval', 'while sampling', 'minutes'])} |"]
-    lines.append("|---" * (len(tasks) + 5) + "|")
+    tasks = [name for name in rows[0] if name not in ("run", *BEFORE_TASKS, *BEHIND_TASKS)]
+    runs = ["run"] if "run" in rows[0] else []
+    header = [*runs, "seed", "control steps", *tasks, "all, 95 % interval", "while sampling", "minutes"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in rows:
         cells = [
-            row["seed"], f"{row['env_steps']:,}", *(f"{row[task]:.2f}" for task in tasks),
+            *(row[name] for name in runs), row["seed"], f"{row['env_steps']:,}",
+            *(f"{row[task]:.2f}" if row[task] != "" else "" for task in tasks),
             f"{row['success']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
             f"{row['sampling']:.3f}" if row["sampling"] != "" else "", row["minutes"],
         ]  # fmt: skip

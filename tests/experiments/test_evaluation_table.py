@@ -47,3 +47,36 @@ def test_what_is_no_run_or_was_never_evaluated_is_refused(tmp_path, capsys):
     )
     assert main([run_of(tmp_path / "run", 1, [{"global_step": 4}])]) == 2
     assert "no evaluation in any of them" in capsys.readouterr().err
+
+
+def test_runs_of_one_seed_are_told_apart_and_runs_of_other_tasks_leave_cells_empty(tmp_path, capsys):
+    multi = run_of(tmp_path / "multi", 1, [evaluated(0, 0.2), evaluated(400, 0.5)])
+    alone = {k: v for k, v in evaluated(400, 0.75).items() if "rate/" not in k}
+    single = run_of(tmp_path / "single", 1, [alone])
+    for runs in ([multi, single], [single, multi]):
+        assert main([*runs, f"--output={tmp_path / 'table.csv'}"]) == 0
+        with (tmp_path / "table.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["run"], row["env_steps"], row["push"]) for row in rows] == [
+            ("multi", "0", "0.2"), ("multi", "400", "0.5"), ("single", "400", ""),
+        ]  # fmt: skip
+        assert "| single | 1 | 400 |  |  | 0.750 [0.650, 0.850] |  | 4.0 |" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    run = run_of(tmp_path / "run", 1, [evaluated(0, 0.2)])
+    (tmp_path / "file").write_text("in the way")
+    for output in (tmp_path / "file" / "table.csv", tmp_path):
+        assert main([run, f"--output={output}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --output: cannot write to {output}: ") and error.count("\n") == 1
+
+
+def test_runs_without_success_are_said_to_have_none(tmp_path, capsys):
+    run = run_of(tmp_path / "run", 1, [{"global_step": 4, "time/elapsed_s": 1.0, "eval/return": 7.0}])
+    assert main([run]) == 2
+    assert f"error: {run}: no success in their evaluations, only return" in capsys.readouterr().err
+    assert main([run, run_of(tmp_path / "other", 1, [evaluated(0, 0.2)])]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"note: not in the table, as without success in an evaluation: {run}\n"
+    assert captured.out.startswith("| seed |")
