@@ -268,7 +268,7 @@ def compare(
         _arm_result(comparison, arm, choice, choosing_seeds, paired, reported) for arm, choice in choices.items()
     ]
     comparison.arms.sort(key=lambda result: -result.mean.value)
-    notes += [*_few_runs_notes(comparison.arms), *_differences_notes(complete, comparison)]
+    notes += [*_few_runs_notes(comparison.arms), *_differences_notes(complete, comparison), *_unmoved_note(complete)]
     comparison.pairs = _compare_pairs(comparison.arms)
     comparison.notes = notes
     return comparison
@@ -293,6 +293,19 @@ def _few_runs_notes(arms: Sequence[ArmResult]) -> list[str]:
             why = "no interval and no ranking" if number == 1 else "intervals are too short, and no verdict"
             notes.append(f"{word} only, so {why}: {', '.join(map(plain, few))}.")
     return notes
+
+
+def _unmoved_note(complete: Sequence[Run]) -> list[str]:
+    """That no run's last evaluation is another one than its first, as a note."""
+    evaluated = [run for run in complete if len(run.eval_scores) > 1]
+    if not evaluated or any(
+        (run.eval_scores[0], run.episodes[0]) != (run.eval_scores[-1], run.episodes[-1]) for run in evaluated
+    ):
+        return []
+    return [
+        "No run's last evaluation differs from its first in a single score: no policy moved, or not far enough to be "
+        "seen (value warm-up as long as the run, rates far too low). Arms and rates are equal in what was measured."
+    ]
 
 
 def _differences_notes(complete: Sequence[Run], comparison: Comparison) -> list[str]:

@@ -153,7 +153,9 @@ def choose_rate(arm: str, scores: Mapping[float, Array | None], bounded: bool, n
     if not candidates:
         raise UserError(f"{arm} has no run with one of the seeds that should choose its rate")
     best = max(candidates, key=lambda rate: candidates[rate].mean())
-    if len(scores) > 1 and best in (min(scores), max(scores)):
+    tied = [rate for rate, found in candidates.items() if found.mean() == candidates[best].mean()]
+    # Where another rate did as well, nothing says in which direction a better one would be.
+    if len(scores) > 1 and best in (min(scores), max(scores)) and len(tied) == 1:
         side = "lowest" if best == min(scores) else "highest"
         notes.append(
             f"The best learning rate of {plain(arm)}, {best:g}, is the {side} one tried: a better one may lie beyond."

@@ -57,7 +57,8 @@ def read_folders(paths: Sequence[str], evaluation: str | None = None) -> list[Ru
     for pattern in paths:
         found = [Path(path) for path in sorted(glob.glob(pattern))] if glob.has_magic(pattern) else [Path(pattern)]
         if missing := [path for path in found if not path.is_dir()] if not glob.has_magic(pattern) else []:
-            raise UserError(f"no such folder: {missing[0]}")
+            is_file = f", but a file; a table of runs is read by --table={missing[0]}" if missing[0].is_file() else ""
+            raise UserError(f"no such folder: {missing[0]}{is_file}")
         for path in found:
             folders.update(RunFolder.all_below(path))
     if not folders:

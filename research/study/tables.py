@@ -37,13 +37,18 @@ def describe(comparison: Comparison) -> list[str]:
 
 def ranking(comparison: Comparison) -> list[str]:
     """One line per arm, best first, that claims no order which the seeds do not show."""
+    pairs = {frozenset((pair.first, pair.second)): pair for pair in comparison.pairs}
     lines = []
     for result in comparison.arms:
         best, worst = result.rank
-        others = [other.arm for other in comparison.arms if other is not result]
-        alike = [name for name in others if name not in result.separable_from]
+        found: dict[str, list[str]] = {}
+        for other in comparison.arms:
+            if other is not result and not (pair := pairs[frozenset((result.arm, other.arm))]).separable:
+                untested = math.isnan(pair.p_value)
+                said = f"not tested, {_why_untested(comparison, pair)}, against" if untested else "not separable from"
+                found.setdefault(said, []).append(f'"{other.arm}"' if ", " in other.arm else other.arm)
         rank = f"rank {best}" if best == worst else f"rank {best} to {worst}"
-        tail = f"; not separable from {', '.join(alike)}" if alike else ""
+        tail = "".join(f"; {said} {', '.join(names)}" for said, names in found.items())
         mean = interval(result.mean, comparison.decimals)
         lines.append(f"{result.arm}: {mean}, {rank} of {len(comparison.arms)}{tail}")
     return lines

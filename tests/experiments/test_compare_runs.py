@@ -171,6 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         (str(tmp_path / "empty"),): "no runs found in",
         (str(tmp_path / "nothing*"),): "no runs found in",
         (str(tmp_path / "missing"),): "no such folder",
+        (f"{tmp_path}/bad.csv",): f"bad.csv, but a file; a table of runs is read by --table={tmp_path}/bad.csv",
         (f"--table={tmp_path}/missing.csv",): "cannot be read: No such file",
         (f"--table={tmp_path}/bad.csv",): "has no column scope, learning_rate",
         (str(unfinished),): "none of the 1 runs is complete; the first, unfinished: exit code 143",

@@ -11,7 +11,7 @@ from research.study.arms import arm_of
 from research.study.comparison import compare
 from research.study.run_sources import read_folders
 from research.study.run_table import read_table, write_table
-from research.study.tables import arm_table, pair_table
+from research.study.tables import arm_table, pair_table, ranking
 
 GRPO = {"learning_rate": 1e-4, "group_size": 4}
 
@@ -107,6 +107,8 @@ def test_whole_algorithms_are_compared_recipes_and_all(tmp_path):
             make_run(tmp_path / f"{advantage}{seed}", seed=seed, **changes)
     names, comparison = arms_of(tmp_path, by := ["algorithm", "algorithm.cfg.advantage"])
     assert set(names) == {"ppo", "grpo, grpo", "grpo, rloo"}
+    (line,) = (line for line in ranking(comparison) if line.startswith("ppo: "))
+    assert line.endswith('against "grpo, grpo", "grpo, rloo"') or line.endswith('against "grpo, rloo", "grpo, grpo"')
     (note,) = (note for note in comparison.notes if note.startswith("Besides algorithm, algorithm.cfg.advantage"))
     for option in ("algorithm.cfg.n_epochs", "policy.learning_rates.value_head", "trainer.buffer_size"):
         assert f"`{option}`" in note

@@ -90,6 +90,9 @@ def test_two_seeds_have_an_interval_but_no_verdict(tmp_path):
     assert tested.p_value == pytest.approx(tested.difference.p_value) and tested.separable  # corrected for one pair
     _, rows = pair_table(comparison)
     assert [row[4] for row in rows if "lora" in row] == ["two seeds: cannot say"] * 2
+    assert [line.partition("of 3")[2] for line in ranking(comparison)] == [
+        "; not tested, two seeds, against vision, none", *["; not tested, two seeds, against lora"] * 2,
+    ]  # fmt: skip
     assert ["2, too few" in row for row in arm_table(comparison)[1]] == [True, False, False]
 
 
@@ -146,7 +149,9 @@ def test_one_seed_only_has_no_interval_and_says_so(tmp_path):
     make_run(tmp_path / "b", "vision", final=0.9)
     comparison = compare(read_folders([str(tmp_path)]))
     assert any("One seed only, so no interval and no ranking: vision, none" in note for note in comparison.notes)
-    assert all("(no interval), rank 1 to 2 of 2; not separable" in line for line in ranking(comparison))
+    assert [line.partition("(no interval), ")[2] for line in ranking(comparison)] == [
+        f"rank 1 to 2 of 2; not tested, one seed, against {other}" for other in ("none", "vision")
+    ]
     _, ((*_, verdict, _, more),) = pair_table(comparison)
     assert (verdict, more) == ("one seed: cannot say", "-")
 
@@ -205,3 +210,17 @@ def test_a_run_that_died_before_its_first_evaluation_is_no_run_of_another_measur
     comparison = compare(read_folders([str(tmp_path)]))
     assert comparison.measure == "success"
     assert "`b` is excluded from all means: no evaluations in its metrics." in comparison.notes
+
+
+def test_runs_that_end_as_they_began_are_noted(tmp_path):
+    """Value warm-up was longer than the run, say; the lower of equal rates is no sign of a better one below."""
+    before = np.arange(STATES) % 2 == 0
+    for rate, seed in itertools.product((1e-4, 4e-4), (1, 2, 3)):
+        make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed, final=before)
+    notes = compare(read_folders([str(tmp_path)])).notes
+    assert any(note.startswith("No run's last evaluation differs from its first") for note in notes)
+    assert not any("one tried" in note for note in notes)
+    make_run(tmp_path / "moved", rate=4e-4, seed=4)
+    notes = compare(read_folders([str(tmp_path)])).notes
+    assert not any(note.startswith("No run's last evaluation") for note in notes)
+    assert any("one tried" in note for note in notes)  # now they differ

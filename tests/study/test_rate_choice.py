@@ -133,7 +133,10 @@ def test_an_only_rate_needs_no_training_score_and_one_of_several_does(tmp_path):
     assert [arm.learning_rate for arm in comparison.arms] == [1e-4]
     assert not any("chosen" in note for note in comparison.notes)
     make_run(tmp_path / "other", rate=1e-3)
-    with pytest.raises(UserError, match="has no training success to choose the learning rate on"):
+    with pytest.raises(
+        UserError,
+        match="no training success to choose the learning rate on; say --choose_on=states, or --cho",
+    ):
         compare(read_folders([str(tmp_path)]))
 
 
