@@ -90,12 +90,18 @@ class ArmResult:
     NaN where a run was evaluated only later.
     """
     runners_up: list[RunnerUp] = field(default_factory=list)
-    splits: dict[str, Estimate] = field(default_factory=dict)
-    """Mean score in every split in which all of these runs were evaluated."""
+    split_scores: dict[str, Array] = field(default_factory=dict)
+    """`[n, K]` in every split in which all of these runs were evaluated."""
     tasks: dict[str, Estimate] = field(default_factory=dict)
     """Mean score in every task, where there are several and episodes are paired."""
     rank: tuple[int, int] = (1, 1)
     separable_from: list[str] = field(default_factory=list)
+
+    @property
+    def splits(self) -> dict[str, Estimate]:
+        """Mean score in every split in which all of these runs were evaluated."""
+        bounded = self.runs[0].bounded
+        return {split: mean_interval(scores, bounded=bounded) for split, scores in self.split_scores.items()}
 
 
 @dataclass
@@ -119,6 +125,18 @@ class Pair:
 
 
 @dataclass
+class SplitPair:
+    """Two arms in a split, in the order of their means in what is reported."""
+
+    split: str
+    first: str
+    second: str
+    difference: Estimate
+    p_value: float
+    """Corrected after Holm for the pairs of the split; NaN where one has too few seeds for a verdict."""
+
+
+@dataclass
 class Comparison:
     """All that the report shows; arms in the order of their mean scores."""
 
@@ -136,6 +154,8 @@ class Comparison:
     arms: list[ArmResult]
     pairs: list[Pair]
     notes: list[str]
+    split_pairs: list[SplitPair] = field(default_factory=list)
+    """Where episodes are paired by initial state."""
 
     @property
     def paired(self) -> bool:
@@ -270,6 +290,8 @@ def compare(
     comparison.arms.sort(key=lambda result: -result.mean.value)
     notes += [*_few_runs_notes(comparison.arms), *_differences_notes(complete, comparison), *_unmoved_note(complete)]
     comparison.pairs = _compare_pairs(comparison.arms)
+    if comparison.paired:
+        comparison.split_pairs = _compare_in_splits(comparison.arms)
     comparison.notes = notes
     return comparison
 
@@ -350,8 +372,8 @@ def _arm_result(
         at_other_axis=Estimate(math.nan, math.nan, math.nan)
         if unknown
         else mean_interval(scores_at(runs, other, elsewhere, paired[other]), bounded=bounded),
-        splits={
-            split: mean_interval([run.scores(run.splits[split]) for run in runs], bounded=bounded)
+        split_scores={
+            split: np.array([run.scores(run.splits[split]) for run in runs])
             for split in runs[0].splits
             if all(split in run.splits for run in runs)
         },
@@ -396,3 +418,21 @@ def _compare_pairs(arms: list[ArmResult]) -> list[Pair]:
     for result, rank in zip(arms, rank_ranges(better), strict=True):
         result.rank = rank
     return pairs
+
+
+def _compare_in_splits(arms: Sequence[ArmResult]) -> list[SplitPair]:
+    """All pairs of arms in every split that both were evaluated in, split by split."""
+    found = []
+    for split in dict.fromkeys(split for result in arms for split in result.split_scores):
+        pairs = list(combinations([result for result in arms if split in result.split_scores], 2))
+        differences = [
+            difference_interval(*(result.split_scores[split] for result in pair), bounded=pair[0].runs[0].bounded)
+            for pair in pairs
+        ]
+        fewest = [min(len(result.runs) for result in pair) for pair in pairs]
+        tested = [d.p_value if n >= VERDICT_SEEDS else math.nan for d, n in zip(differences, fewest, strict=True)]
+        found += [
+            SplitPair(split, first.arm, second.arm, difference, float(p_value))
+            for (first, second), difference, p_value in zip(pairs, differences, holm(tested), strict=True)
+        ]
+    return found

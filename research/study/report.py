@@ -28,6 +28,7 @@ from research.study.tables import (
     runner_up_notes,
     runs_table,
     settings_table,
+    split_pair_table,
     split_table,
     task_table,
 )
@@ -131,6 +132,7 @@ def sections_of(comparison: Comparison, output: Path) -> list[Section]:
         Section("Learning curves", None, "curves", "curves.png"),
         Section("Success by task", task_table(comparison)),
         Section("Generalisation", split_table(comparison)),
+        Section(f"Pairs of {noun}s in each split (p: Holm, for the pairs of a split)", split_pair_table(comparison)),
     ]
     if comparison.chooses_rates:
         found.append(Section(f"{name} x learning rate", cell_table(comparison), "heatmap", "heatmap.png"))

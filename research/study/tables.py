@@ -92,7 +92,7 @@ def pair_table(comparison: Comparison) -> Table | None:
     for pair in comparison.pairs:
         untested = math.isnan(pair.p_value)
         verdict = "separable" if pair.separable else "not separable"
-        p_value = "-" if untested else "< 0.001" if pair.p_value < 0.001 else f"{pair.p_value:.3f}"
+        p_value = "-" if untested else _p_value(pair.p_value)
         difference = interval(pair.difference, comparison.decimals, signed=True)
         verdict = f"{_why_untested(comparison, pair)}: cannot say" if untested else verdict
         rows.append(
@@ -132,6 +132,22 @@ def task_table(comparison: Comparison) -> Table | None:
 def split_table(comparison: Comparison) -> Table | None:
     """Each arm's mean score in the splits that all of its runs were evaluated in (evaluate_vla.py --split=all)."""
     return _table_by("splits", comparison)
+
+
+def split_pair_table(comparison: Comparison) -> Table | None:
+    """Differences of every two arms in every split, paired by initial state; None where there are none."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for pair in comparison.split_pairs:
+        difference = interval(pair.difference, comparison.decimals, signed=True)
+        p_value = "" if math.isnan(pair.p_value) else f", p {_p_value(pair.p_value)}"
+        cells.setdefault((pair.first, pair.second), {})[pair.split] = difference + p_value
+    splits = list(dict.fromkeys(pair.split for pair in comparison.split_pairs))
+    rows = [[*names, *(of_pair.get(split, "") for split in splits)] for names, of_pair in cells.items()]
+    return (["first", "second", *splits], rows) if rows else None
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _table_by(what: str, comparison: Comparison) -> Table | None:

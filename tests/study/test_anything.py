@@ -27,7 +27,7 @@ from research.study.report import markdown_table
 from research.study.run_sources import read_folders
 from research.study.run_table import read_table, write_table
 from research.study.sweep_file import check_options, load_sweep
-from research.study.tables import arm_table, pair_table, ranking, split_table
+from research.study.tables import arm_table, pair_table, ranking, split_pair_table, split_table
 
 ODD = [
     None, True, False, 0, 1, -1, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "..", "a/b",
@@ -55,7 +55,7 @@ def compared(found) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # NaN and overflow in statistics warn first
         comparison = compare(found)
-        for table in (arm_table, pair_table, split_table):
+        for table in (arm_table, pair_table, split_table, split_pair_table):
             if rows := table(comparison):
                 for line in markdown_table(rows):
                     assert "\n" not in line

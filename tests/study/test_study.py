@@ -17,7 +17,7 @@ from research.study.report import markdown_table
 from research.study.run_table import read_table
 from research.study.statistics import difference_interval
 from research.study.sweep_file import load_sweep
-from research.study.tables import arm_table, pair_table, split_table
+from research.study.tables import arm_table, pair_table, split_pair_table, split_table
 from research.training.evaluation import wilson_interval
 
 STUDY = ROOT / "experiments" / "results" / "freeze_learning_rate"
@@ -124,7 +124,7 @@ def test_the_splits_of_the_main_job_are_those_that_are_committed():
 
 def test_results_say_what_the_report_says(comparison):
     results = (ROOT / "experiments" / "RESULTS.md").read_text()
-    for table in (arm_table, pair_table, split_table):
+    for table in (arm_table, pair_table, split_table, split_pair_table):
         for line in markdown_table(table(comparison)):
             assert line in results, f"{table.__name__}: {line}"
     table = arm_table(compare(read_table(LOOK_BACK / "runs.csv")))

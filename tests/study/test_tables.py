@@ -1,5 +1,6 @@
 """The tables of a comparison and its sentences: what stands in them, with how many digits, and what is left out."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from study_worlds import EASY, STATES, make_run, write_splits
 from research.study.comparison import compare
 from research.study.run_sources import read_folders
 from research.study.run_table import read_table, write_table
-from research.study.statistics import mean_interval
+from research.study.statistics import difference_interval, mean_interval
 from research.study.tables import (
     cell_table,
     describe,
@@ -18,6 +19,7 @@ from research.study.tables import (
     ranking,
     runs_table,
     settings_table,
+    split_pair_table,
     split_table,
     task_table,
 )
@@ -89,6 +91,37 @@ def test_splits_are_compared_where_all_reported_runs_were_evaluated_in_them(tmp_
     write_table(tmp_path / "runs.csv", comparison.runs)  # keeps the order of the splits, too
     assert split_table(compare(read_table(tmp_path / "runs.csv"), choosing_seeds=[1])) == (header, rows)
     assert split_table(compare(read_folders([f"{tmp_path}/none*"]))) is None
+
+
+def test_arms_are_told_apart_in_each_split_by_differences_paired_by_state(tmp_path):
+    rng = np.random.default_rng(0)
+    easy = rng.random(STATES) < 0.5  # what a state adds to all runs cancels out
+    chance = {"none": 0.9, "vision": 0.45, "lora": 0.4}
+    marks = {(s, seed): easy | (rng.random(STATES) < p) for s, p in chance.items() for seed in (1, 2, 3)}
+    for (scope, seed), of_run in marks.items():
+        run = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=0.5)
+        write_splits(run, train=of_run, semantics=of_run if scope != "lora" else of_run[:7])
+    comparison = compare(read_folders([str(tmp_path)]))
+    arrays = {scope: np.array([marks[scope, seed] for seed in (1, 2, 3)], dtype=float) for scope in chance}
+    raw = {pair: difference_interval(*(arrays[s] for s in pair)) for pair in itertools.permutations(chance, 2)}
+    found = {(pair.split, pair.first, pair.second): pair for pair in comparison.split_pairs}
+    of_train = [raw[first, second].p_value for split, first, second in found if split == "train"]
+    assert len(of_train) == 3 and len(found) == 4  # lora has other states in the second split
+    for (split, *names), pair in found.items():
+        expected = raw[tuple(names)]
+        assert (pair.difference.value, pair.difference.low) == pytest.approx((expected.value, expected.low))
+        if split == "semantics":  # one pair: nothing to correct
+            assert pair.p_value == pytest.approx(expected.p_value)
+        elif expected.p_value == min(of_train):
+            assert pair.p_value == pytest.approx(3 * expected.p_value)
+    header, rows = split_pair_table(comparison)
+    assert header == ["first", "second", "train", "semantics"] and len(rows) == 3
+    assert all((row[3] == "") == ("lora" in row) and ", p " in row[2] for row in rows)
+    write_table(tmp_path / "runs.csv", comparison.runs)
+    assert split_pair_table(compare(read_table(tmp_path / "runs.csv"))) == (header, rows)
+    assert split_pair_table(compare(read_folders([f"{tmp_path}/none*"]))) is None
+    few = split_pair_table(compare(read_folders([f"{tmp_path}/*[12]"])))[1]
+    assert not any(", p " in cell for row in few for cell in row)  # two seeds are no verdict
 
 
 def test_settings_that_all_runs_share_are_listed_where_they_are_no_defaults(tmp_path):
