@@ -10,6 +10,7 @@ from worlds import ROOT
 
 from research.study.comparison import compare
 from research.study.run_table import read_table
+from research.study.statistics import holm
 
 RESULTS = ROOT / "experiments" / "results"
 PAGE = (ROOT / "docs" / "what_to_freeze.md").read_text()
@@ -40,7 +41,52 @@ def test_scopes_have_the_success_of_the_study_and_its_verdicts(study):
         assert shown(arm.mean) in line
         if arm.arm in ("none", "lora", "language"):
             told = set(re.findall(r"`(\w+)`", line.split("|")[-2]))
-            assert told == set(arm.separable_from) - ({"language"} if arm.arm != "language" else set()), arm.arm
+            assert told == set(arm.separable_from), arm.arm
+    with_other = {arm.arm: set(arm.separable_from) for arm in compared("language_rate").arms}
+    own = {arm.arm: set(arm.separable_from) for arm in study.arms}
+    assert own["backbone"] == {"none", "lora", "language", "vision"}
+    assert own["backbone"] - with_other["backbone"] == {"vision"} == own["backbone"] - {"none", "lora", "language"}
+    assert own["vision"] == {"none", "lora", "backbone"} and with_other["vision"] == {"none", "lora"}
+    for name, lost in (("`backbone` (heads alone)", "vision"), ("`vision`", "backbone")):
+        assert f"at the other rate of `language` no longer from `{lost}` |" in row(f"| {name} |")
+
+
+def test_the_heads_alone_are_below_all_and_told_from_vision_in_one_of_two_analyses(study):
+    assert study.arms[-1].arm == "backbone"
+    p_values = [
+        f"{pair.p_value:.3f}"
+        for comparison in (study, compared("language_rate"))
+        for pair in comparison.pairs
+        if (pair.first, pair.second) == ("vision", "backbone")
+    ]
+    assert "with its chosen rate (p {}), and not with the other (p {}).".format(*p_values) in " ".join(PAGE.split())
+
+
+def test_splits_tell_the_heads_alone_from_some_and_no_others_apart(study):
+    told = [pair for pair in study.split_pairs if pair.split != "train" and pair.p_value < 0.05]
+    assert [(pair.split, pair.first, pair.second) for pair in told] == [
+        ("vision", "none", "backbone"), ("vision", "vision", "backbone"), ("semantics", "none", "backbone"),
+        ("semantics", "lora", "backbone"), ("execution", "lora", "backbone"),
+    ]  # fmt: skip
+    words = "from `none` and `vision` in `vision`, from `none` and `lora` in `semantics`, from `lora` in `execution`"
+    results = (ROOT / "experiments" / "RESULTS.md").read_text()
+    assert all(words in " ".join(text.split()) for text in (PAGE, results))
+    others = [pair for pair in study.split_pairs if pair.split != "train"]
+    at_once = [p < 0.05 for p in holm([pair.difference.p_value for pair in others])]
+    assert len(others) == 30 and [pair for pair, is_left in zip(others, at_once, strict=True) if is_left] == [
+        pair for pair in others if (pair.split, pair.first, pair.second) == ("semantics", "lora", "backbone")
+    ]
+
+
+def test_the_longer_run_is_not_compared_at_the_time_of_a_short_one(study):
+    longer = read_table(RESULTS / "main_job" / "runs.csv")
+    none = next(arm for arm in study.arms if arm.arm == "none")
+    seconds, of_none = (np.mean([run.eval_seconds[-1] for run in runs]) for runs in (longer, none.runs))
+    then = np.mean([run.mean_at("seconds", of_none) for run in longer])
+    text = " ".join(PAGE.split())
+    assert f"took {seconds:.0f} s in the mean, {seconds / of_none:.1f} times as long as `none` here" in text
+    assert f"after {of_none:.0f} s, its rates still high, it was at {then:.3f}, where `none` ended at" in text
+    assert f"where `none` ended at {shown(none.mean)}." in text
 
 
 def test_the_other_rate_of_language():
