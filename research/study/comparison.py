@@ -23,7 +23,7 @@ from research.study.equal_budgets import (
     scores_at,
     shorter_note,
 )
-from research.study.evaluations import check_evaluations, how_chosen
+from research.study.evaluations import check_evaluations, how_otherwise
 from research.study.rate_choice import (
     Choice,
     ChooseOn,
@@ -232,6 +232,9 @@ def compare(
     refuse_other_questions(complete, by)
     reported_in = {run.evaluation for run in complete} | {SPLITS for run in complete if run.splits}
     notes += check_evaluations(complete, sorted(reported_in - {""}), by)
+    notes += [
+        f"Splits were evaluated {plain(how)}." for how in {how_otherwise(run, SPLITS): 0 for run in complete} if how
+    ]
     complete = at_one_budget(complete)
     cells = make_cells(complete, by)
     axes = dict.fromkeys((*AXES, equal))
@@ -248,11 +251,12 @@ def compare(
     if choose_on == "states" and not paired[equal]:
         raise UserError(
             "the rate can be chosen on evaluation states only where all runs have the episodes of their evaluations; "
-            f"choose on training {complete[0].measure}"
+            f"choose on training {complete[0].measure} (--choose_on=training)"
         )
     if choose_on == "states" and states_that_choose(complete[0]).all():
         raise UserError(
-            "the rate can be chosen on evaluation states only where some are left to report; choose on others"
+            "the rate can be chosen on evaluation states only where some are left to report; choose on others "
+            "(--choose_on=other_states)"
         )
     if RATE in by:
         if choose_on or choosing_seeds:
@@ -277,7 +281,7 @@ def compare(
         notes += few_seeds_note(choices)
         chosen = any(choice.rates > 1 for choice in choices.values())
         if chosen or choosing_seeds or choose_on == "states":  # the last two leave something out of the numbers
-            how = next(filter(None, (how_chosen(run, CHOOSING) for run in choosing)), "")
+            how = next(filter(None, (how_otherwise(run, CHOOSING) for run in choosing)), "")
             notes.insert(0, describe_choice(noun_of(by), complete[0].measure, choose_on, choosing_seeds, how))
     comparison = Comparison(
         by, equal, list(runs), budgets["steps"], budgets["seconds"], interrupted, cells,

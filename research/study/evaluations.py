@@ -71,18 +71,23 @@ def describe_evaluation(run: Run, without: Iterable[str] = ()) -> str:
     how = [_shown(config, without), MODES.get(str(facts.get("eval_mode")), "")]
     if facts.get("max_eval_steps"):
         how.append(f"at most {facts['max_eval_steps']} control steps an episode")
-    if other := {key: own.get(key) for key in config | own if config.get(key) != own.get(key)}:
+    if other := _differing(own, config):
         how.append(f"trained with {_shown(other, without)}")
     return f"{facts.get('env')}, {where} ({'; '.join(filter(None, how))})"
 
 
-def how_chosen(run: Run, name: str) -> str:
+def how_otherwise(run: Run, name: str) -> str:
     """How an evaluation differs from deterministic ones in what its run trained in; empty where nothing is known to."""
     facts = run.evaluated.get(name, {})
     told = [MODES["sample"]] if facts.get("eval_mode") == "sample" else []
-    if facts and (config := env_config_of(facts)) != run.env_config:
-        told.append(f"with {_shown(config)}")
+    if facts and (other := _differing(env_config_of(facts), run.env_config)):
+        told.append(f"with {_shown(other)}")
     return ", ".join(told)
+
+
+def _differing(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The entries of one in which it differs from another; None for those that it lacks."""
+    return {key: config.get(key) for key in other | config if config.get(key) != other.get(key)}
 
 
 def env_config_of(facts: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,11 @@ def test_evaluations_in_splits_are_of_one_kind_and_of_the_end_too(tmp_path):
         write_evaluated(folder, "splits", eval_mode=("mode", "sample")[seed - 1])
     assert "trainer.eval_mode in splits/ differs" in refused(tmp_path, None)
     write_evaluated(folder, "splits", env_steps=0)
+    (tmp_path / "run1" / "splits" / "summary.json").unlink()
     assert "run2: splits/ is an evaluation of its checkpoint at 0 env steps" in refused(tmp_path, None)
+    for seed in (1, 2):
+        write_evaluated(tmp_path / f"run{seed}", "splits", eval_mode="sample")
+    assert "Splits were evaluated by sampled actions." in compare(read_folders([str(tmp_path)])).notes
 
 
 def test_evaluations_differ_in_what_is_compared_and_in_nothing_else(tmp_path):
