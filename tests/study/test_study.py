@@ -257,3 +257,32 @@ def test_the_algorithms_at_equal_wall_time_are_those_of_the_committed_runs():
         better = shown_estimate(pair.difference)
         told = f"{arm.arm.removeprefix('grpo, ').upper()} {shown_estimate(arm.mean)}, PPO {better} better"
         assert told in " ".join(text.split()) and shown_estimate(arm.mean) in page and better in page
+
+
+def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_the_next_step():
+    """Each scope's best mean is chosen, none at an end of its row, and the sweep of the answers takes those rates."""
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("never seen the task: rates")[1].split("\n## ")[0]
+    comparison = compare(read_table(STUDY.parent / "pretrained_scopes_rates" / "runs.csv"))
+    chosen = {result.arm: result.learning_rate for result in comparison.arms}
+    names = {scope: f"`{scope}`" for scope in chosen}
+    names["vision_encoder+language_encoder"] = "both encoders"
+    names["vision_encoder.stem+vision_encoder.blocks.[0-7]+language_encoder"] = (
+        "stem, 8 of 11 blocks and language frozen"
+    )
+    means = {cell: np.mean([run.eval_scores[-1] for run in runs]) for cell, runs in comparison.cells.items()}
+    for scope, rate in chosen.items():
+        rates = sorted(r for arm, r in means if arm == scope)
+        assert rates[0] < rate < rates[-1] and [run.seed for run in comparison.cells[scope, rate]] == [1, 2]
+        shown = "; ".join(f"{r:g}: {means[scope, r]:.3f}" for r in rates)
+        assert f"| {names[scope]} | {shown} | {rate:g} |" in text
+    assert text.count("\n| ") == len(chosen) + 1
+    costs = [means[scope, rate] - means[scope, 4 * rate] for scope, rate in chosen.items()]
+    assert f"costs up to {max(costs):.1f}" in text
+    assert f"a factor of {max(chosen.values()) / min(chosen.values()):g} apart" in text
+    sweep = load_sweep(ROOT / "sweeps" / "pretrained_scopes.yaml")
+    taken = Counter()
+    for point in sweep.grid():
+        config = sweep_local.config_of(sweep.flags(point))
+        scope = config.policy.freeze
+        taken[scope if isinstance(scope, str) else "+".join(scope), config.algorithm.cfg.learning_rate] += 1
+    assert taken == dict.fromkeys(chosen.items(), 5)
