@@ -45,7 +45,9 @@ from envs.gym_options import check_options
 from envs.gym_spaces import (
     Source,
     Sources,
+    check_numbers,
     encode_instruction,
+    encode_observed,
     observation_layout,
     picture_shape,
     read_actions,
@@ -289,22 +291,24 @@ class GymnasiumSimulator:
     def observe(self) -> dict[str, np.ndarray]:
         out = {}
         for key, sources in self.recipe.sources.items():
-            values = [self._read(key, source) for source in sources]
-            base = base_modality(key)
-            if base == LANGUAGE:
-                out[key] = encode_instruction(values[0], self.recipe.instruction_length)
-            elif base == RGB:
-                out[key] = self._picture(values[0], sources[0])
-            elif base == DEPTH:
-                unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
-                out[key] = (values[0].astype(np.float32) * np.float32(unit)).reshape(picture_shape(sources[0]))
-            else:
-                out[key] = np.concatenate([value.astype(np.float32).ravel() for value in values])
+            with blame(f"{self.recipe.name}: the observation for {key!r}"):
+                out[key] = self._observed(key, sources)
         if self.recipe.render is not None:
             out[RGB] = resize(self.frame(), *self.recipe.render)
         if self.recipe.instruction is not None or self.recipe.instruction_key is not None:
             out[LANGUAGE] = self._language
         return out
+
+    def _observed(self, key: str, sources: tuple[Source, ...]) -> np.ndarray:
+        values, base = [self._read(key, source) for source in sources], base_modality(key)
+        if base == LANGUAGE:
+            return encode_observed(values[0], self.recipe.instruction_length, key, self.recipe.name)
+        if base == RGB:
+            return self._picture(values[0], sources[0])
+        if base == DEPTH:
+            unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
+            return (values[0].astype(np.float32) * np.float32(unit)).reshape(picture_shape(sources[0]))
+        return np.concatenate([value.astype(np.float32).ravel() for value in values])
 
     def _picture(self, value: np.ndarray, source: Source) -> np.ndarray:
         if source.channels == 2 and source.shape[2] == 3 and value.dtype == np.uint8:
@@ -316,6 +320,7 @@ class GymnasiumSimulator:
         if key == LANGUAGE:
             return value
         value = np.asarray(value)
+        check_numbers(value, key, self.recipe.name)
         # A picture's bytes and its floats are told apart by their type; all else becomes float32.
         if value.shape != source.shape or (base_modality(key) == RGB and value.dtype != source.dtype):
             raise SimulatorFailed(

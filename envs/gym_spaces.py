@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.failures import blame
 from research.action_map import ActionMap
-from research.errors import UserError
+from research.errors import SimulatorFailed, UserError
 from research.schema import DEPTH, LANGUAGE, MODALITIES, PROPRIO, RGB, base_modality, encode_text
 
 
@@ -183,11 +184,44 @@ def observation_layout(sources: Sources, text_length: int) -> dict[str, tuple[tu
 
 def read_source(observation: Any, source: Source, name: str) -> Any:
     """What lies under a source's path in an observation of the environment `name`."""
-    for step in source.path:
-        if step not in observation:
-            raise UserError(f"{name}: an observation lacks {'.'.join(source.path)!r}, which its space has")
-        observation = observation[step]
+    with blame(f"{name}: an observation that should have {'.'.join(source.path)!r}"):
+        for step in source.path:
+            if step not in observation:
+                raise UserError(f"{name}: an observation lacks {'.'.join(source.path)!r}, which its space has")
+            observation = observation[step]
     return observation
+
+
+def check_numbers(array: np.ndarray, key: str, name: str) -> None:
+    """Refuse texts and times where the space of an observation promises numbers.
+
+    Args:
+        array: what was observed.
+        key: under which it is observed here.
+        name: the environment's.
+    Raises:
+        SimulatorFailed: it holds something else.
+    """
+    if array.dtype.kind not in "bifuO":  # objects may be numbers; whoever makes floats of them sees
+        raise SimulatorFailed(
+            f"{name}: the observation for {key!r} should be numbers, as its space says, got {array.dtype} "
+            f"{array.tolist()!r}"[:300]
+        )
+
+
+def encode_observed(text: Any, length: int, key: str, name: str) -> np.ndarray:
+    """An observed text as int64 `[L]`.
+
+    Raises:
+        SimulatorFailed: it is no text.
+        UserError: it is too long.
+    """
+    if not isinstance(text, str):
+        raise SimulatorFailed(
+            f"{name}: the observation for {key!r} should be a text, as its space says, got {type(text).__name__} "
+            f"{text!r}"[:300]
+        )
+    return encode_instruction(text, length)
 
 
 def encode_instruction(text: str, length: int) -> np.ndarray:

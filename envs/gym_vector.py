@@ -33,8 +33,11 @@ from envs.gym_info import as_successes, look_up, names_of, never_reported, warn_
 from envs.gym_names import find_spec
 from envs.gym_options import check_options
 from envs.gym_spaces import (
+    Source,
+    check_numbers,
     check_one_text,
     encode_instruction,
+    encode_observed,
     map_observations,
     observation_layout,
     picture_shape,
@@ -254,34 +257,41 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
         return value.to(self.device, dtype or value.dtype)
 
     def _observe(self, observation: Any) -> dict[str, Tensor]:
-        n, out = self.batch_size[0], {}
+        out = {}
         for key, sources in self.recipe.sources.items():
-            values = [read_source(observation, source, self.name) for source in sources]
-            base = base_modality(key)
-            if base == LANGUAGE:
-                length = self.recipe.instruction_length
-                texts = np.stack([encode_instruction(text, length) for text in values[0]])
-                out[key] = torch.from_numpy(texts).to(self.device)
-                continue
-            tensors = [self._own(value, None if base == RGB else torch.float32) for value in values]
-            for value, source in zip(tensors, sources, strict=True):
-                # A picture's bytes and its floats are told apart by their type; all else becomes float32.
-                promised = torch.from_numpy(np.empty(0, source.dtype)).dtype if base == RGB else value.dtype
-                if value.shape != (n, *source.shape) or value.dtype != promised:
-                    raise SimulatorFailed(
-                        f"{self.name}: the observation for {key!r} is {value.dtype} {list(value.shape)}, "
-                        f"but its space says {[n, *source.shape]}"
-                    )
-            if base == RGB:
-                out[key] = to_rgb(tensors[0], sources[0], self.name).contiguous()
-            elif base == DEPTH:
-                unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
-                out[key] = (tensors[0] * unit).reshape(n, *picture_shape(sources[0]))
-            else:
-                out[key] = torch.cat([value.reshape(n, -1) for value in tensors], dim=1)
+            with blame(f"{self.name}: the observation for {key!r}"):
+                out[key] = self._observed(key, sources, observation)
         if self.recipe.instruction is not None or self.recipe.instruction_key is not None:
             out[LANGUAGE] = self._language.clone()  # resets write into it
         return out
+
+    def _observed(self, key: str, sources: tuple[Source, ...], observation: Any) -> Tensor:
+        n, base = self.batch_size[0], base_modality(key)
+        values = [read_source(observation, source, self.name) for source in sources]
+        if base == LANGUAGE:
+            length = self.recipe.instruction_length
+            if isinstance(values[0], str) or len(values[0]) != n:
+                raise SimulatorFailed(f"{self.name}: the observation for {key!r} should be {n} texts, one for each row")
+            texts = [encode_observed(text, length, key, self.name) for text in values[0]]
+            return torch.from_numpy(np.stack(texts)).to(self.device)
+        for value in values:
+            if not isinstance(value, Tensor):
+                check_numbers(np.asarray(value), key, self.name)
+        tensors = [self._own(value, None if base == RGB else torch.float32) for value in values]
+        for value, source in zip(tensors, sources, strict=True):
+            # A picture's bytes and its floats are told apart by their type; all else becomes float32.
+            promised = torch.from_numpy(np.empty(0, source.dtype)).dtype if base == RGB else value.dtype
+            if value.shape != (n, *source.shape) or value.dtype != promised:
+                raise SimulatorFailed(
+                    f"{self.name}: the observation for {key!r} is {value.dtype} {list(value.shape)}, "
+                    f"but its space says {[n, *source.shape]}"
+                )
+        if base == RGB:
+            return to_rgb(tensors[0], sources[0], self.name).contiguous()
+        if base == DEPTH:
+            unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
+            return (tensors[0] * unit).reshape(n, *picture_shape(sources[0]))
+        return torch.cat([value.reshape(n, -1) for value in tensors], dim=1)
 
     def _success(self, info: Mapping[str, Any], ended: Tensor) -> Tensor | None:
         """Which rows have succeeded, bool `[N]`; None where success is not known here."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import ppo_vla
 import pytest
 import torch
@@ -238,6 +240,14 @@ def test_instructions_of_any_length_and_script(make, prefix):
         ("OldApi", {}, r"reset\(seed=0\) raised"),
         ("NoSeedArgument", {}, r"reset\(seed=0\) raised TypeError.*unexpected keyword argument"),
         ("ObsShapeChanges", {}, r"the observation for 'proprio' is float64 \[4\], but its space says \[3\]"),
+        ("TextIsNumber", {}, "the observation for 'language' should be a text, as its space says, got int 7"),
+        (
+            "ObsTexts",
+            {},
+            r"the observation for 'proprio' should be numbers, as its space says, got <U1 \['a'",
+        ),
+        ("ObsObjects", {}, "the observation for 'proprio' raised TypeError: float"),
+        ("ObsRagged", {}, "the observation for 'proprio' raised ValueError: .*inhomogeneous"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, name, config, message):
@@ -250,6 +260,25 @@ def test_what_does_not_fit_is_refused(make, name, config, message):
 def test_vector_environments_of_them_are_refused_too(make, name):
     with pytest.raises(UserError, match="success_key: .* 0 or 1, got|supported are Box|has values beyond"):
         make(name, "gym_vec")
+
+
+@pytest.mark.parametrize("name", ["TextIsNumber", "ObsTexts", "ObsObjects", "ObsRagged"])
+def test_observations_of_vector_environments_that_cannot_be_read_are_refused_in_a_line(make, name, monkeypatch):
+    """Gymnasium's own loop would convert or refuse them before; another vector environment hands them on."""
+    reset = gymnasium.vector.SyncVectorEnv.reset
+
+    def hand_on(self, **options):
+        _, info = reset(self, **options)
+        texts = {"proprio": np.zeros((4, 3)), "language": (7,) * 4}
+        wrong = {"ObsTexts": np.full((4, 3), "a"), "ObsObjects": np.full((4, 3), {}), "ObsRagged": [[1, 2], [3]]}
+        return wrong.get(name, texts), info
+
+    monkeypatch.setattr(gymnasium.vector.SyncVectorEnv, "reset", hand_on)
+    with pytest.raises(
+        UserError, match="gym_vec:.*the observation for '(language|proprio)' (should be|raised)"
+    ) as caught:
+        make("TextIsNumber" if name == "TextIsNumber" else "Truncates", "gym_vec")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("prefix", BOTH)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Text, Tuple
 
 
 class Truncates(gymnasium.Env):
@@ -413,6 +413,28 @@ class ExitsLater(Truncates):
 class ObsShapeChanges(Truncates):
     def observe(self):
         return np.zeros(4) if self.t == 3 else super().observe()
+
+
+class TextIsNumber(Truncates):
+    observation_space = Dict(proprio=Box(-9, 9, (3,), np.float64), language=Text(20))
+
+    def observe(self):
+        return {"proprio": super().observe(), "language": 7}
+
+
+class ObsTexts(Truncates):
+    def observe(self):
+        return np.array(["a", "b", "c"])
+
+
+class ObsObjects(Truncates):
+    def observe(self):
+        return np.array([None, {}, 3], dtype=object)
+
+
+class ObsRagged(Truncates):
+    def observe(self):
+        return [[1, 2], [3]]
 
 
 class Choosing(gymnasium.Env):
