@@ -20,6 +20,7 @@ _TYPES = {
 }
 _ABOVE_ZERO = ("depth_unit", "worker_timeout")
 _LEAST = {"num_envs": 1, "seed": 0, "instruction_length": 1, "workers": 0, "max_episode_steps": 1}
+_MOST = {"instruction_length": 2**16}  # bytes that every observation has, whatever its text
 _ONE_OF = (("instruction", "instruction_key"), ("success_key", "success_return"))
 
 
@@ -47,9 +48,11 @@ def check_options(name: str, options: Mapping[str, Any], unknown: Mapping[str, A
         value = options.get(option)
         if value is None and (option == "max_episode_steps" or option not in options):
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        most = _MOST.get(option, float("inf"))
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             place = "trainer" if option in of_trainer else "trainer.env_config"
-            raise UserError(f"{place}.{option}: expected an integer of at least {least}, got {value!r}")
+            bound = f"of at least {least}" if option not in _MOST else f"from {least} to {most}"
+            raise UserError(f"{place}.{option}: expected an integer {bound}, got {value!r}")
     size = options.get("render")
     if size is not None and not (
         isinstance(size, Sequence) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)

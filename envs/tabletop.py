@@ -48,7 +48,9 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from envs.chunks import BatchedDecision, check_chunk
+from envs.gym_options import check_options
 from envs.simulator import HELD_OUT_STATES
+from envs.simulator_options import check_one_of, check_some_of
 from envs.tabletop_instructions import instruction_table
 from envs.tabletop_painter import Painter
 from envs.tabletop_scene import (
@@ -139,11 +141,9 @@ class TabletopEnv(EnvBase):
         device: torch.device | str = "cpu",
     ):
         for name, value, known in (("task", task, TASKS), ("reward", reward, REWARDS), ("split", split, SPLITS)):
-            if value not in known:
-                raise UserError(f"trainer.env_config.{name}: {value!r} is not one of {', '.join(known)}")
-        unknown = sorted(set(modalities) - set(MODALITIES))
-        if unknown or not modalities:
-            raise UserError(f"trainer.env_config.modalities: choose from {', '.join(MODALITIES)}, got {modalities!r}")
+            check_one_of(name, value, known)
+        check_some_of("modalities", modalities, MODALITIES)
+        check_options("tabletop", {"instruction_length": instruction_length}, {})
         max_steps = MAX_STEPS[task] if max_steps is None else max_steps
         sizes = {"num_envs": num_envs, "max_steps": max_steps}
         for name, value, low, high in (
@@ -152,7 +152,12 @@ class TabletopEnv(EnvBase):
             ("num_blocks", num_blocks, 1, len(COLOURS)),
             ("num_plates", num_plates, 1, MAX_PLATES),
         ):
-            if not isinstance(value, int) or value < low or (high is not None and value > high):
+            if (
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or value < low
+                or (high is not None and value > high)
+            ):
                 bound = f"from {low} to {high}" if high else f"of at least {low}"
                 raise UserError(f"trainer.env_config.{name}: expected an integer {bound}, got {value!r}")
         check_chunk(chunk)

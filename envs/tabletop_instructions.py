@@ -7,6 +7,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from envs.tabletop_scene import COLOURS, SHAPES
+from research.errors import UserError
 from research.schema import encode_text
 
 PHRASINGS = {
@@ -48,7 +49,11 @@ UNSEEN_PHRASINGS = {
 
 @lru_cache(maxsize=16)
 def instruction_table(task: str, unseen: bool, length: int) -> Tensor:
-    """Every instruction of a task: int64 `[phrasing, block shape, block colour, plate colour, L]`."""
+    """Every instruction of a task: int64 `[phrasing, block shape, block colour, plate colour, L]`.
+
+    Raises:
+        UserError: one of them has more than L bytes.
+    """
     phrasings = (UNSEEN_PHRASINGS if unseen else PHRASINGS)[task]
     texts = [
         phrasing.format(block=f"{block} {shape}", plate=f"{plate} plate")
@@ -57,5 +62,8 @@ def instruction_table(task: str, unseen: bool, length: int) -> Tensor:
         for block in COLOURS
         for plate in COLOURS
     ]
-    table = encode_text(texts, length)
+    try:
+        table = encode_text(texts, length)
+    except UserError as error:
+        raise UserError(f"trainer.env_config.instruction_length: {error}") from error
     return table.view(len(phrasings), len(SHAPES), len(COLOURS), len(COLOURS), length)
