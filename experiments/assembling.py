@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from algorithms import make_algorithm
-from building import make_model, make_policy
+from building import BuiltModel, make_model, make_policy
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
@@ -80,6 +81,40 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
         iterations = f"trainer.iterations = {trainer.iterations}"
         print(f"the policy will not change: value_warmup_iterations = {warmup} of {iterations}")
     config = share_of(config, world)
+    trainer = config.trainer
+    env, built, few, action_shape, choices = start_of(config, device, world)
+    observations = env.observation_spec[OBSERVATION].zero()
+    world.start_alike(built.model)
+    policy = make_policy(config, built.model, few, action_shape, choices)
+    algorithm = make_algorithm(config, policy, built.value_head, few, world)
+    run = partial(policy.values, TensorDict({OBSERVATION: observations}, observations.batch_size))
+    audit = FreezeAudit(built.model, built.frozen, policy.reused_modules, built.heads, exercise=run)
+    rollouts = make_rollouts(config, env, policy, device, world)
+    num_eval_envs = max(1, min(trainer.num_eval_envs, trainer.num_eval_episodes // world.size))
+    eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
+    if world.size > 1:
+        seed_everything(trainer.seed + 1_000_003 * world.rank)  # from here on ranks draw apart
+    return Assembly(device, observations, policy, audit, algorithm, rollouts, eval_env, world)
+
+
+class Start(NamedTuple):
+    """The environments that a run trains in, and the model that it starts from."""
+
+    env: EnvBase
+    built: BuiltModel
+    few: TensorDictBase
+    """Zeros as the environment offers observations, `[2]`, or `[1]` where it has one row."""
+    action_shape: Sequence[int]
+    choices: Sequence[int] | None
+    """How many each component of an action has, where the environment takes choices."""
+
+
+def start_of(config: ExperimentConfig, device: torch.device, world: World = ALONE) -> Start:
+    """Where a run starts: the same configuration gives the same weights each time, fresh ones drawn from its seed.
+
+    Raises:
+        UserError: the configuration does not fit the environment or the model.
+    """
     trainer, share = config.trainer, (world.rank, world.size)
     seed_everything(trainer.seed)  # every rank alike, so that models are
     env = make_env(trainer.env, trainer.num_envs, trainer.env_config, device, trainer.seed, share)
@@ -92,18 +127,7 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     check_observation(observations, f"env {trainer.env!r}")
     few, action_shape = observations[: min(2, trainer.num_envs)], env.action_spec.shape[1:]
     choices = getattr(env, "action_choices", None)
-    built = make_model(config, few, action_shape, device, choices=choices)
-    world.start_alike(built.model)
-    policy = make_policy(config, built.model, few, action_shape, choices)
-    algorithm = make_algorithm(config, policy, built.value_head, few, world)
-    run = partial(policy.values, TensorDict({OBSERVATION: observations}, observations.batch_size))
-    audit = FreezeAudit(built.model, built.frozen, policy.reused_modules, built.heads, exercise=run)
-    rollouts = make_rollouts(config, env, policy, device, world)
-    num_eval_envs = max(1, min(trainer.num_eval_envs, trainer.num_eval_episodes // world.size))
-    eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
-    if world.size > 1:
-        seed_everything(trainer.seed + 1_000_003 * world.rank)  # from here on ranks draw apart
-    return Assembly(device, observations, policy, audit, algorithm, rollouts, eval_env, world)
+    return Start(env, make_model(config, few, action_shape, device, choices=choices), few, action_shape, choices)
 
 
 def share_of(config: ExperimentConfig, world: World) -> ExperimentConfig:
