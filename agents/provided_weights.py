@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from agents.weights import read_metadata
+from agents.weights import read_metadata, untied
 from research.errors import UserError, describe_error
 
 log = logging.getLogger(__name__)
@@ -44,14 +44,8 @@ def save_trained(model: nn.Module, path: Path) -> dict[str, str]:
     """
     provided = getattr(model, KEY, {})
     left_out = {part: sha for part, sha in provided.items() if weights_sha256(getattr(model, part)) == sha}
-    weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in model.state_dict().items():
-        # Of tied weights the first name: safetensors refuses memory that two share.
-        if name.partition(".")[0] not in left_out and value.data_ptr() not in seen:
-            seen.add(value.data_ptr())
-            weights[name] = value.contiguous()
-    save_file(weights, path, metadata={KEY: json.dumps(left_out)})
+    weights = {name: value for name, value in model.state_dict().items() if name.partition(".")[0] not in left_out}
+    save_file(untied(weights), path, metadata={KEY: json.dumps(left_out)})
     return left_out
 
 

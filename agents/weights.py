@@ -38,6 +38,28 @@ DIRECTORY_FILES = (
 ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder one of peft's
 
 
+def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as safetensors takes them, which refuses memory that two names share.
+
+    Args:
+        weights: by name.
+    Returns:
+        those that are one weight under several names once, by the first of them; the others dense, and views of the
+        memory of another as copies.
+    """
+    found: dict[str, Tensor] = {}
+    seen, memory = set(), set()
+    for name, value in weights.items():
+        # All tensors without elements have the same address, none; they share nothing.
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
+        if place not in seen:
+            shares = value.numel() and value.untyped_storage().data_ptr() in memory
+            found[name] = value.detach().clone(memory_format=torch.contiguous_format) if shares else value.contiguous()
+            seen.add(place)
+            memory.add(value.untyped_storage().data_ptr())
+    return found
+
+
 def read_weights(path: Path, trust_checkpoint: bool = False) -> list[dict[str, Any]]:
     """What each file of a checkpoint holds, by name; memory-mapped where the format allows.
 

@@ -144,3 +144,20 @@ def test_the_hash_is_of_names_dtypes_shapes_and_numbers():
         two.weight.copy_(two.weight.t().clone())
     assert weights_sha256(one) != weights_sha256(two)
     assert weights_sha256(one) != weights_sha256(one.double())
+
+
+class EmptyBuffersVLA(VLA):
+    """Two buffers without elements, and one that is a part of a weight's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("a", torch.zeros(0))
+        self.register_buffer("b", torch.zeros(0, 3))
+        self.register_buffer("first_row", self.head.weight.detach()[:1])
+
+
+def test_tensors_without_elements_and_views_are_not_taken_for_tied_weights(tmp_path):
+    model, path = EmptyBuffersVLA(), tmp_path / "w.safetensors"
+    save_trained(model, path)
+    assert load_file(path).keys() == model.state_dict().keys()
+    assert_equal(load(path, f"{__name__}.EmptyBuffersVLA"), model)
