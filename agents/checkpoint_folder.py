@@ -23,18 +23,30 @@ OWN_HEADS = ("value_head", "noise_head")  # in <name>.safetensors each
 BYTES = {"instruction_tokens": "bytes"}  # in config.json, of a model without a tokenizer
 
 
+def refuse_taken(folder: Path, what: str) -> None:
+    """Refuse to export to a folder that has something in it, which an export could hide, or destroy.
+
+    Args:
+        folder: it may be there, and empty.
+        what: the message begins with it.
+    Raises:
+        UserError: it holds something, or is a file.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{what}: {folder} is not empty; name a folder that is not there yet")
+
+
 def start_export(model: nn.Module, folder: Path) -> None:
     """Make the folder that a model is exported to.
 
     Raises:
-        UserError: the model has adapters that are not merged; or the folder has something in it, which an export could
-            hide, or destroy where it is the folder that the model came from.
+        UserError: the model has adapters that are not merged; or the folder has something in it, as that has which the
+            model came from.
     """
     name = type(model).__name__
     if adapters := [weight for weight in model.state_dict() if "lora_" in weight]:
         raise UserError(f"{name}: export: merge the adapters into the weights before; there are {some(adapters)}")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{name}: export: {folder} is not empty; name a folder that is not there yet")
+    refuse_taken(folder, f"{name}: export")
     folder.mkdir(parents=True, exist_ok=True)
 
 

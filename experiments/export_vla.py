@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 from trained_policy import load_trained_model
 
+from agents.checkpoint_folder import refuse_taken
 from agents.hub import SharedPolicy
+from agents.weights import untied
 from research.errors import UserError
 from research.runs.folder import replacing
 from research.training.lora import merge_lora
@@ -46,11 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, or a checkpoint in it")
-    parser.add_argument("--output", required=True, type=Path, help="file (.pt, .safetensors), or folder (no ending)")
+    parser.add_argument("--output", required=True, help="file (.pt, .safetensors), or folder (no ending)")
     parser.add_argument("--trust", action="store_true", help="run code that a run folder from elsewhere names")
     options = parser.parse_args(argv)
     try:
-        print(f"{export(options.checkpoint, options.output, options.trust)} weights in {options.output}")
+        if not options.output:
+            raise UserError("--output: is empty; name a file (.pt, .safetensors), or a folder that is not there yet")
+        print(f"{export(options.checkpoint, Path(options.output), options.trust)} weights in {options.output}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,6 +66,8 @@ def export(checkpoint: str, output: Path, trusted: bool = False) -> int:
     if output.suffix not in ("", *FILES) and not output.is_dir():
         raise UserError(f"--output: {output} ends in {output.suffix!r}; use .pt or .safetensors, or none for a folder")
     as_file = output.suffix in FILES and not output.is_dir()
+    if not as_file:
+        refuse_taken(output, "--output")
     trained = load_trained_model(checkpoint, trusted)
     model = merge_lora(trained.model)
     try:
@@ -85,18 +91,13 @@ def export(checkpoint: str, output: Path, trusted: bool = False) -> int:
 
 def write_file(model: nn.Module, path: Path) -> None:
     """Write a model's state dict."""
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    weights = model.state_dict()
     if path.suffix == ".pt":
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
         with replacing(path, "wb") as file:
             torch.save({"model_state_dict": weights}, file)
     else:
         save_file(untied(weights), path)
-
-
-def untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights under the first of their names each: safetensors refuses memory that two names share."""
-    seen: set[int] = set()
-    return {n: w for n, w in weights.items() if not (w.data_ptr() in seen or seen.add(w.data_ptr()))}
 
 
 if __name__ == "__main__":

@@ -180,9 +180,20 @@ def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path, capsys, chec
     assert message in error and error.count("\n") == 1
 
 
-def test_an_export_into_a_run_folder_is_refused(openvla_run, capsys):
-    run, _ = openvla_run
-    before = (Path(run) / "config.json").read_text()
-    assert export_vla.main([f"--checkpoint={run}", f"--output={run}"]) == 2
-    assert "is not empty; name a folder that is not there yet" in capsys.readouterr().err
-    assert (Path(run) / "config.json").read_text() == before
+@pytest.mark.parametrize("family", [True, False])
+def test_an_export_into_a_run_folder_is_refused(openvla_run, run, family, monkeypatch, capsys):
+    run = openvla_run[0] if family else run
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path(run).rglob("*"))
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(export_vla, "load_trained_model", None)  # it is said before anything is read
+    for output in (str(run), "."):
+        assert export_vla.main([f"--checkpoint={run}", f"--output={output}"]) == 2
+        assert "--output: " in (error := capsys.readouterr().err) and error.count("\n") == 1
+        assert "is not empty; name a folder that is not there yet" in error
+    assert sorted((path, path.stat().st_mtime_ns) for path in Path(run).rglob("*")) == before
+
+
+def test_an_export_to_nowhere_is_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert export_vla.main([f"--checkpoint={run}", "--output="]) == 2
+    assert "--output: is empty; name a file" in capsys.readouterr().err and not list(tmp_path.iterdir())
