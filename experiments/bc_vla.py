@@ -24,6 +24,7 @@ model whose encoders come from elsewhere is written as .safetensors, without tho
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -68,7 +69,10 @@ WATCHED_STATES = 5000  # and those after it
 
 def open_env(config: BCConfig, num_envs: int, executed: int = 1, seed: int = 0) -> EnvBase:
     chunk = {"chunk": executed} if executed > 1 else {}
-    return make_env(config.env, num_envs, config.env_config | chunk, config.device, seed=seed)
+    try:
+        return make_env(config.env, num_envs, config.env_config | chunk, config.device, seed=seed)
+    except UserError as error:  # which knows the options by their names in a training run
+        raise UserError(re.sub(r"\btrainer\.(?=env|num_envs|seed)", "", str(error))) from error
 
 
 def collect(env: EnvBase, config: BCConfig, horizon: int) -> tuple[TensorDict, dict[str, Any]]:

@@ -9,7 +9,8 @@ class attribute `name` is that value. The docstring under a field is its help te
 combination of values: it raises `UserError` with a message that begins with the field's name, and `parse_config` puts
 the dotted path in front. A method `resolve(given)` may settle values that follow from others; it is told which keys
 were given, and by what ("base", "file" or "flag"). A class attribute `kinds` says which fields mean something under one
-value of another alone: what a file's base gives them is left out where the file gives that other one another value.
+value of another alone: what a file's base gives them is left out where the file gives that other one another value,
+and an object's default where anything does.
 A file that the arguments do not name, from which a script starts (`start`), is a base to the flags in the same way.
 """
 
@@ -85,6 +86,7 @@ def _parsed(config_class: type[C], argv: list[str], description: str, start: str
     chosen = _choices(config_class, argv, [file for chain in chains for file in chain])
     options = list(_options(config_class, chosen))
     values = {key: default for key, _, default in options}
+    values |= _defaults_of_other_kinds(config_class, argv, [file for chain in chains for file in chain], values)
     parser = make_parser(config_class, description, tuple(chosen.items()))
     try:
         given = _read(config_class, parser, argv, chains, values, {key: hint for key, hint, _ in options})
@@ -200,6 +202,21 @@ def _kinds_of_flags(config_class: type, argv: Sequence[str]) -> dict[str, Any]:
                 node = node.setdefault(group, {})
             node[name] = text
     return nested
+
+
+def _defaults_of_other_kinds(
+    config_class: type, argv: Sequence[str], files: Sequence[ConfigFile], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Objects that are empty by default where files or flags name another kind than that whose settings they hold."""
+    others = {}
+    for kind, parts in _kinds(config_class).items():
+        named = defaults.get(kind)
+        for file in files:
+            named = file.get(kind, named)
+        *_, named = named, *_values_of(argv, kind)
+        if named != defaults.get(kind):
+            others |= {part: {} for part in parts if isinstance(defaults.get(part), dict)}
+    return others
 
 
 def _unions(config_class: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, ...], str]]:

@@ -15,6 +15,7 @@ from jsonargparse.typing import PositiveInt
 
 from research.config import AlgorithmConfig, ExperimentConfig, PolicyConfig, PPOConfig, TrainerConfig, VLAConfig
 from research.errors import UserError
+from research.imitation.config import BCConfig
 from research.options import flatten, parse_config, to_dict
 
 MODEL_CONFIG = "--policy.vla_config.model_config"
@@ -588,3 +589,26 @@ def test_a_name_chooses_what_its_group_holds(tmp_path: Path, capsys: pytest.Capt
         parse_config(OuterConfig, ["--algorithm.name=second", "--help"], "test")
     text = capsys.readouterr().out
     assert "--algorithm.cfg.groups" in text and "--algorithm.cfg.rate" not in text
+
+
+def test_another_kind_has_none_of_the_defaults_of_the_default_one(tmp_path: Path) -> None:
+    def settings(*flags: str, file: dict | None = None) -> tuple[str, dict]:
+        if file is not None:
+            (tmp_path / "bc.json").write_text(json.dumps(file))
+            flags = (f"--config={tmp_path / 'bc.json'}", *flags)
+        config = parse_config(BCConfig, list(flags))
+        return config.env, config.env_config
+
+    own = BCConfig().env_config
+    assert own["task"] == "pick_place"
+    for flags in ([], ["--env=tabletop"], ["--env", "tabletop"]):
+        assert settings(*flags) == ("tabletop", own)
+    assert settings(file={"steps": 3}) == ("tabletop", own)
+    assert settings("--env_config.image_size=32") == ("tabletop", {**own, "image_size": 32})
+    assert settings("--env=metaworld") == settings(file={"env": "metaworld"}) == ("metaworld", {})
+    assert settings("--env", "metaworld", "--env_config.image_size=32") == ("metaworld", {"image_size": 32})
+    file = {"env": "metaworld", "env_config": {"task": "push-v3"}}
+    assert settings(file=file) == ("metaworld", {"task": "push-v3"})
+    # A named file keeps all, as in the training scripts; what the file itself gives is no default.
+    assert settings("--env=maniskill", file=file) == ("maniskill", {"task": "push-v3"})
+    assert settings("--env=tabletop", file={"env": "metaworld"}) == ("tabletop", own)

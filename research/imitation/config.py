@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -61,6 +61,8 @@ class LeRobotConfig:
 @dataclass
 class BCConfig(CloningConfig):
     """Imitation of an expert."""
+
+    kinds: ClassVar[dict] = {"env": ("env_config",), "model_class": ("model_config", "model_path")}
 
     env: str = "tabletop"
     """Environment: its expert is imitated, and there the model is evaluated."""

@@ -228,6 +228,19 @@ def test_an_environment_without_an_expert_is_refused(tmp_path):
         bc_vla.main([*TINY[:-1], "--env=gym:Pendulum-v1", f"--output={tmp_path / 'bc.pt'}", "--env_config={}"])
 
 
+def test_another_environment_keeps_no_settings_of_the_default_one(tmp_path):
+    """Pendulum has no task: what is refused is that it has no expert, as nobody said anything of a task."""
+    for flags in (["--env=gym:Pendulum-v1"], [f"--config={tmp_path / 'my.json'}"]):
+        (tmp_path / "my.json").write_text('{"env": "gym:Pendulum-v1"}')
+        with pytest.raises(UserError, match="no scripted expert"):
+            bc_vla.main([*TINY[:-1], *flags, "--model_config.modalities=[proprio]", f"--output={tmp_path / 'bc.pt'}"])
+
+
+def test_options_of_the_environment_are_named_as_here(tmp_path):
+    with pytest.raises(UserError, match=r"^env_config\.task: expected one of reach, push, pick_place, got 'fly'"):
+        bc_vla.main(["--env_config.task=fly", f"--output={tmp_path / 'a.pt'}"])
+
+
 # ------------------------------------------------------------------------------------------------------ data sets
 
 
