@@ -48,6 +48,7 @@ class TrainerConfig:
     """The run: environment, seeds, sizes, evaluation, tracking."""
 
     kinds: ClassVar[dict] = {"env": ("env_config",)}
+    either: ClassVar[tuple] = (("iterations", "max_env_steps"),)
     sections: ClassVar[dict] = {  # of the help, by the option that each begins with
         "exp_name": "run", "env": "environment", "buffer_size": "collection", "device": "device",
         "enable_eval": "evaluation", "use_wandb": "tracking",
@@ -62,7 +63,8 @@ class TrainerConfig:
     seed: NonNegativeInt = 1
     """Seed of everything random."""
     iterations: PositiveInt = 250
-    """Rollouts, each followed by one PPO update; not read where max_env_steps is given."""
+    """Rollouts, each followed by one PPO update, unless max_env_steps is given; a flag for one of the two sets aside
+    what a file says by the other, and a file what its base says."""
     max_env_steps: PositiveInt | None = None
     """Control steps over all environments: the run ends with the iteration that reaches them. Where actions are chunks,
     runs of one budget have equal numbers of env steps so, and not of iterations. none = iterations decides."""

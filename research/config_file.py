@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ def merge(
     values: Mapping[str, Any],
     kinds: Mapping[str, tuple[str, ...]],
     defaults: Mapping[str, Any],
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """What a file gives, before what its base gives.
 
@@ -72,8 +73,9 @@ def merge(
         values: the same of the file.
         kinds: option -> options, or groups of them, that mean something under one value of it alone.
         defaults: dotted option -> value, where neither says which kind is meant.
+        pairs: options that are two ways to say one thing.
     """
-    gone = []
+    gone = [f"{key}." for key in set_aside(base, values, pairs)]
     for kind, parts in kinds.items():
         before = base.get(kind, defaults.get(kind))
         gone += [f"{part}." for part in parts if values.get(kind, before) != before]
@@ -81,6 +83,17 @@ def merge(
     for key, value in values.items():
         merged[key] = _joined(merged.get(key), value)
     return merged
+
+
+def set_aside(base: Mapping[str, Any], values: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Options of a base that are not meant any more, as a file, or flags, say the same thing by another option.
+
+    Args:
+        base, values: as for `merge`; null says nothing.
+        pairs: options that are two ways to say one thing.
+    """
+    both = [*pairs, *((other, one) for one, other in pairs)]
+    return [other for one, other in both if values.get(one) is not None and other in base and other not in values]
 
 
 def _joined(base: Any, value: Any) -> Any:

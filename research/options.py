@@ -10,7 +10,8 @@ combination of values: it raises `UserError` with a message that begins with the
 the dotted path in front. A method `resolve(given)` may settle values that follow from others; it is told which keys
 were given, and by what ("base", "file" or "flag"). A class attribute `kinds` says which fields mean something under one
 value of another alone: what a file's base gives them is left out where the file gives that other one another value,
-and an object's default where anything does.
+and an object's default where anything does. A class attribute `either` names pairs of options that are two ways to
+say one thing: who gives one (flags, a file) sets aside what is weaker (the file, its base) says by the other.
 A file that the arguments do not name, from which a script starts (`start`), is a base to the flags in the same way.
 """
 
@@ -32,7 +33,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from jsonargparse import ArgumentParser, Namespace
 
-from research.config_file import ConfigFile, merge, read_chain
+from research.config_file import ConfigFile, merge, read_chain, set_aside
 from research.errors import UserError
 from research.option_parser import (
     COMPLETION,
@@ -117,14 +118,23 @@ def _read(
     hints: dict[str, Any],
 ) -> dict[str, str]:
     """Put into `values` what the files and then the flags give; returns what gave each: "base", "file" or "flag"."""
-    flags, given = list(_split(argv, hints)), {}
+    flags, given, defaults, pairs = list(_split(argv, hints)), {}, dict(values), _pairs(config_class)
     for chain in chains:
         read, places = _read_values(config_class, chain, hints)
+        for key in set_aside(values, read, pairs):
+            values[key] = defaults[key]
+            given.pop(key, None)
         values |= read
         given |= places
+    before, flagged = dict(values), {}
     for key, text in flags:
         if key != "config":
-            given[_apply_flag(parser, key, text, values, hints)] = "flag"
+            option = _apply_flag(parser, key, text, values, hints)
+            given[option], flagged[option] = "flag", values[option]
+    _refuse_both(flagged, pairs)
+    for key in set_aside(before, flagged, pairs):
+        values[key] = defaults[key]
+        given.pop(key, None)
     return given
 
 
@@ -188,6 +198,23 @@ def _kinds(config_class: type, prefix: str = "") -> dict[str, tuple[str, ...]]:
             if is_dataclass(group):
                 kinds |= _kinds(group, f"{prefix}{name}.")
     return kinds
+
+
+def _pairs(config_class: type, prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted options that are two ways to say one thing."""
+    pairs = [(prefix + one, prefix + other) for one, other in getattr(config_class, "either", ())]
+    for name, hint in get_type_hints(config_class).items():
+        for group in (hint, *get_args(hint)):
+            if is_dataclass(group):
+                pairs += _pairs(group, f"{prefix}{name}.")
+    return pairs
+
+
+def _refuse_both(values: Mapping[str, Any], pairs: Sequence[tuple[str, str]], source: str = "") -> None:
+    """Refuse what gives both options of a pair; null gives none."""
+    for one, other in pairs:
+        if values.get(one) is not None and values.get(other) is not None:
+            raise UserError(f"{source}{one} and {other} are two ways to say one thing; give one of them")
 
 
 def _kinds_of_flags(config_class: type, argv: Sequence[str]) -> dict[str, Any]:
@@ -323,14 +350,21 @@ def _read_values(
 
     A base is checked as what it is by itself: it may be for another algorithm, of whose options nothing is left.
     """
-    kinds, base = _kinds(config_class), {}
+    kinds, pairs, base = _kinds(config_class), _pairs(config_class), {}
+
+    def read_file(file: ConfigFile, hints: dict[str, Any]) -> dict[str, Any]:
+        read = dict(_visit(file, hints))
+        # What a run wrote, or --print_config, gives every option, and does not say so which one is meant.
+        if len(read) <= len(hints) / 2:
+            _refuse_both(read, pairs, f"{file.path}: ")
+        return read
+
     for i in range(1, len(chain)):
         own = list(_options(config_class, _choices(config_class, (), chain[:i])))
         defaults = {key: default for key, _, default in own}
-        read = dict(_visit(chain[i - 1], {key: hint for key, hint, _ in own}))
-        base = merge(base, read, kinds, defaults)
-    read = dict(_visit(chain[-1], hints))
-    values = merge(base, read, kinds, defaults) if base else read
+        base = merge(base, read_file(chain[i - 1], {key: hint for key, hint, _ in own}), kinds, defaults, pairs)
+    read = read_file(chain[-1], hints)
+    values = merge(base, read, kinds, defaults, pairs) if base else read
     for key in values:
         if key not in hints:
             raise UserError(f"{chain[0].path}: unknown key {key}{_suggestion(key, list(hints))}")

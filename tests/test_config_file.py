@@ -236,3 +236,65 @@ def test_a_chain_is_read_once_each_base_first(tmp_path):
     assert [(os.path.basename(file.path), file.content) for file in chain] == [
         ("c.json", {"y": 2}), ("b.json", {}), ("a.json", {"x": 1}),
     ]  # fmt: skip
+
+
+# --- two ways to say one thing
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "expected"),
+    [
+        ([{"max_env_steps": 5}], [], (250, 5)),
+        ([{"iterations": 3}], [], (3, None)),
+        ([{"max_env_steps": 5}], ["iterations=3"], (3, None)),
+        ([{"iterations": 3}], ["max_env_steps=5"], (250, 5)),
+        ([{"max_env_steps": 5}], ["max_env_steps=null"], (250, None)),
+        ([{"iterations": 3, "max_env_steps": None}], [], (3, None)),
+        ([{"max_env_steps": 5}], ["iterations=3", "max_env_steps=null"], (3, None)),
+        ([{"max_env_steps": 5}, {"iterations": 3}], [], (3, None)),
+        ([{"iterations": 3}, {"max_env_steps": 5}], [], (250, 5)),
+        ([{"iterations": 3}, {"max_env_steps": 5}, {"iterations": 4}], [], (4, None)),
+        ([{"iterations": 3}, {"max_env_steps": 5}, {"seed": 4}], [], (250, 5)),
+        ([{"max_env_steps": 5}, {"iterations": 3}], ["max_env_steps=6"], (250, 6)),
+        ([{"max_env_steps": 5}, {"max_env_steps": None}], [], (250, None)),
+        ([{"iterations": 3}, {"seed": 4}], ["seed=5"], (3, None)),
+    ],
+)
+def test_the_stronger_source_says_how_long_a_run_is(tmp_path, files, flags, expected):
+    """Files each start from the one before; iterations, max_env_steps."""
+    for i, trainer in enumerate(files):
+        base = {"base": f"{i - 1}.json"} if i else {}
+        (tmp_path / f"{i}.json").write_text(json.dumps({**base, "trainer": trainer}))
+    argv = [f"--config={tmp_path / f'{len(files) - 1}.json'}", *(f"--trainer.{flag}" for flag in flags)]
+    trainer = parse_config(ExperimentConfig, argv).trainer
+    assert (trainer.iterations, trainer.max_env_steps) == expected
+    # Of the file from which a script starts where none is named, too.
+    trainer = parse_config(ExperimentConfig, argv[1:], start=argv[0].partition("=")[2]).trainer
+    assert (trainer.iterations, trainer.max_env_steps) == expected
+
+
+def test_both_in_one_place_are_refused(tmp_path):
+    both = "trainer.iterations and trainer.max_env_steps are two ways to say one thing; give one of them"
+    (tmp_path / "both.json").write_text(json.dumps({"trainer": {"iterations": 3, "max_env_steps": 5}}))
+    assert refusal(tmp_path / "both.json") == f"{tmp_path / 'both.json'}: {both}"
+    (tmp_path / "child.json").write_text(json.dumps({"base": "both.json", "trainer": {"iterations": 4}}))
+    assert refusal(tmp_path / "child.json") == f"{tmp_path / 'both.json'}: {both}"
+    with pytest.raises(UserError, match=f"^{both}$"):
+        parse_config(ExperimentConfig, ["--trainer.max_env_steps=5", "--trainer.iterations", "3"])
+
+
+@pytest.mark.parametrize("flags", [["--trainer.max_env_steps=5"], ["--trainer.iterations=3"], []])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_what_a_run_wrote_reads_back(tmp_path, flags, algorithm):
+    config = parse_config(ExperimentConfig, [*flags, f"--algorithm.name={algorithm}"])
+    written = to_dict(config)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(written))
+    assert parse_config(ExperimentConfig, [f"--config={path}"]) == config
+    written["trainer"] |= {"iterations": 2, "max_env_steps": 4096}  # of an earlier version, which ignored the former
+    del written["trainer"]["sharding"]
+    path.write_text(json.dumps(written))
+    trainer = parse_config(ExperimentConfig, [f"--config={path}"]).trainer
+    assert (trainer.max_env_steps, trainer.env_steps_planned) == (4096, 4096)
+    trainer = parse_config(ExperimentConfig, [f"--config={path}", "--trainer.iterations=7"]).trainer
+    assert (trainer.iterations, trainer.max_env_steps) == (7, None)

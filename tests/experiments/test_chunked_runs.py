@@ -102,8 +102,8 @@ def test_a_run_counts_control_steps(tmp_path):
 @pytest.mark.slow
 def test_a_budget_of_control_steps_ends_the_run_and_the_annealing(tmp_path):
     """The learning rate falls to 0 at the budget, however many iterations that is."""
-    config = chunked(tmp_path, trainer__max_env_steps=600, trainer__iterations=1, algorithm__cfg__anneal_lr=True)
-    assert ppo_vla.main(["--config", config]) == 0
+    config = chunked(tmp_path, trainer__iterations=1, algorithm__cfg__anneal_lr=True)
+    assert ppo_vla.main(["--config", config, "--trainer.max_env_steps=600"]) == 0
     rows = [row for row in read_metrics(run_folder(tmp_path)) if "train/epochs" in row]
     steps = [row["global_step"] for row in rows]
     assert len(steps) > 2 and steps[-2] < 600 <= steps[-1]

@@ -25,6 +25,9 @@ from research.study.sweep_file import load_sweep
 
 pytestmark = pytest.mark.slow
 
+# An iteration is one env step, as in the script's metrics.
+ONE_STEP_EACH = {name: {"value": 1} for name in ("trainer.num_envs", "trainer.buffer_size", "algorithm.cfg.batch_size")}
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_a_quick_script(tmp_path, monkeypatch):
@@ -143,7 +146,7 @@ def test_workers_run_at_once_and_share_the_cores(monkeypatch):
 
 
 def test_another_terminal_sees_how_far_the_runs_are(capsys):
-    budget = {"trainer.iterations": {"value": 20}, "trainer.max_env_steps": {"value": 20}}
+    budget = {"trainer.iterations": {"value": 20}, **ONE_STEP_EACH}
     path = write_sweep(rates=[1.0], parameters=budget)
     assert sweep_local.main([path, "--status"]) == 2
     assert "the sweep has no trials in runs/s; start it first" in capsys.readouterr().err and not Path("runs").exists()
@@ -165,7 +168,7 @@ def test_a_running_sweep_shows_the_steps_inside_its_runs(monkeypatch, capsys):
     monkeypatch.setattr(progress_bar, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(sweep_local, "SHOW_S", 0.0)
     monkeypatch.setenv("PACE", "0.4")
-    budget = {"trainer.iterations": {"value": 5}, "trainer.max_env_steps": {"value": 5}, "trainer.seed": {"value": 1}}
+    budget = {"trainer.iterations": {"value": 5}, "trainer.seed": {"value": 1}, **ONE_STEP_EACH}
     assert sweep_local.main([write_sweep(rates=[1.0, 2.0], metric=None, parameters=budget)]) == 0
     out, err = capsys.readouterr()
     shown = re.findall(r"([\d.]+) of 2 trials in [\d:]+, [\d:]+ left, trial (\d): (20|40|60|80)%", err)
