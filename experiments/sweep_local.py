@@ -15,6 +15,7 @@ With --storage on PostgreSQL the same command on other machines adds workers (do
 goes on from its checkpoint on one that sees its folder, and begins anew on one that does not.
 
 A run that crashes stays in the table as failed and is not repeated; one that its script refused is, at the next start.
+While the sweep has trials that failed, the exit code is 1.
 One whose simulator broke goes on from its checkpoint, a few times.
 W&B is offline unless WANDB_MODE says otherwise. Workers share the GPUs that CUDA_VISIBLE_DEVICES names.
 """
@@ -41,10 +42,11 @@ from research.config import ExperimentConfig
 from research.errors import UserError
 from research.options import parse_config
 from research.progress_bar import ProgressBar
+from research.runs.tracking import metric_names
 from research.study.run_settings import RATE, SCOPE, SEED
-from research.study.sweep_file import Sweep, check_options, load_sweep
+from research.study.sweep_file import Sweep, check_metric, check_options, load_sweep
 from research.study.sweep_locks import STOP_S, Lock
-from research.study.sweep_progress import HOST, STARTED_AT, SweepProgress
+from research.study.sweep_progress import HOST, STARTED_AT, VALUE_OF, SweepProgress
 from research.study.trials import STORAGE_LOST, SweepTrials, first_line
 from research.training.interruption import Interruption
 
@@ -81,6 +83,8 @@ class LocalSweep:
             raise UserError(f"{sweep.path}: program: {sweep.program} does not exist (current directory: {Path.cwd()})")
         read = partial(config_of, program=sweep.program)
         check_options(sweep, read)
+        if Path(sweep.program).resolve().parent == Path(__file__).resolve().parent:  # others log what they like
+            check_metric(sweep, metric_names())
         self.folder = Path(read(sweep.flags(sweep.corners()[0])).trainer.run_dir) / sweep.name
         self.trials = SweepTrials(sweep, self.folder, most, storage, begin)
         self.progress = SweepProgress(self.trials, lambda p: read(sweep.flags(p)).trainer.env_steps_planned)
@@ -141,8 +145,9 @@ class LocalSweep:
         trial, number = run.trial, run.trial.number
         values = self.progress.metric_values(number)
         trial.set_user_attr("exit_code", code)
-        if code == 0 and (values or self.sweep.metric is None):
+        if code == 0 and (values or not self.sweep.metric or not self.sweep.decides):
             self.failures = 0
+            trial.set_user_attr(VALUE_OF, self.sweep.metric if values else None)
             self.trials.tell(trial, values[-1] if values else None)
         elif run.stopped == "early":
             self.trials.tell(trial, state=TrialState.PRUNED)
@@ -170,6 +175,7 @@ class LocalSweep:
             try:
                 self.work(interruption)
                 print(f"\n{self.progress.table()}")
+                failed = len(self.trials.failed())
             except STORAGE_LOST as error:
                 self.stop_all()
                 print(f"error: the database that keeps the trials is gone: {first_line(error)}", file=sys.stderr)
@@ -179,11 +185,14 @@ class LocalSweep:
             print("stopped; the same command goes on from here")
         if self.failures >= MOST_FAILURES:
             print(f"error: {self.failures} runs in a row failed; the last was {self.problem}", file=sys.stderr)
-        print(self.next_step())
-        return interruption.code or int(self.failures >= MOST_FAILURES)
+        elif failed:
+            print(f"error: {failed} of its trials failed; what they printed is in {self.folder}/logs", file=sys.stderr)
+        if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in self.trials.all()):
+            print(self.next_step())
+        return interruption.code or int(failed > 0)
 
     def next_step(self) -> str:
-        """What to do with the runs: a grid's are compared by what it varies, other methods try each point once."""
+        """What to do with runs that ended: a grid's are compared by what it varies, others try each point once."""
         if self.sweep.method != "grid":
             return "the best trials are proposals of one seed each: run them on several seeds to compare them"
         rates = (RATE, "policy.learning_rate_factor", "policy.learning_rate_by_scope")

@@ -12,7 +12,13 @@ Metrics, the same names in every script, all against `global_step`:
 | `rollout/success_at_end`                | 0..1      | success at the last step, where episodes go on after success |
 | `rollout/return`                        | reward    | mean undiscounted return of those episodes                   |
 | `rollout/episode_length`                | env steps | their mean length                                            |
+| `rollout/episodes`                      | –         | how many these are                                           |
 | `rollout/decisions`                     | –         | of the rollout, where each is several control steps          |
+| `rollout/staleness_mean`                | updates   | how far the weights that collected lag behind, mean          |
+| `rollout/staleness_max`                 | updates   | the same, at most                                            |
+| `rollout/discarded`                     | –         | transitions thrown away, as they lag too far                 |
+| `rollout/behaviour_kl`                  | nats      | KL from what collected to what is updated                    |
+| `rollout/importance_weight`             | –         | mean ratio of the two's probabilities                        |
 | `rollout/worker_<i>/env_steps_per_second` | 1/s     | of one worker of Ray, while it collected its last rollout    |
 | `rollout/workers_replaced`              | –         | workers of Ray that were lost, so far                        |
 | `train/loss_objective`                  | –         | clipped PPO objective, mean over the update's minibatches    |
@@ -25,6 +31,7 @@ Metrics, the same names in every script, all against `global_step`:
 | `train/clip_fraction`                   | 0..1      | samples whose probability ratio was clipped                  |
 | `train/gradient_steps`, `train/epochs`  | –         | steps of the optimizer, and passes over the rollout          |
 | `train/explained_variance`              | <= 1      | 1 - Var(target - value) / Var(target), before the update     |
+| `train/grad_norm`                       | L2 norm   | gradient of all that trains, before clipping                 |
 | `train/grad_norm/<part>`                | L2 norm   | gradient of one named part of the model, before clipping     |
 | `train/learning_rate/<part>`            | –         | its learning rate                                            |
 | `audit/drift/<part>`                    | –         | how far its weights are from those at the start; 0 if frozen |
@@ -33,8 +40,10 @@ Metrics, the same names in every script, all against `global_step`:
 | `eval/success_at_end`                   | 0..1      | success at the last step, where that is another number       |
 | `eval/success_low`, `eval/success_high` | 0..1      | its 95 % interval                                            |
 | `eval/return`                           | reward    | mean undiscounted return of the evaluation                   |
+| `eval/episode_length`                   | env steps | their mean length                                            |
 | `best/success_rate`, `best/return`      |           | the best of `eval/*` so far; W&B only                        |
 | `eval/episodes`                         |           | the episodes as a table, where some were filmed; W&B only    |
+| `eval/video`                            |           | films of some of them; W&B only                              |
 | `time/env_steps_per_second`             | 1/s       | env steps per second of the whole iteration                  |
 | `time/collect_s`, `time/update_s`       | s         | duration of the rollout and of the update                    |
 | `time/mfu`                              | 0..1      | the model's FLOP/s over the device's, from measured peak     |
@@ -45,6 +54,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -73,6 +83,19 @@ if TYPE_CHECKING:
 # Of these the best value so far is on W&B as well, as best/<name>: what a table of runs is sorted by.
 BEST = ("eval/success_rate", "eval/return")
 EPISODE_COLUMNS = ("initial_state", "task", "instruction", "success", "episode_return", "length", "cut_off")
+
+
+def metric_names(here: bool = True) -> list[str]:
+    """The names in the table above, in which `<task>` and the like stand for any text.
+
+    Args:
+        here: leave out those that are on W&B only, and not in `metrics.jsonl`.
+    """
+    rows = [line.split("|") for line in (__doc__ or "").splitlines() if line.startswith("| `")]
+    return [
+        name for _, names, _, meaning, _ in rows for name in re.findall("`(.*?)`", names)
+        if not (here and "W&B only" in meaning)
+    ]  # fmt: skip
 
 
 class Tracker:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research.errors import UserError
+from research.errors import UserError, did_you_mean
 from research.plain_yaml import read_yaml, shown
 from research.study.sweep_parameters import Parameter, mapping, number, read_parameter
 
@@ -69,6 +69,11 @@ class Sweep:
     run_cap: int | None = None
     command: tuple[str, ...] = COMMAND
     project: str | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether the metric decides what comes next; a plain grid tries all its points, and only shows it."""
+        return self.method != "grid" or self.min_iter is not None or self.target is not None
 
     @property
     def varied(self) -> list[str]:
@@ -164,6 +169,21 @@ def check_options(sweep: Sweep, parse: Callable[[list[str]], Any]) -> None:
             parse(sweep.flags(point))
         except UserError as error:
             raise UserError(f"{sweep.path}: {error}") from None
+
+
+def check_metric(sweep: Sweep, known: Sequence[str]) -> None:
+    """Refuse a metric that no run of a script logs, before any run is started.
+
+    Args:
+        sweep: the sweep; it may have none.
+        known: names that a run of its script may log, in which `<task>` and the like stand for any text.
+    Raises:
+        UserError: so it is.
+    """
+    patterns = [re.sub("<.*?>", ".+", re.escape(name)) for name in known]
+    if sweep.metric is not None and known and not any(re.fullmatch(one, sweep.metric) for one in patterns):
+        hint = did_you_mean(sweep.metric, known)
+        raise UserError(f"{sweep.path}: metric: no run of {sweep.program} logs {sweep.metric!r}{hint}")
 
 
 def _sweep(path: Path, content: Any) -> Sweep:

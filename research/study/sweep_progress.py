@@ -19,6 +19,7 @@ from research.study.trials import SweepTrials
 HOST = socket.gethostname()
 STATES = {"WAITING": "interrupted", "COMPLETE": "done", "PRUNED": "stopped early", "FAIL": "failed"}
 STARTED_AT = "started_at"  # user attribute of a trial: env steps that it had when its last process began
+VALUE_OF = "value_of"  # also: the metric that its value is of; None where it ended without one
 
 
 class SweepProgress:
@@ -78,13 +79,33 @@ class SweepProgress:
 
     def row(self, trial: FrozenTrial) -> list[str]:
         """A trial's line of the table: number, state, swept values, last value of the metric, notes."""
-        values = [*trial.intermediate_values.values(), *(trial.values or [])][-1:] if self.sweep.metric else []
+        value = self.value(trial)
         point = trial.user_attrs.get("point", {})
-        cells = [self._state(trial), *(point.get(name, "") for name in self.sweep.varied), *values]
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells] + [""] * (not values)
+        cells = [
+            self._state(trial),
+            *(point.get(name, "") for name in self.sweep.varied),
+            "" if value is None else value,
+        ]
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
         elsewhere = f"on {host}" if (host := trial.user_attrs.get("host", HOST)) != HOST else ""
-        notes = [self._inside(trial), elsewhere, trial.user_attrs.get("note", "")]
+        over = trial.state == TrialState.COMPLETE and self.sweep.metric
+        absent = f"it logged no {self.sweep.metric}" if over and value is None else ""
+        notes = [self._inside(trial), elsewhere, trial.user_attrs.get("note", ""), absent]
         return [str(trial.number), *cells, "  ".join(filter(None, notes))]
+
+    def value(self, trial: FrozenTrial) -> float | None:
+        """The last value of the metric; None where there is none.
+
+        Where nothing is decided by it, it is the one that the sweep's file names now.
+        """
+        if not self.sweep.metric:
+            return None
+        known = [*trial.intermediate_values.values(), *(trial.values or [])]
+        if trial.user_attrs.get(VALUE_OF, self.sweep.metric) != self.sweep.metric:
+            known = []
+        if not self.sweep.decides:  # its run may lie on another machine
+            known += self.metric_values(trial.number)
+        return known[-1] if known else None
 
     def line(self, number: int) -> str:
         """One line about a trial, and how many are over."""
@@ -123,13 +144,14 @@ class SweepProgress:
         return STATES[trial.state.name]
 
     def _best(self) -> str | None:
-        done = [t for t in self.trials.all() if t.state == TrialState.COMPLETE]
-        if not done or not self.sweep.metric:
+        done = [(self.value(t), t) for t in self.trials.all() if t.state == TrialState.COMPLETE]
+        done = [(value, t) for value, t in done if value is not None]
+        if not done:
             return None
-        best = (max if self.sweep.maximize else min)(done, key=lambda t: t.value)
+        value, best = (max if self.sweep.maximize else min)(done, key=lambda one: one[0])
         point = " ".join(f"{name}={best.user_attrs['point'][name]}" for name in self.sweep.varied)
         where = self.run_folder(best.number)
-        return f"{best.value:.4g}, trial {best.number}" + f" ({point})" * bool(point) + f" in {where}" * bool(where)
+        return f"{value:.4g}, trial {best.number}" + f" ({point})" * bool(point) + f" in {where}" * bool(where)
 
     def _inside(self, trial: FrozenTrial) -> str:
         if trial.state.is_finished() or not (planned := self._planned(trial)):

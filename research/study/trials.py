@@ -105,11 +105,18 @@ class SweepTrials:
         )  # fmt: skip
         # A grid may change between two starts, but not a space that Optuna has sampled from.
         kind = [sweep.method, sweep.metric, sweep.maximize, self.points is None and str(sweep.parameters)]
+        names = ("method", "metric", "goal", "parameters")
         if "token" not in study.user_attrs:
             study.set_user_attr("kind", kind)
             study.set_user_attr("token", secrets.token_hex(3))
-        if study.user_attrs["kind"] != kind:
-            raise UserError(f"{self.folder} has trials of another sweep; give {sweep.path} another name")
+        others = [name for name, was, now in zip(names, study.user_attrs["kind"], kind, strict=True) if was != now]
+        if not sweep.decides:  # nothing came of a metric that was only shown
+            others = [name for name in others if name not in ("metric", "goal")]
+        if others:
+            raise UserError(
+                f"{self.folder} has trials of another sweep, of another {' and '.join(others)}; give {sweep.path} "
+                "another name"
+            )
         return study
 
     def locked(self) -> AbstractContextManager[None]:
@@ -175,6 +182,12 @@ class SweepTrials:
         fixed = {p.name: p.choices[0] for p in self.sweep.parameters if p.name not in drawn}
         trial.set_user_attr("point", fixed | {name: p.value(trial.params[name]) for name, p in drawn.items()})
         return trial
+
+    def failed(self) -> list[FrozenTrial]:
+        """Trials that failed, without those of a point that was tried again and is over."""
+        trials = self.all()
+        over = [t.user_attrs.get("point") for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        return [t for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("point") not in over]
 
     def put_back(self, number: int) -> None:
         """Leave a trial, with its point and reported values, to whoever takes one next."""

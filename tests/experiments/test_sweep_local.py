@@ -313,14 +313,46 @@ def test_a_signal_stops_cleanly_and_the_next_start_goes_on(number, code):
 def test_a_crash_is_kept_and_not_repeated_and_a_refusal_is_tried_again(capsys):
     Path("refuse").write_text("")
     path = write_sweep(rates=[13.0, 1.0, 7.0, 2.0], parameters={"trainer.seed": {"value": 1}})
-    assert sweep_local.main([path]) == 0
+    assert sweep_local.main([path]) == 1
     assert states() == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "exit code 1: loss is nan" in out and "exit code 2: error: rate 7 is refused" in out
+    assert err.endswith("error: 2 of its trials failed; what they printed is in runs/s/logs\n")
     Path("refuse").unlink()
-    assert sweep_local.main([path]) == 0
+    assert sweep_local.main([path]) == 1
     assert states() == ["FAIL", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert [rate for _, rate in points()].count("13.0") == 1
+    assert "error: 1 of its trials failed" in capsys.readouterr().err  # the one that was tried again is over
+
+
+def test_a_sweep_without_a_run_that_ended_has_nothing_to_compare(capsys):
+    assert sweep_local.main([write_sweep(rates=[13.0], parameters={"trainer.seed": {"value": 1}})]) == 1
+    out, err = capsys.readouterr()
+    assert "compare with" not in out and "error: 1 of its trials failed" in err
+
+
+def test_a_grid_is_gone_on_with_under_another_metric(capsys):
+    """It only shows it: a run that logged no such number is as good as ever."""
+    assert sweep_local.main([write_sweep(metric={"name": "eval/sucess_rate", "goal": "maximize"})]) == 0
+    assert states() == ["COMPLETE"] * 4 and capsys.readouterr().out.count("it logged no eval/sucess_rate") >= 4
+    for metric, best in (({"name": "eval/success_rate", "goal": "maximize"}, "0.03"), ({"name": "global_step"}, "3")):
+        assert sweep_local.main([write_sweep(metric=metric)]) == 0
+        assert sweep_local.main([write_sweep(metric=metric), "--status"]) == 0
+        out = capsys.readouterr().out
+        assert "it logged no" not in out and f"best so far: {best}, trial" in out
+    assert len(points()) == 4
+
+
+def test_a_metric_that_no_run_logs_is_refused_where_that_is_known(capsys):
+    """Of scripts of one's own nobody knows what they log."""
+    for name, hint in (
+        ("eval/sucess_rate", "; did you mean 'eval/success_rate'"),
+        ("best/success_rate", "; did you mean '.*success_rate'"),
+    ):
+        path = write_sweep(program="experiments/ppo_vla.py", metric={"name": name, "goal": "maximize"})
+        assert sweep_local.main([path]) == 2
+        assert re.search(f"error: s.yaml: metric: no run of .*ppo_vla.py logs '{name}'{hint}", capsys.readouterr().err)
+    assert not Path("runs").exists()
 
 
 def test_three_failures_in_a_row_end_the_sweep(capsys):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,19 @@ from research.runs.tracking import Tracker, read_metrics
 from research.runs.video import write_video
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_wandb_account")]
+
+# ---- names
+
+
+def test_the_table_has_every_name_that_is_logged():
+    """Names as they stand in the code of training; W&B's own films and tables among them."""
+    files = [*(ROOT / "research" / "training").glob("*.py"), ROOT / "experiments" / "training_run.py"]
+    found = {
+        name for file in files for name in re.findall(r'"((?:train|rollout|eval|time)/[a-z_]+)"', file.read_text())
+    }
+    assert len(found) > 25 and found <= set(tracking.metric_names(here=False))
+    assert {"eval/video", "best/return"} <= set(tracking.metric_names(here=False)) - set(tracking.metric_names())
+
 
 # ---- tracker
 

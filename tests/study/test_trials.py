@@ -91,8 +91,22 @@ def test_a_random_sweep_draws_within_its_ranges_and_passes_fixed_values_on():
 def test_a_folder_belongs_to_one_sweep_but_a_grid_may_grow():
     SweepTrials(load_sweep(write_sweep()), Path("runs/s"))
     assert len(take_all(SweepTrials(load_sweep(write_sweep(rates=(0.5, 1.0, 2.0))), Path("runs/s")))) == 6
-    with pytest.raises(UserError, match="runs/s has trials of another sweep"):
+    with pytest.raises(UserError, match="runs/s has trials of another sweep, of another method and parameters; give s"):
         SweepTrials(load_sweep(write_sweep(method="random", run_cap=2)), Path("runs/s"))
+
+
+def test_a_metric_is_part_of_a_sweep_that_decides_by_it():
+    def trials(metric: str, goal: str, **more) -> SweepTrials:
+        return SweepTrials(load_sweep(write_sweep(metric={"name": metric, "goal": goal}, **more)), Path("runs") / "s")
+
+    trials("eval/return", "minimize")
+    trials("eval/success_rate", "maximize")
+    stopping = {"early_terminate": {"type": "hyperband", "min_iter": 2}}
+    with pytest.raises(UserError, match="has trials of another sweep, of another metric and goal"):
+        trials("eval/success_rate", "maximize", **stopping)
+    trials("eval/return", "minimize", **stopping)
+    with pytest.raises(UserError, match="has trials of another sweep, of another metric; give"):
+        trials("eval/success_rate", "minimize", **stopping)
 
 
 def test_a_folder_that_cannot_be_made_is_named():
