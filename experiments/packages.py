@@ -2,12 +2,14 @@
 
 A folder of the same name further ahead on the path (the working directory under `python -m`, PYTHONPATH) would be taken
 instead, and what a script then says is of no use to anyone. Nor is what TorchRL says where MuJoCo, which it imports,
-does not know the MUJOCO_GL that is set. And a script whose packages are in an extra of the project says which one.
+does not know the MUJOCO_GL that is set. A script whose packages are in an extra of the project says which one, and one
+whose reader has left, as `| head` does, goes on without.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 from pathlib import Path
@@ -55,6 +57,35 @@ def check_extras(script: str) -> None:
         sys.exit(2)
 
 
+class Outlet(io.FileIO):
+    """Writes to a file descriptor; once nobody reads it any more, to nowhere."""
+
+    def write(self, data: bytes) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # for processes that are started from here on, too
+            os.close(nowhere)
+            return len(data)
+
+
+def outlive_the_reader() -> None:
+    """Let a script do its work to the end where the reader of what it prints has left: that is written to files."""
+    out = sys.stdout
+    main = getattr(sys.modules["__main__"], "__file__", None) or ""
+    if out is None or out is not sys.__stdout__ or Path(main).resolve().parent != Path(__file__).resolve().parent:
+        return
+    out.flush()
+    raw = Outlet(out.fileno(), "w", closefd=False)
+    unbuffered = isinstance(out.buffer, io.RawIOBase)  # python -u
+    sys.stdout = io.TextIOWrapper(
+        raw if unbuffered else io.BufferedWriter(raw), out.encoding, out.errors,
+        line_buffering=out.line_buffering, write_through=out.write_through,
+    )  # fmt: skip
+
+
+outlive_the_reader()
 for name in KNOWN_BY:
     if others := others_called(name):
         print(f"{others[0]} has the name of this project's {name}/ and is hidden by it; rename it to use it")
