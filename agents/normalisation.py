@@ -10,7 +10,7 @@ Statistics come as files: OpenVLA's `dataset_statistics.json`, of each data set 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,16 +160,20 @@ def read_statistics(path: str | Path, quantity: str = "action", dataset: str | N
     """
     path = _file(Path(path))
     found = _of_policy(path) if path.suffix == ".safetensors" else _of_json(path)
-    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()) or not found:
+    found = {name: one for name, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
+    if not found:
         raise UserError(f"{path}: expected an object of statistics, by data set or by quantity")
-    if all(isinstance(value, dict) for one in found.values() for value in _statistics_of(one)):
+    if not isinstance(dataset, str | None):
+        raise UserError(f"dataset: expected the name of a data set in {path}, got {dataset!r}")
+    if not any(map(_is_statistics, found.values())):
         found = _of_dataset(path, found, dataset)
     elif dataset is not None:
         raise UserError(f"{path}: has the statistics of one data set without a name; leave out {dataset!r}")
+    found = {name: one for name, one in found.items() if isinstance(one, dict)}  # and no counts or texts
     if quantity not in found and OTHER_NAMES.get(quantity) in found:
         quantity = OTHER_NAMES[quantity]
     if quantity not in found:
-        hint = did_you_mean(quantity, found) or f"; there are {', '.join(found)}"
+        hint = did_you_mean(quantity, found) or f"; there are {', '.join(found) or 'none'}"
         raise UserError(f"{path}: no statistics of {quantity!r}{hint}")
     return found[quantity]
 
@@ -195,9 +199,10 @@ def _of_policy(path: Path) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _statistics_of(one: Mapping[str, Any]) -> Sequence[Any]:
-    """The values of a data set's entry that are no counts (OpenVLA's `num_transitions`, `num_trajectories`)."""
-    return [value for value in one.values() if not isinstance(value, int | float)]
+def _is_statistics(one: Mapping[str, Any]) -> bool:
+    """Whether an entry is of a quantity, and not of a data set: some of the fields that are read are lists."""
+    known = {name for pair in FIELDS.values() for name in pair}
+    return any(name in known and not isinstance(value, dict) for name, value in one.items())
 
 
 def _of_dataset(path: Path, found: Mapping[str, Any], dataset: str | None) -> Mapping[str, Any]:

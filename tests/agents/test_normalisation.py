@@ -108,6 +108,12 @@ def test_a_policy_of_lerobot_has_statistics_beside_its_weights(tmp_path):
         ([1], {}, "expected an object of statistics"),
         ({}, {}, "expected an object of statistics"),
         ({"action": 3}, {}, "expected an object of statistics"),
+        ({"norm_stats": [1]}, {}, "expected an object of statistics"),
+        ({"fractal": {"action": 5}}, {}, "no statistics of 'action'; there are none"),
+        ({"fractal": {"action": 5, "proprio": STATISTICS}}, {}, "no statistics of 'action'; there are proprio"),
+        ({"action": {}}, {}, "no statistics of 'action'; there are none"),
+        (OPENVLA, {"dataset": ["fractal"]}, r"dataset: expected the name of a data set in .*, got \['fractal'\]"),
+        (OPENVLA, {"dataset": {"fractal": 1}}, "dataset: expected the name of a data set"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_have_it_are_refused(tmp_path, content, asked, message):
@@ -115,6 +121,14 @@ def test_files_that_do_not_have_it_are_refused(tmp_path, content, asked, message
     with pytest.raises(UserError, match=message) as caught:
         read_statistics(path, **asked)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "more", [{"desc": "a text"}, {"num_transitions": [5]}, {"proprio": None}, {"licence": {"name": "MIT"}}]
+)
+def test_what_else_a_file_says_is_not_in_the_way(tmp_path, more):
+    assert read_statistics(written(tmp_path, "a.json", {"fractal": {"action": STATISTICS, **more}})) == STATISTICS
+    assert read_statistics(written(tmp_path, "b.json", {"action": STATISTICS, **more})) == STATISTICS
 
 
 def test_files_that_are_not_there_are_refused(tmp_path):
