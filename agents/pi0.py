@@ -152,9 +152,22 @@ class Patches(nn.Module):
 
     def _patches(self, picture: Tensor) -> Tensor:
         pixels = picture.movedim(-1, 1).float() / 127.5 - 1
-        if pixels.shape[-2:] != (self.size, self.size):
-            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.vision_tower(pixels).last_hidden_state
+        return self.vision_tower(fitted(pixels, self.size)).last_hidden_state
+
+
+def fitted(pixels: Tensor, size: int) -> Tensor:
+    """Pictures `[B, 3, H, W]` of -1 to 1 in a square of `size`, whole, at their own ratio and between black bars.
+
+    As openpi's `resize_with_pad` (src/openpi/shared/image_tools.py), by which pi0 was trained: bilinear, antialiased,
+    in the middle. transformers' PI0ImageProcessor resizes bicubically, and has grey to the right and below.
+    """
+    height, width = pixels.shape[-2:]
+    if (height, width) == (size, size):
+        return pixels
+    inner = [max(1, side * size // max(height, width)) for side in (height, width)]
+    pixels = F.interpolate(pixels, inner, mode="bilinear", antialias=True)
+    (top, bottom), (left, right) = ((free // 2, free - free // 2) for free in (size - inner[0], size - inner[1]))
+    return F.pad(pixels, (left, right, top, bottom), value=-1.0)
 
 
 class Prefix(nn.Module):

@@ -12,7 +12,7 @@ from transformers import PI0ForConditionalGeneration
 from worlds import ROOT
 
 from agents.flow import follow
-from agents.pi0 import LONGEST_PROMPT, START, Pi0VLA
+from agents.pi0 import LONGEST_PROMPT, START, Pi0VLA, fitted
 from agents.pi0_folder import as_hub
 from agents.policy import VLAPolicy
 from agents.prompts import prompt_tokens
@@ -150,3 +150,30 @@ def test_actions_and_states_are_in_the_units_of_the_data(tmp_path):
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (21, 32), (5, 300)])
+def test_a_picture_that_is_no_square_keeps_its_ratio_between_black_bars(height, width):
+    """A white one; its rows and columns, from which on, by hand."""
+    rows, columns = {
+        (48, 64): ((4, 24), (0, 32)), (64, 48): ((0, 32), (4, 24)), (21, 32): ((5, 21), (0, 32)),
+        (5, 300): ((15, 1), (0, 32)),
+    }[height, width]  # fmt: skip
+    expected = torch.full((1, 3, 32, 32), -1.0)
+    expected[:, :, rows[0] : rows[0] + rows[1], columns[0] : columns[0] + columns[1]] = 1.0
+    torch.testing.assert_close(fitted(torch.ones(1, 3, height, width), 32), expected)
+
+
+def test_a_square_in_a_picture_stays_one():
+    """80 of 480 rows and of 640 columns: 4 of 24 and of 32."""
+    picture = torch.full((1, 3, 480, 640), -1.0)
+    picture[..., 200:280, 300:380] = 1.0
+    lit = fitted(picture, 32)[0, 0] > 0
+    assert (lit.any(1).sum(), lit.any(0).sum()) == (4, 4)
+
+
+def test_square_pictures_are_scaled_as_ever():
+    picture = torch.rand(2, 3, 21, 21) * 2 - 1
+    expected = F.interpolate(picture, (32, 32), mode="bilinear", antialias=True)
+    assert torch.equal(fitted(picture, 32), expected)
+    assert all(fitted(torch.zeros(1, 3, side, side), 224).abs().max() == 0 for side in range(1, 600, 7))
