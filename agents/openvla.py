@@ -64,7 +64,7 @@ class OpenVLA(DecidingVLA):
         horizon: H, those that are planned: cloned, and decoded in parallel; None: as many as are executed.
         temperature: what logits are divided by, in drawing and in scoring.
         statistics: file with the statistics of the data, see `agents.normalisation.read_statistics`; None: those of
-            `pretrained`; with fresh weights actions are used as they are.
+            `pretrained`; with fresh weights actions are used as they are (and `export` writes statistics that say so).
         dataset: whose statistics, where the file has several.
         normalisation: "quantiles", as OpenVLA; "min_max" or "mean_std".
         gripper: what the last number means to the environment: "as_is"; or the data have 0 to 1 and the environment -1

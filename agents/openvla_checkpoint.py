@@ -166,6 +166,12 @@ def action_statistics(
     return dataset or _only_name_in(Path(statistics)), found
 
 
+def unchanged(action_dim: int) -> dict[str, list[float]]:
+    """Statistics of actions `[A]` by which they stay as they are, whatever kind of normalisation reads them."""
+    low, middle, high = ([value] * action_dim for value in (-1.0, 0.0, 1.0))
+    return {"q01": low, "q99": high, "min": low, "max": high, "mean": middle, "std": high}
+
+
 def _has_statistics(path: Path) -> bool:
     return path.name == STATISTICS or bool(read_json(path).get("norm_stats"))
 
@@ -192,7 +198,8 @@ def write_checkpoint(
     Args:
         model: whose weights they are.
         folder: made where it is absent.
-        config, statistics, words: of the model.
+        config, words: of the model.
+        statistics: of its actions; None writes those that change nothing, as who reads the folder asks for some.
         source: the folder it came from, of which the small files are copied (the tokenizer's, the public code's).
     Raises:
         UserError: the model has adapters that are not merged, or the folder is not empty.
@@ -205,10 +212,9 @@ def write_checkpoint(
     content = {"model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"], **config.content}
     content |= {"use_fused_vision_backbone": True, "torch_dtype": str(next(iter(weights.values())).dtype)[6:]}
     content["text_config"] = {"model_type": "llama", **content["text_config"]}
-    if statistics is not None:
-        name, action = statistics
-        content["norm_stats"] = {**content.get("norm_stats", {}), name: {"action": action}}
-        write_json({name: {"action": action}}, folder / STATISTICS)
+    name, action = statistics or ("actions", unchanged(model.action_dim))
+    content["norm_stats"] = {**(content.get("norm_stats") or {}), name: {"action": action}}
+    write_json({name: {"action": action}}, folder / STATISTICS)
     write_json(content | (BYTES if words is None else {}), folder / "config.json")
     if words is not None:
         words.save(str(folder / "tokenizer.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tensordict import TensorDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from worlds import ROOT
 
+from agents.loading import load_vla_model
 from agents.openvla import OpenVLA
 from research.errors import UserError
 from research.schema import encode_text
@@ -179,3 +181,28 @@ def test_another_size_of_actions_and_unknown_sizes_are_refused(folder):
         OpenVLA(7, pretrained=str(folder))
     with pytest.raises(UserError, match="config: 'image_size' is not known; did you mean 'image_sizes'"):
         OpenVLA(3, config={"image_size": 32})
+
+
+@pytest.mark.parametrize("kind", ["quantiles", "min_max", "mean_std"])
+@pytest.mark.parametrize("gripper", ["as_is", "one_zero"])
+def test_a_model_without_statistics_acts_the_same_once_it_was_exported(tmp_path, kind, gripper):
+    torch.manual_seed(3)
+    model, options = OpenVLA(3, config=TINY, gripper=gripper).eval(), {"gripper": gripper, "normalisation": kind}
+    model.export(tmp_path / "first")
+    again = OpenVLA(3, pretrained=str(tmp_path / "first"), **options).eval()
+    again.export(tmp_path / "second")
+    seen = look()
+    for other in (again, OpenVLA(3, pretrained=str(tmp_path / "second"), **options).eval()):
+        assert torch.equal(other(seen, deterministic=True), model(seen, deterministic=True))
+
+
+def test_the_clone_that_ships_acts_the_same_once_it_was_exported(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT / "experiments")
+    vla = json.loads(Path("configs/openvla_reach.json").read_text())["policy"]["vla_config"]
+    arguments = {"action_dim": 3, "modalities": ["rgb"], **vla["model_config"]}
+    model = load_vla_model(vla["model_path"], vla["model_class"], arguments).eval()
+    model.export(tmp_path / "clone")
+    read = {name: arguments[name] for name in ("decoding", "prompt_tokens")}
+    again = OpenVLA(3, ["rgb"], pretrained=str(tmp_path / "clone"), **read).eval()
+    seen = TensorDict({"rgb": torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)}, [4])
+    assert torch.equal(again(seen, deterministic=True), model(seen, deterministic=True))
