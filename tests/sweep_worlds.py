@@ -40,6 +40,10 @@ signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 with (folder / "starts.jsonl").open("a") as file:
     threads = os.environ["OMP_NUM_THREADS"]
     file.write(json.dumps({"time": time.time(), "words": words, "threads": threads, "from": done}) + "\\n")
+meet, begun = int(os.environ.get("MEET", 1)), lambda: len(list(folder.parent.glob("*/starts.jsonl")))
+together, latest = -(-begun() // meet) * meet, time.monotonic() + 60  # goes on once that many runs have begun
+while begun() < together and time.monotonic() < latest:
+    time.sleep(0.01)
 if rate == 13:
     sys.exit("loss is nan")
 while done < iterations and not asked:

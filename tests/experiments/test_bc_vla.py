@@ -260,7 +260,9 @@ def test_a_data_set_is_imitated_without_an_environment(tmp_path, monkeypatch):
     assert facts["action_stats"] == "min_max" and facts["action_high"] == [25.0, -3.0] and facts["samples"] == 15
     assert seen[0]["action"].shape == (15, 3, 2) and seen[0]["action"].abs().max() == 1
     assert not any(name.startswith("eval") for name in facts)
-    load(tmp_path, action_dim=2, executed=2, horizon=3)
+    cameras = sorted(key for key in seen[0]["observation"].keys() if key.startswith("rgb"))
+    assert len(cameras) == 2
+    load(tmp_path, action_dim=2, executed=2, horizon=3, modalities=[*cameras, "proprio", "language"])
 
 
 def test_a_data_set_has_to_show_what_the_environment_shows(tmp_path):

@@ -134,7 +134,7 @@ def test_a_trial_is_an_ordinary_run(tmp_path):
 
 
 def test_workers_run_at_once_and_share_the_cores(monkeypatch):
-    monkeypatch.setenv("PACE", "0.3")
+    monkeypatch.setenv("MEET", "2")  # each waits for the other, however long a process takes to start
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     assert sweep_local.main([write_sweep(), "--workers=2"]) == 0
     found = starts()
