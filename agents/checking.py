@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from agents.policy import VLAPolicy
-from agents.stages import run_stage
-from agents.vla import Contract, DecidingVLA, contract_of, for_model
+from agents.vla import Contract, DecidingVLA, contract_of, for_model, run_stages
 from research.errors import UserError, one_line
-from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE
+from research.schema import ACTION, LOG_PROB, VALUE
 
 
 def check_policy(
@@ -118,14 +117,8 @@ def _check_contract(
     else:
         decide, score, state_value = "action_distribution", "action_distribution", "value"
 
-    def staged() -> TensorDictBase:
-        step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
-        for stage in contract.stages():
-            step = run_stage(stage, step)
-        return step
-
     with torch.no_grad():
-        step = _call(f"{name}.stages", staged)
+        step = _call(f"{name}.stages", run_stages, contract, observations)
         step = _call(f"{name}.{decide}", contract.decide, step, False)
         _expect_action(f"{name}.{decide} ({ACTION})", step.get(ACTION, None), (b, *action_shape))
         parts = {"chunk": (), "action": (chunk[0],), "token": (chunk[0] * chunk[1],)}[contract.ratio_level]
@@ -136,7 +129,7 @@ def _check_contract(
             if step.get(key, None) is None:
                 raise UserError(f"{name}.{decide} should write {key!r}, which decision_keys names")
         _expect(f"{name}.{state_value}", _call(f"{name}.{state_value}", contract.state_value, step), (b, 1))
-    seen = _call(f"{name}.stages", staged).update(step.select(*contract.decision_keys))
+    seen = _call(f"{name}.stages", run_stages, contract, observations).update(step.select(*contract.decision_keys))
     scores = _call(f"{name}.{score}", contract.score, seen)
     if not isinstance(scores, tuple) or len(scores) != 3:
         raise UserError(f"{name}.{score} should return (log_prob, entropy, value), got {type(scores).__name__}")

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from agents.vla import Contract, contract_of
-from research.schema import OBSERVATION
+from agents.vla import Contract, contract_of, run_stages
 
 
 @torch.enable_grad()
@@ -27,10 +26,8 @@ def scores(
 
     `calls`, which something else appends to, then holds what it got outside of the decision.
     """
-    step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
     with torch.random.fork_rng():  # a run draws the same numbers, whether or not anyone looks
-        for stage in contract.stages():
-            step = stage(step)
+        step = run_stages(contract, observations)
         before = len(calls or ())
         with torch.no_grad():
             decided = contract.decide(step.copy(), False)

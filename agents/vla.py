@@ -64,6 +64,14 @@ class Contract(Protocol):
     def state_value(self, step: TensorDictBase) -> Tensor: ...
 
 
+def run_stages(contract: Contract, observations: TensorDictBase) -> TensorDictBase:
+    """A step `[B]` with the observations and all that the stages of a contract make of them."""
+    step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
+    for stage in contract.stages():
+        step = run_stage(stage, step)
+    return step
+
+
 class DecidingVLA(nn.Module):
     """A VLA given by its stages and by what it does with their outputs.
 
@@ -123,10 +131,7 @@ class DecidingVLA(nn.Module):
 
     def run_stages(self, observations: TensorDictBase) -> TensorDictBase:
         """A step `[B]` with the observations and all that the stages make of them."""
-        step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
-        for stage in self.stages():
-            step = run_stage(stage, step)
-        return step
+        return run_stages(self, observations)
 
     def forward(self, observations: TensorDictBase, deterministic: bool = False) -> Tensor:
         return self.decide(self.run_stages(observations), deterministic).get(ACTION)

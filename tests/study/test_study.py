@@ -278,7 +278,10 @@ def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_t
     assert text.count("\n| ") == len(chosen) + 1
     costs = [means[scope, rate] - means[scope, 4 * rate] for scope, rate in chosen.items()]
     assert f"costs up to {max(costs):.1f}" in text
-    assert f"a factor of {max(chosen.values()) / min(chosen.values()):g} apart" in text
+    page = (ROOT / "docs" / "what_to_freeze.md").read_text()
+    for told in (text, page):
+        assert f"a factor of {max(chosen.values()) / min(chosen.values()):g} apart" in told
+    assert f"costs a scope up to {max(costs):.1f}" in page
     sweep = load_sweep(ROOT / "sweeps" / "pretrained_scopes.yaml")
     taken = Counter()
     for point in sweep.grid():
