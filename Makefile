@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # next line of the recipe takes what pip's own index has.
 CPU_TORCH = --no-deps --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements.txt)
 
-.PHONY: train train-metaworld test test-fast test-faults test-cluster test-oldest lint pretrain evaluate clean
+.PHONY: train train-metaworld test test-fast numbers test-faults test-cluster test-oldest lint pretrain evaluate clean
 
 train: $(READY)  ## fine-tune the shipped checkpoint with PPO: the main job
 	$(VENV)/bin/python experiments/ppo_vla.py $(ARGS)
@@ -27,6 +27,9 @@ test: $(READY)  ## all tests, in two processes of one thread each
 
 test-fast: $(READY)  ## mathematics, contracts and parsing: no training run, nothing compiled
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+numbers: $(READY)  ## what README, RESULTS and docs/ say, computed again from the committed rows
+	$(VENV)/bin/python -m pytest -m numbers $(ARGS)
 
 test-faults: $(READY)  ## kills, full disks, broken files, many times over: docs/reliability.md
 	$(VENV)/bin/python -m pytest -m "faults or properties" --hypothesis-profile=faults -s $(ARGS)

@@ -11,6 +11,8 @@ from worlds import ROOT
 from research.study.comparison import compare
 from research.study.run_table import read_table
 
+pytestmark = pytest.mark.numbers
+
 RESULTS = ROOT / "experiments" / "results"
 TEXT = " ".join((ROOT / "README.md").read_text().split())
 

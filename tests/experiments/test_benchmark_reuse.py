@@ -48,6 +48,7 @@ def test_flags_of_its_own_are_taken_out():
     assert argv == ["--trainer.seed=1"] and taken(argv, "--repeats", "3") == "3"
 
 
+@pytest.mark.numbers
 def test_the_results_are_those_of_the_committed_row():
     (row,) = rows_of(ROOT / "experiments" / "results" / "throughput" / "reuse.csv")
     results = (ROOT / "experiments" / "RESULTS.md").read_text()

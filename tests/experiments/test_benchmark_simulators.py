@@ -38,6 +38,7 @@ def test_what_cannot_be_is_one_line(capsys):
     assert capsys.readouterr().err.startswith("error: trainer.env: unknown environment 'nowhere'")
 
 
+@pytest.mark.numbers
 def test_the_results_are_the_committed_table():
     with (ROOT / "experiments/results/throughput/simulators.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -111,6 +111,7 @@ SHOWN = {  # committed table -> what RESULTS.md shows of each of its rows
 }  # fmt: skip
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", SHOWN)
 def test_results_say_what_the_committed_tables_say(name):
     text = (ROOT / "experiments" / "RESULTS.md").read_text()
@@ -121,6 +122,7 @@ def test_results_say_what_the_committed_tables_say(name):
             assert line in text, f"{name}: {line}"
 
 
+@pytest.mark.numbers
 def test_the_page_on_scaling_says_what_the_committed_curves_say():
     text = (ROOT / "docs" / "scaling.md").read_text()
     curves = {}
@@ -283,6 +285,7 @@ def test_two_processes_are_predicted_from_one_within_a_fifth():
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.2)
 
 
+@pytest.mark.numbers
 def test_the_page_on_scaling_has_the_models_tables():
     text = (ROOT / "docs" / "scaling.md").read_text()
     assert model.markdown(model.table()) in text and model.markdown(model.shown(model.check())) in text

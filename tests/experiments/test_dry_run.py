@@ -109,6 +109,7 @@ def rows(first_column: str) -> dict[tuple[str, str], list[str]]:
     return {(row[0], row[1]): row for row in cells}
 
 
+@pytest.mark.numbers
 def test_the_table_of_memory_has_the_columns_and_rows_of_its_command():
     table = rows("family")
     assert list(table) == [(family, scope) for family in memory_tables.FULL_SIZE for scope in memory_tables.SCOPES]
@@ -118,6 +119,7 @@ def test_the_table_of_memory_has_the_columns_and_rows_of_its_command():
         assert [cell.strip() for cell in line.strip("|").split("|")] == table["SmallVLA", scope]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("family", [name for name in memory_tables.FULL_SIZE if name != "SmallVLA"])
 def test_the_table_of_memory_has_the_models_of_today(family):
     """What trains, and what weights take, of the real sizes; without running them."""
@@ -142,6 +144,7 @@ def _tabletop_sizes():
     return TabletopEnv(2, "reach", modalities=["rgb", "proprio", "language"]).observation_spec["observation"].zero()
 
 
+@pytest.mark.numbers
 def test_what_is_told_was_measured_to_be_so():
     for row in rows("configuration, freeze").values():
         for ratio in (row[3], row[6]):

@@ -70,6 +70,7 @@ def test_the_clone_is_made_as_its_configuration_says(tmp_path, monkeypatch):
     assert set(facts["demonstrations"]) == set(TASKS) and "eval_sample/success_rate" in facts
 
 
+@pytest.mark.numbers
 def test_the_results_are_the_committed_rows():
     rows = committed_rows(ROOT / "experiments" / "results" / "metaworld" / "runs.csv")
     assert as_markdown(rows) in (ROOT / "experiments" / "RESULTS.md").read_text()

@@ -109,6 +109,7 @@ def test_budgets_are_whole_numbers_of_rollouts_and_minibatches():
         assert task.env_steps % rollout == 0 and rollout % task.settings["batch_size"] == 0
 
 
+@pytest.mark.numbers
 def test_results_say_what_the_committed_rows_say():
     """Line by line of `--show`; and no task of which the interval of the difference says that ours is worse."""
     rows = read_table(ROOT / "experiments" / "results" / "parity" / "runs.csv")

@@ -78,6 +78,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_left_alone(tmp_pat
     assert run_of(tmp_path, "a_ppo") == tmp_path / "a_ppo-2" and run_of(tmp_path, "b_ppo") is None
 
 
+@pytest.mark.numbers
 def test_the_results_are_the_table_of_the_committed_rows(capsys):
     folder = ROOT / "experiments" / "results" / "pretraining"
     assert main(["--show", f"--table={folder / 'runs.csv'}"]) == 0

@@ -20,6 +20,8 @@ from research.study.sweep_file import load_sweep
 from research.study.tables import arm_table, pair_table, split_pair_table, split_table
 from research.training.evaluation import wilson_interval
 
+pytestmark = pytest.mark.numbers
+
 STUDY = ROOT / "experiments" / "results" / "freeze_learning_rate"
 LOOK_BACK = ROOT / "experiments" / "results" / "language_rate"
 CHOOSING = [1, 2]

@@ -12,6 +12,8 @@ from research.study.comparison import compare
 from research.study.run_table import read_table
 from research.study.statistics import holm
 
+pytestmark = pytest.mark.numbers
+
 RESULTS = ROOT / "experiments" / "results"
 PAGE = (ROOT / "docs" / "what_to_freeze.md").read_text()
 
