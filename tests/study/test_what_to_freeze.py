@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pretraining_study
 import pytest
 from worlds import ROOT
 
 from research.study.comparison import compare
 from research.study.run_table import read_table
-from research.study.statistics import holm
+from research.study.statistics import difference_interval, holm
 
 pytestmark = pytest.mark.numbers
 
@@ -125,3 +126,21 @@ def test_the_algorithms_each_at_its_own_rate():
     assert "{} and {} better".format(*map(shown, better)) in lines[0]
     assert ppo.separable_from == ["grpo, grpo", "grpo, rloo"]
     assert all(arm.separable_from == ["ppo"] for arm in others) and all("from PPO alone" in line for line in lines[1:])
+
+
+def test_what_pretraining_is_worth():
+    rows = pretraining_study.read_table(RESULTS / "pretraining" / "runs.csv")
+    for vision, words, verdict in (("trained", "| trained |", "yes"), ("frozen", "| frozen |", "no")):
+        both = [
+            pretraining_study.scores(rows, "clone", f"{start}+{vision}", "mode") for start in ("imagenet", "random")
+        ]
+        worth = difference_interval(*both)
+        assert row(words).endswith(f"| {shown(worth)} better from ImageNet | {verdict} |")
+        assert (worth.low > 0) == (verdict == "yes")
+
+
+def test_what_is_said_beside_what_others_published(study):
+    pairs = {(pair.first, pair.second): pair.difference for pair in study.pairs}
+    lost = pairs["none", "vision"]
+    assert f"same sign, smaller: {-lost.value:.3f} [{-lost.high:.3f}, {-lost.low:.3f}]" in row("VLM4VLA")
+    assert f"is not separable from it ({pairs['none', 'lora'].value:.3f} apart)" in " ".join(PAGE.split())
