@@ -152,18 +152,18 @@ def share_of(config: ExperimentConfig, world: World) -> ExperimentConfig:
     return config
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one."""
+def choose_device(name: str, option: str = "trainer.device") -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. Errors name the option."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"trainer.device is {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
+        raise UserError(f"{option} is {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # what is not here, or "meta", which holds no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         why = describe_error(error)
-        raise UserError(f"trainer.device: {name!r} cannot compute here; use auto, cpu or cuda ({why})") from None
+        raise UserError(f"{option}: {name!r} cannot compute here; use auto, cpu or cuda ({why})") from None
     return device
 
 

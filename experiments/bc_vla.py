@@ -26,8 +26,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,11 @@ from typing import Any
 import answering  # noqa: F401
 
 import torch
+from assembling import choose_device
 from building import constructor_arguments, refuse_otherwise, what_follows, where_it_is, with_files
 from configuration import split_flag
 from dry_run import dry_run_imitation
+from ends import said
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import EnvBase
@@ -50,12 +54,19 @@ from envs import make_env
 from envs.demonstrating import Disturbance
 from envs.vector import VectorEnv
 from research.errors import NonFiniteError, SimulatorFailed, UserError
-from research.imitation.cloning import can_imitate, clone, normalise, planned_steps, with_frozen_features
+from research.imitation.cloning import (
+    can_imitate,
+    check_loss,
+    clone,
+    normalise,
+    planned_steps,
+    with_frozen_features,
+)
 from research.imitation.config import BCConfig
 from research.imitation.demonstrations import check_fits, count_by_task, count_samples, only_successful, samples_of
 from research.imitation.experts import check_states, collect_rollout
-from research.imitation.lerobot import read_dataset
-from research.imitation.pointing import learn_to_point
+from research.imitation.lerobot import read_dataset, scale_actions
+from research.imitation.pointing import check_can_point, learn_to_point
 from research.options import parse_config, to_dict
 from research.progress_bar import ProgressBar
 from research.runs.folder import replace_file, replace_rows, replacing
@@ -77,8 +88,6 @@ def open_env(config: BCConfig, num_envs: int, executed: int = 1, seed: int = 0) 
 
 def collect(env: EnvBase, config: BCConfig, horizon: int) -> tuple[TensorDict, dict[str, Any]]:
     """What the environment's expert does, as samples, and facts about it."""
-    if not getattr(env, "has_expert", False):
-        raise UserError(f"env: {config.env} has no scripted expert to imitate")
     if isinstance(env, VectorEnv):
         return prepare(record_demonstrations(env, config), config, horizon)
     source = open_env(config, config.num_envs, seed=config.seed)
@@ -147,24 +156,44 @@ def stop_when_good_enough(env: EnvBase | None, policy: VLAPolicy, config: BCConf
     if not isinstance(env, VectorEnv):
         env = open_env(config, min(config.watch_episodes, config.num_envs), config.executed)
 
+    measured = True
+
     def stop(step: int, loss: float) -> bool:
-        if step % config.watch_every:
+        nonlocal measured
+        if step % config.watch_every or not measured:
             return False
-        success = evaluate(env, policy.act, watched_states(config)).metrics().get("eval/success_rate", 0.0)
+        metrics = evaluate(env, policy.act, watched_states(config), max_steps=config.max_eval_steps).metrics()
+        if not (measured := "eval/success_rate" in metrics):
+            ProgressBar.write(f"stop_at: {config.env} has no success, which would end imitation; it goes on to its end")
+            return False
+        success = metrics["eval/success_rate"]
         ProgressBar.write(f"step {step}: imitation loss {loss:.4f}, success {success:.2f}")
         return success >= config.stop_at
 
     return stop
 
 
+def check_output(output: Path) -> None:
+    """Refuse, before anything is computed, a file that could not be written, and make its folder."""
+    if output.suffix in (".json", ".jsonl") or output.is_dir() or not output.name:
+        raise UserError(f"output: {output} should be a file of weights, .pt or .safetensors; its facts go beside it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"output: {output} cannot be written: {said(error)}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     argv, dry = split_flag(sys.argv[1:] if argv is None else argv, "--dry_run")
     config = parse_config(BCConfig, argv, __doc__)
+    config = replace(config, device=str(choose_device(config.device, "device")))
     start = time.monotonic()
     keep_freed_memory()
     recorded, facts, env = [], {}, None
     if config.demonstrations:
-        recorded, facts = read_dataset(Path(config.demonstrations), config.lerobot)
+        recorded = read_dataset(Path(config.demonstrations), config.lerobot)
         observations, action_dim = samples_of(recorded[:1], 1, 1, 1.0)[OBSERVATION], recorded[0].actions.shape[1]
     if config.eval_episodes:
         env = open_env(config, min(64, config.num_envs, config.eval_episodes), config.executed)
@@ -172,15 +201,24 @@ def main(argv: list[str] | None = None) -> int:
         if recorded:
             check_fits(observations, action_dim, offered, offered_dim)
         observations, action_dim = offered, offered_dim
+    if not recorded and not getattr(env, "has_expert", False):
+        raise UserError(f"env: {config.env} has no scripted expert to imitate")
+    if recorded:
+        action_map = getattr(env, "action_map", None)
+        recorded, facts = scale_actions(recorded, config.lerobot.action_stats, action_map)
     build = partial(build_model, config, observations, action_dim, getattr(env, "action_choices", None))
     if dry:
         unknown = 0 if isinstance(env, VectorEnv) else config.samples  # before the expert has played nobody knows
         samples, shape = count_samples(recorded) or unknown, action_shape_of(config, action_dim)
         return dry_run_imitation(build, config, config.freeze, samples, observations, shape, config.device)
+    check_output(Path(config.output))
     model = build()
     policy = VLAPolicy(model)
     action_shape = action_shape_of(config, action_dim)
     horizon = planned_steps(model, action_shape)
+    check_loss(policy, observations[:2], (horizon, action_dim), config.loss)
+    if config.pointing_steps:
+        check_can_point(model, open_env(config, 2, seed=config.seed + 1) if env is None else env)
     data, more = prepare(recorded, config, horizon) if recorded else collect(env, config, horizon)
     check_policy(policy, data[OBSERVATION][:2], action_shape)
     if not config.model_path:  # which has statistics
@@ -189,14 +227,19 @@ def main(argv: list[str] | None = None) -> int:
         scenes = open_env(config, config.batch_size, seed=config.seed + 1)
         learn_to_point(model, scenes, config.pointing_steps, config.learning_rate, config.schedule)
     data = with_frozen_features(policy, data)
-    clone(model, policy.rest, data, config, stop_when_good_enough(env, policy, config))
+    interrupted = False
+    try:
+        clone(model, policy.rest, data, config, stop_when_good_enough(env, policy, config))
+    except KeyboardInterrupt:
+        interrupted = True
+        print("stopped: the weights are written as they are, and not evaluated")
     settings = to_dict(config) | {"output": Path(config.output).name}  # not where on this machine
     facts |= {"config": settings, "samples": len(data), **more}
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     write(model, Path(config.output), settings, facts)  # what was learned is there, whatever becomes of its evaluation
     episodes: list[dict[str, Any]] = []
-    for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")) if env is not None else ():
+    for mode, prefix in (("mode", "eval"), ("sample", "eval_sample")) if env is not None and not interrupted else ():
         result = evaluate(env, policy.act, range(config.eval_episodes), max_steps=config.max_eval_steps, mode=mode)
         print(f"{mode}: {result.summary()}")
         facts |= {name.replace("eval", prefix, 1): value for name, value in result.metrics().items()}
@@ -205,18 +248,20 @@ def main(argv: list[str] | None = None) -> int:
     if episodes:
         replace_rows(Path(config.output).with_suffix(".jsonl"), episodes)
     print(f"{time.monotonic() - start:.0f} s; weights in {config.output}")
-    return 0
+    return 130 if interrupted else 0
 
 
 def write(model: nn.Module, output: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
     """The weights, and beside them the facts, to which it adds hashes of what the weights leave out."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output, "wb") as file:
-        if output.suffix == ".safetensors":
-            facts["provided_weights"] = save_trained(model, Path(file.name))
-        else:
-            torch.save({"model_state_dict": model.state_dict(), "config": settings}, file)
-    write_facts(output, facts)
+    try:
+        with replacing(output, "wb") as file:
+            if output.suffix == ".safetensors":
+                facts["provided_weights"] = save_trained(model, Path(file.name))
+            else:
+                torch.save({"model_state_dict": model.state_dict(), "config": settings}, file)
+        write_facts(output, facts)
+    except OSError as error:
+        raise UserError(f"output: {output} cannot be written: {said(error)}") from error
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:
@@ -229,3 +274,6 @@ if __name__ == "__main__":
     except (UserError, NonFiniteError, SimulatorFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("stopped before there was anything to write", file=sys.stderr)
+        sys.exit(130)

@@ -48,6 +48,12 @@ class ActionMap:
         action = self._mapped(action, self.low, self.high, self.scale, self.offset).astype(self.dtype)
         return action.reshape((*action.shape[:-1], *self.shape))[()]  # one of no dimension is a number
 
+    def inverse(self, taken: np.ndarray) -> np.ndarray:
+        """The numbers float32 `[..., A]` that become these actions `[..., A]` of the environment, were none clipped."""
+        if taken.shape[-1] != self.size:
+            raise ValueError(f"an action has {self.size} numbers, got {taken.shape[-1]}")
+        return ((taken - self.offset) / self.scale).astype(np.float32)
+
     def as_tensor(self, action: Tensor, device: torch.device) -> Tensor:
         """A batch of actions float32 `[N, A]` as an environment takes it that keeps its tensors on this device."""
         numbers = (torch.as_tensor(n, device=device) for n in (self.low, self.high, self.scale, self.offset))

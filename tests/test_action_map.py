@@ -43,6 +43,17 @@ def test_bounds_are_at_minus_one_and_one_and_beyond_them_actions_are_clipped():
     np.testing.assert_array_equal(ActionMap.clipping(2)(np.array([-3.0, 0.5])), [-1.0, 0.5])
 
 
+def test_the_inverse_gives_what_a_policy_would_have_written():
+    for name, space in SPACES.items():
+        actions = read_actions(space, name)
+        written = actions.sample(np.random.default_rng(0), (20,))
+        taken = actions(written).reshape(20, actions.size)
+        np.testing.assert_allclose(actions.inverse(taken), written, atol=1e-5)
+        assert actions.inverse(taken).dtype == np.float32
+    with pytest.raises(ValueError, match="an action has 2 numbers, got 3"):
+        ActionMap.clipping(2).inverse(np.zeros((4, 3)))
+
+
 def test_an_action_of_another_length_is_not_spread_over_all_components():
     with pytest.raises(ValueError, match="an action has 2 numbers, got 1"):
         read_actions(SPACES["half"], "half")(np.zeros((3, 1)))

@@ -37,9 +37,13 @@ def clone(
         config: see `research.imitation.config.CloningConfig`.
         stop: asked after each step, with its number from 1 on and its imitation loss, whether it was the last.
     Raises:
-        UserError: the loss has no gradient.
+        UserError: the loss has no gradient, or noise is asked for on a proprioception that nothing trained reads.
         NonFiniteError: the loss is no finite number.
     """
+    if config.proprio_noise and data.get((OBSERVATION, PROPRIO), None) is None:
+        raise UserError(
+            f"proprio_noise: is {config.proprio_noise:g}, but no part that trains reads the proprioception; set it to 0"
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.steps or config.epochs * max(1, len(data) // config.batch_size)
@@ -51,7 +55,8 @@ def clone(
             rows = iter(torch.randperm(len(data)).split(config.batch_size))
             chosen = next(rows)
         batch = data[chosen]
-        if config.proprio_noise and (proprio := batch.get((OBSERVATION, PROPRIO), None)) is not None:
+        if config.proprio_noise:
+            proprio = batch[OBSERVATION, PROPRIO]
             batch.set((OBSERVATION, PROPRIO), proprio + config.proprio_noise * torch.randn_like(proprio))
         actions, returns = batch[ACTION], batch[RETURN]
         seen = rest(batch)
@@ -74,7 +79,8 @@ def scheduled(optimizer: torch.optim.Optimizer, schedule: str, steps: int) -> LR
     """What sets the learning rates of so many gradient steps, see `CloningConfig.schedule`."""
     if schedule == "one_cycle":
         highest = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, highest, steps, pct_start=RISING)
+        rising = RISING if steps * RISING != 1 else 2 * RISING  # one step up would divide by 0
+        return OneCycleLR(optimizer, highest, steps, pct_start=rising)
     return ConstantLR(optimizer, factor=1.0)
 
 
@@ -107,6 +113,23 @@ def imitation_loss(model: nn.Module, seen: TensorDictBase, actions: Tensor, kind
     if not plan.requires_grad:
         raise UserError(f"loss: smooth_l1 has no gradient through a {type(head).__name__}; set it to head")
     return F.smooth_l1_loss(plan, actions, beta=SMOOTH_L1_BETA)
+
+
+def check_loss(policy: Any, observations: TensorDictBase, plan: Sequence[int], kind: str) -> None:
+    """Refuse, before demonstrations are played, a loss that the model does not have.
+
+    Args:
+        policy: of the model, a `VLAPolicy`; no generator is moved.
+        observations: a few, `[B]`.
+        plan: H and A.
+        kind: of `CloningConfig.loss`.
+    Raises:
+        UserError: as `imitation_loss`.
+    """
+    with torch.random.fork_rng():
+        seen = policy.rest(policy.frozen(TensorDict({OBSERVATION: observations}, observations.batch_size)))
+        nothing = torch.zeros(*observations.batch_size, *plan, device=observations.device)
+        imitation_loss(policy.model, seen, nothing, kind)
 
 
 def _mean_actions(model: nn.Module, hidden: Tensor) -> Tensor:

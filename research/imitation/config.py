@@ -9,7 +9,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from research.errors import UserError
 
-ActionStats = Literal["none", "min_max", "quantiles"]
+ActionStats = Literal["environment", "none", "min_max", "quantiles"]
 
 
 @dataclass
@@ -54,8 +54,9 @@ class LeRobotConfig:
     """Control steps from one sample to the next."""
     instruction_length: PositiveInt = 64
     """Bytes reserved for the instruction."""
-    action_stats: ActionStats = "none"
-    """What brings actions to [-1, 1]: none; min_max; or quantiles (1st and 99th). The output's JSON has them."""
+    action_stats: ActionStats = "environment"
+    """What brings actions to [-1, 1]: the environment's own bounds, which they were recorded in (without one: none);
+    none, as they are there already; min_max or quantiles (1st and 99th) of the data, which the output's JSON has."""
 
 
 @dataclass
@@ -92,7 +93,7 @@ class BCConfig(CloningConfig):
     first_state: NonNegativeInt = 6000
     """Id of the first of their initial states."""
     only_successful: bool = True
-    """Imitate no episode that failed."""
+    """In episodes, and of a data set that says so: imitate none that failed."""
     samples: PositiveInt = 24000
     """Transitions to imitate, where the environment steps its rows together (tabletop)."""
     noise: NonNegativeFloat = 0.3
@@ -117,9 +118,9 @@ class BCConfig(CloningConfig):
     """Held-out initial states for the final evaluation, 0 to this; 0 = no environment is made, which needs
     demonstrations of a data set."""
     max_eval_steps: PositiveInt = 1000
-    """Control steps after which an episode of it is cut off, and has failed."""
+    """Control steps after which an episode is cut off, and has failed: of the final evaluation, and of what stops."""
     device: str = "cpu"
-    """Where to train."""
+    """Where to train: cpu, cuda, cuda:1; auto is the GPU if there is one."""
     output: str = "runs/imitation/tabletop_pick_place.pt"
     """Checkpoint to write; a .json of the same name goes beside it. The shipped one is in experiments/checkpoints/."""
 

@@ -156,13 +156,14 @@ def only_successful(demonstrations: Sequence[Demonstration]) -> list[Demonstrati
     return kept
 
 
-def count_by_task(demonstrations: Sequence[Demonstration]) -> dict[str, dict[str, int]]:
-    """Of each task, how many demonstrations there are and how many succeeded."""
-    counts: dict[str, dict[str, int]] = {}
+def count_by_task(demonstrations: Sequence[Demonstration]) -> dict[str, dict[str, int | None]]:
+    """Of each task, how many demonstrations there are and how many succeeded; None: nobody says of any."""
+    counts: dict[str, dict[str, int | None]] = {}
     for one in demonstrations:
-        count = counts.setdefault(one.task, {"episodes": 0, "successful": 0})
+        count = counts.setdefault(one.task, {"episodes": 0, "successful": None})
         count["episodes"] += 1
-        count["successful"] += bool(one.success)
+        if one.success is not None:
+            count["successful"] = (count["successful"] or 0) + one.success
     return counts
 
 

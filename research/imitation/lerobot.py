@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.imitation.config import ActionStats, LeRobotConfig
 from research.imitation.lerobot_index import (
@@ -33,16 +34,12 @@ from research.imitation.lerobot_videos import Film, decode_picture
 from research.schema import LANGUAGE, PROPRIO, Demonstration, encode_text
 
 REWARD, SUCCEEDED, TIME = "next.reward", "next.success", "timestamp"
+BEYOND = 1e-3  # of the way from the middle to a bound: that much is rounding
 
 
-def read_dataset(folder: Path, config: LeRobotConfig) -> tuple[list[Demonstration], dict[str, Any]]:
-    """The episodes of a data set, and what has to be known of how their actions were scaled.
-
-    Raises:
-        UserError: as `read_lerobot`.
-    """
-    episodes = read_lerobot(folder, config.keys, config.image_size, config.every, config.instruction_length)
-    return scale_actions(episodes, config.action_stats)
+def read_dataset(folder: Path, config: LeRobotConfig) -> list[Demonstration]:
+    """The episodes of a data set, as `read_lerobot`; their actions are as they were recorded."""
+    return read_lerobot(folder, config.keys, config.image_size, config.every, config.instruction_length)
 
 
 def read_lerobot(
@@ -60,7 +57,7 @@ def read_lerobot(
             `rgb` and further ones `rgb_<camera>`.
         image_size: pictures are scaled to this many pixels a side, whatever their proportions; None: they are not.
         every: control steps between two observations that are kept.
-        instruction_length: bytes reserved for the instruction, the episode's task in words.
+        instruction_length: bytes reserved for the instruction, the task of a control step in words.
     Returns:
         the episodes. Where the data set has no rewards, an episode earns 1 at its end.
     Raises:
@@ -78,7 +75,7 @@ def read_lerobot(
     try:
         for place in places:
             rows = _episode_rows(place, features, keys)
-            task = _task_of(place, rows, tasks)
+            texts = _texts_of(place, rows, tasks)
             observations: dict[str, np.ndarray] = {}
             for feature, key in keys.items():
                 if key == PROPRIO:
@@ -86,10 +83,9 @@ def read_lerobot(
                     continue
                 pictures = _pictures(place, feature, features, rows, films, info["fps"], every)
                 observations[key] = np.stack([_scaled(picture, image_size) for picture in pictures])
-            text = encode_text(task, instruction_length).numpy()
-            looks = -(-len(rows) // every)
-            observations[LANGUAGE] = np.broadcast_to(text, (looks, len(text)))
-            demonstrations.append(_demonstration(place, task, observations, rows, features, every))
+            written = {text: encode_text(text, instruction_length).numpy() for text in dict.fromkeys(texts)}
+            observations[LANGUAGE] = np.stack([written[text] for text in texts[::every]])
+            demonstrations.append(_demonstration(place, texts[0], observations, rows, features, every))
     finally:
         for film in films.values():
             film.close()
@@ -128,11 +124,14 @@ def _episode_rows(place: Place, features: Mapping[str, Mapping], keys: Mapping[s
     return rows
 
 
-def _task_of(place: Place, rows: Table, tasks: Mapping[int, str]) -> str:
-    number = rows.values(TASK_NUMBER)[0]
-    if number not in tasks:
-        raise UserError(f"demonstrations: {place.table}: episode {place.number} is of task {number}, which has no name")
-    return tasks[number]
+def _texts_of(place: Place, rows: Table, tasks: Mapping[int, str]) -> list[str]:
+    """What is to be done at each control step, which may change within the episode."""
+    numbers = rows.values(TASK_NUMBER)
+    if unknown := [number for number in numbers if number not in tasks]:
+        raise UserError(
+            f"demonstrations: {place.table}: episode {place.number} is of task {unknown[0]}, which has no name"
+        )
+    return [tasks[number] for number in numbers]
 
 
 def _pictures(
@@ -172,19 +171,25 @@ def _scaled(picture: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def scale_actions(
-    demonstrations: Sequence[Demonstration], stats: ActionStats
+    demonstrations: Sequence[Demonstration], stats: ActionStats, action_map: ActionMap | None = None
 ) -> tuple[list[Demonstration], dict[str, Any]]:
-    """Bring actions to [-1, 1], component by component; one that never varies becomes 0.
+    """Bring actions to [-1, 1], component by component.
 
     Args:
         demonstrations: at least one.
-        stats: "none" leaves them as they are; "min_max" maps the least and the largest to -1 and 1; "quantiles" the 1st
-            and 99th percentile, and clips what lies beyond.
+        stats: "environment" undoes `action_map`, and clips what lies beyond its bounds; "none" leaves them as they are;
+            "min_max" maps the least and the largest to -1 and 1, and a component that never varies to 0; "quantiles"
+            the 1st and 99th percentile, and clips what lies beyond.
+        action_map: what the environment makes of a policy's action. None: "environment" leaves them as they are.
     Returns:
         the demonstrations; and what has to be known to undo it, plain values.
+    Raises:
+        UserError: most actions lie beyond what the environment takes, or are none of its choices.
     """
-    if stats == "none":
-        return list(demonstrations), {"action_stats": stats}
+    if stats == "environment" and action_map is not None:
+        return _undone(demonstrations, action_map), {"action_stats": stats}
+    if stats in ("environment", "none"):
+        return list(demonstrations), {"action_stats": "none"}
     actions = np.concatenate([one.actions for one in demonstrations])
     low, high = np.quantile(actions, (0.0, 1.0) if stats == "min_max" else (0.01, 0.99), axis=0).astype(np.float32)
     span = np.where(high > low, high - low, np.inf)
@@ -193,3 +198,29 @@ def scale_actions(
         between = np.where(high > low, (one.actions - low) / span * 2 - 1, 0)
         scaled.append(one._replace(actions=np.clip(between, -1, 1).astype(np.float32)))
     return scaled, {"action_stats": stats, "action_low": low.tolist(), "action_high": high.tolist()}
+
+
+def _undone(demonstrations: Sequence[Demonstration], action_map: ActionMap) -> list[Demonstration]:
+    """Demonstrations with what a policy would have written to have the environment take their actions."""
+    plans = [action_map.inverse(one.actions) for one in demonstrations]
+    whole = np.concatenate(plans)
+    if action_map.choices and ((whole < -0.5) | (whole > np.array(action_map.choices) - 0.5)).any():
+        raise UserError(
+            f"demonstrations: actions are {whole.min():g} to {whole.max():g}, counted from the environment's first "
+            f"choice, and it has {' and '.join(map(str, action_map.choices))} choices"
+        )
+    if not action_map.bounded:
+        return [one._replace(actions=plan) for one, plan in zip(demonstrations, plans, strict=True)]
+    beyond, furthest = (np.abs(whole) > 1 + BEYOND).any(axis=1).mean(), np.abs(whole).max()
+    found = (
+        f"demonstrations: {beyond:.1%} of the actions lie beyond the bounds of the environment, up to {furthest:.3g} "
+        "times as far as they reach"
+    )
+    if beyond > 0.5:
+        raise UserError(
+            f"{found}, so that the data set has other units; where its actions are in [-1, 1] already, set "
+            "lerobot.action_stats to none, else to min_max or quantiles"
+        )
+    if beyond:
+        print(f"{found}, and are clipped, as there")
+    return [one._replace(actions=np.clip(plan, -1, 1)) for one, plan in zip(demonstrations, plans, strict=True)]

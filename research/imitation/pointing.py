@@ -45,10 +45,9 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float,
         steps: gradient steps.
         learning_rate, schedule: of Adam, as of `research.imitation.config.CloningConfig`.
     Raises:
-        UserError: the model cannot point, or the environment names nothing.
+        UserError: as `check_can_point`.
     """
-    if not hasattr(model, "stages") or not hasattr(env, "named_places"):
-        raise UserError("pointing_steps: the model has no stages(), or the environment no named_places(); set it to 0")
+    _check_named(model, env)
     point, parameters = getattr(model, "point", None), list(model.parameters())
     if point is None:
         point = _make_reader(_seen(model, env.reset()), env.named_places().shape[1])
@@ -57,14 +56,39 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float,
     rates = scheduled(optimizer, schedule, steps)
     bar = ProgressBar(range(steps), desc="pointing")
     for step in bar:
-        features, places = _seen(model, env.reset()), env.named_places()
-        loss = (point(features, places.shape[1]) - places).square().mean()
+        loss = _pointing_loss(model, point, env)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rates.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def check_can_point(model: nn.Module, env: Any) -> None:
+    """Refuse, before demonstrations are played, what `learn_to_point` cannot do; no generator of torch is moved.
+
+    Raises:
+        UserError: the model cannot point, nothing of it that points trains, or the environment names nothing.
+    """
+    _check_named(model, env)
+    with torch.random.fork_rng():
+        point = getattr(model, "point", None)
+        if point is None:
+            point = _make_reader(_seen(model, env.reset()), env.named_places().shape[1])
+        if not _pointing_loss(model, point, env).requires_grad:
+            raise UserError("pointing_steps: all that points is frozen, so that nothing would learn it; set it to 0")
+
+
+def _check_named(model: nn.Module, env: Any) -> None:
+    if not hasattr(model, "stages") or not hasattr(env, "named_places"):
+        raise UserError("pointing_steps: the model has no stages(), or the environment no named_places(); set it to 0")
+
+
+def _pointing_loss(model: nn.Module, point: Any, env: Any) -> Tensor:
+    """Squared error of the places of fresh scenes, in the mean."""
+    features, places = _seen(model, env.reset()), env.named_places()
+    return (point(features, places.shape[1]) - places).square().mean()
 
 
 def _seen(model: nn.Module, features: TensorDictBase) -> TensorDictBase:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import bc_vla
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -85,6 +86,78 @@ def test_imitation_stops_at_the_success_asked_for(tmp_path, monkeypatch):
     watched.clear()
     imitate(tmp_path, "--epochs=1", "--stop_at=0.99", *watch)
     assert watched.count(range(5000, 5004)) == 4  # in 9 steps
+
+
+def test_what_stops_it_is_measured_as_what_is_reported(tmp_path, monkeypatch):
+    limits = []
+    evaluate = bc_vla.evaluate
+    monkeypatch.setattr(bc_vla, "evaluate", lambda *a, **k: limits.append(k["max_steps"]) or evaluate(*a, **k))
+    imitate(tmp_path, "--steps=2", "--stop_at=0.99", "--watch_every=2", "--watch_episodes=4", "--max_eval_steps=5")
+    assert limits == [5, 5, 5]
+
+
+def never(*arguments, **options):
+    raise AssertionError("demonstrations were played")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output={}/there"], "output: .*there should be a file of weights"),
+        (["--output={}/a.json"], "output: .*a.json should be a file of weights"),
+        (["--output={}/file/a.pt"], r"output: .*a.pt cannot be written: (File exists|Not a directory)"),
+        (["--env=gym:Pendulum-v1", "--env_config={{}}", "--pointing_steps=5"], "has no scripted expert"),
+        (["--freeze=backbone"], "pointing_steps: all that points is frozen"),
+        (["--model_config.action_head=tokens", "--loss=smooth_l1"], "loss: smooth_l1 has no gradient"),
+        (["--device=nowhere"], "device: 'nowhere' cannot compute here"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_played(tmp_path, monkeypatch, flags, message):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bc_vla, "collect_rollout", never)
+    with pytest.raises(UserError, match=message):
+        bc_vla.main([*TINY, f"--output={tmp_path / 'bc.pt'}", *(flag.format(tmp_path) for flag in flags)])
+
+
+def test_a_stop_keeps_what_was_learned(tmp_path, monkeypatch, capsys):
+    clone = bc_vla.clone
+
+    def interrupted(*arguments):
+        clone(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bc_vla, "clone", interrupted)
+    assert bc_vla.main([*TINY, f"--output={tmp_path / 'bc.pt'}", "--steps=2"]) == 130
+    assert "the weights are written as they are" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "bc.json").read_text())
+    assert load(tmp_path) and facts["samples"] == 300 and "eval/success_rate" not in facts
+
+
+def test_an_environment_without_success_does_not_stop_it_and_says_so_once(tmp_path, capsys):
+    data = write_v21(tmp_path / "data")
+    flags = ["--env=gym:" + __name__ + ":Silent", "--env_config={}", f"--demonstrations={data}", "--steps=6"]
+    flags += ["--model_class=agents.state_mlp.StateMLP", "--model_config={}", "--pointing_steps=0", "--watch_every=2"]
+    assert bc_vla.main([*TINY[1:4], *flags, "--eval_episodes=2", f"--output={tmp_path / 'bc.pt'}"]) == 0
+    printed = capsys.readouterr().err
+    assert printed.count(f"stop_at: gym:{__name__}:Silent has no success") == 1 and "success 0.00" not in printed
+    assert json.loads((tmp_path / "bc.json").read_text())["action_stats"] == "environment"
+
+
+class Silent(gymnasium.Env):
+    """Shows and takes what the data set has, and says nothing of success."""
+
+    observation_space = gymnasium.spaces.Box(-1e3, 1e3, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-50, 50, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(3, np.float32), 0.0, False, self.steps == 5, {}
 
 
 def test_plans_of_several_steps_are_imitated_and_executed_in_part(tmp_path, monkeypatch):

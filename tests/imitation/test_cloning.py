@@ -10,7 +10,7 @@ from worlds import count_calls, small_model
 
 from agents.policy import VLAPolicy
 from research.errors import NonFiniteError, UserError
-from research.imitation.cloning import clone, imitation_loss, planned_steps, with_frozen_features
+from research.imitation.cloning import check_loss, clone, imitation_loss, planned_steps, with_frozen_features
 from research.imitation.config import CloningConfig
 from research.training.freezing import freeze
 
@@ -116,6 +116,30 @@ def test_proprioception_is_disturbed_anew_and_the_data_is_not():
     order = [(one[:, None] - data["observation", "proprio"]).norm(dim=-1).argmin(1) for one in seen]
     apart = torch.stack([one - data["observation", "proprio"][at] for one, at in zip(seen, order, strict=True)])
     assert 0.07 < apart.std() < 0.12 and (data == kept).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
+def test_one_cycle_has_any_number_of_steps(steps):
+    model = small_model()
+    config = CloningConfig(steps=steps, batch_size=8, learning_rate=0.02, schedule="one_cycle")
+    clone(model, VLAPolicy(model).rest, samples(), config)
+
+
+def test_noise_on_what_nothing_that_trains_reads_is_refused():
+    model, data = small_model(), samples()
+    freeze(model, "backbone")
+    policy = VLAPolicy(model)
+    with pytest.raises(UserError, match=r"proprio_noise: is 0.1, but no part that trains reads the proprioception"):
+        clone(model, policy.rest, with_frozen_features(policy, data), CloningConfig(batch_size=8, proprio_noise=0.1))
+
+
+def test_a_loss_that_the_model_lacks_is_refused_before_there_are_demonstrations():
+    policy, observations = VLAPolicy(small_model("tokens")), samples(2)["observation"]
+    state = torch.get_rng_state()
+    check_loss(policy, observations, (1, 3), "head")
+    with pytest.raises(UserError, match="loss: smooth_l1 has no gradient through"):
+        check_loss(policy, observations, (1, 3), "smooth_l1")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_frozen_stages_run_once_and_change_nothing():

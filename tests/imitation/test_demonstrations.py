@@ -82,7 +82,7 @@ def test_what_failed_is_left_out_and_what_nobody_judged_is_not():
     assert only_successful(mixed) == mixed[1:]
     assert count_by_task(mixed) == {
         "reach": {"episodes": 2, "successful": 1},
-        "push": {"episodes": 1, "successful": 0},
+        "push": {"episodes": 1, "successful": None},
     }
     with pytest.raises(UserError, match="only_successful: all 1 demonstrations failed"):
         only_successful(mixed[:1])

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 
+from envs.gym_spaces import read_actions
 from research.errors import UserError
 from research.imitation import lerobot_tables
 from research.imitation.lerobot import read_lerobot, scale_actions
@@ -102,6 +104,45 @@ def test_actions_are_brought_to_the_unit_interval():
     assert scaled[50] == pytest.approx(0, abs=1e-6) and facts["action_low"][0] == pytest.approx(-1.92)
     same, facts = scale_actions(parts, "none")
     assert (same[1].actions == parts[1].actions).all() and facts == {"action_stats": "none"}
+
+
+def demonstration(actions) -> Demonstration:
+    return Demonstration(0, "", {}, np.array(actions, np.float32), np.zeros(len(actions), np.float32), None, 1)
+
+
+def test_actions_of_an_environments_units_are_what_a_policy_would_write(capsys):
+    arm = read_actions(Box(np.array([-0.05, 0.0], np.float32), np.array([0.05, 10.0], np.float32)), "arm")
+    ((one,), facts) = scale_actions([demonstration([[0.05, 5.0], [-0.025, 10.0]])], "environment", arm)
+    np.testing.assert_allclose(one.actions, [[1.0, 0.0], [-0.5, 1.0]], atol=1e-6)
+    assert facts == {"action_stats": "environment"} and not capsys.readouterr().out
+    ((one,), _) = scale_actions([demonstration([[0.1, 5.0], [0, 5.0], [0, 0]])], "environment", arm)
+    assert one.actions[0].tolist() == [1.0, 0.0]
+    assert "33.3% of the actions lie beyond the bounds of the environment, up to 2 times" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"66\.7% of the actions .* up to 20 times .* other units; .*action_stats to none"
+    ):
+        scale_actions([demonstration([[1.0, 5.0], [-1.0, 5.0], [0, 5.0]])], "environment", arm)
+
+
+def test_actions_that_choose_are_counted_from_the_first_choice():
+    steer = read_actions(Discrete(5, start=-2), "steer")
+    ((one,), _) = scale_actions([demonstration([[-2], [2]])], "environment", steer)
+    assert one.actions.tolist() == [[0], [4]]
+    with pytest.raises(UserError, match=r"actions are 2 to 5, counted from .* it has 5 choices"):
+        scale_actions([demonstration([[0], [3]])], "environment", steer)
+
+
+def test_without_an_environment_actions_stay_as_they_are():
+    ((one,), facts) = scale_actions([demonstration([[7.0]])], "environment")
+    assert one.actions.tolist() == [[7.0]] and facts == {"action_stats": "none"}
+
+
+def test_an_instruction_that_changes_within_an_episode_is_that_of_each_frame(tmp_path):
+    numbers = [[0, 0, 1, 1, 1], [1] * 4, [0] * 6]
+    found = read_lerobot(worlds.write_v21(tmp_path, task_index=numbers), every=2)
+    texts = [decode_text(torch.from_numpy(one.observations["language"])) for one in found]
+    assert texts[0] == ["open the drawer", "close it", "close it"] and set(texts[1]) == {"close it"}
+    assert [one.task for one in found] == ["open the drawer", "close it", "open the drawer"]
 
 
 def remove(path: str):

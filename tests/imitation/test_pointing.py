@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from research.errors import UserError
-from research.imitation.pointing import PlaceReader, learn_to_point
+from research.imitation.pointing import PlaceReader, check_can_point, learn_to_point
 
 
 class Scenes:
@@ -90,3 +90,14 @@ def test_the_tokens_of_a_model_that_cannot_point_are_read():
 def test_who_cannot_point_or_names_nothing_is_refused(model, scenes, said):
     with pytest.raises(UserError, match=said):
         learn_to_point(model, scenes, 1, 1e-3)
+
+
+def test_a_model_of_which_nothing_points_that_trains_is_refused_before_any_step():
+    model = Pointer()
+    check_can_point(model, Scenes())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match="pointing_steps: all that points is frozen"):
+        check_can_point(model, Scenes())
+    assert torch.equal(torch.get_rng_state(), state)
