@@ -51,15 +51,18 @@ def serve(
         the model reads, a picture uint8 `[H, W, 3]`, a depth float `[H, W]`, `proprio` float `[P]`, or, as `language`,
         a string. What is not deterministic draws from torch's global generator; a flow draws what it denoises in either
         case. It raises a `UserError`, of one line that names the key, where a key is missing or too many, or has
-        another dtype or shape, or numbers that are not finite.
+        another dtype or shape, or numbers that are not finite. What a model reads that has no `observation_keys` is
+        found by leaving out one key of the example after the other; the others may be given.
     """
     policy = VLAPolicy(model.eval(), autocast=autocast)
     device = next(model.parameters()).device
-    keys = getattr(model, "observation_keys", None) or (None if example is None else sorted(example.keys()))
+    keys = known = getattr(model, "observation_keys", None)
+    if keys is None and example is not None:
+        keys, known = _keys_read(policy, example, device), sorted(example.keys())
 
     @torch.no_grad()
     def act(observation: Mapping[str, Any], deterministic: bool = True) -> np.ndarray:
-        _check_keys(observation, keys)
+        _check_keys(observation, keys, known)
         seen = {key: _as_tensor(key, value, example) for key, value in observation.items()}
         step = TensorDict({OBSERVATION: {key: value[None] for key, value in seen.items()}}, [1]).to(device)
         with set_exploration_type(ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM):
@@ -69,12 +72,43 @@ def serve(
     return act
 
 
-def _check_keys(observation: Mapping[str, Any], keys: Iterable[str] | None) -> None:
+@torch.no_grad()
+def _keys_read(policy: VLAPolicy, example: TensorDictBase, device: torch.device) -> list[str]:
+    """Keys of observations like these without which a model fails, or does something else."""
+    with torch.random.fork_rng():
+        seen = {key: _anything_like(value[:1].cpu()) for key, value in sorted(example.items())}
+
+        def act(without: str | None = None) -> Tensor:
+            torch.manual_seed(0)  # a flow draws what it denoises
+            given = {key: value for key, value in seen.items() if key != without}
+            with set_exploration_type(ExplorationType.DETERMINISTIC):
+                return policy.act(TensorDict({OBSERVATION: given}, [1]).to(device)).get(ACTION)
+
+        whole, keys = act(), []
+        for key in seen:
+            try:
+                same = torch.equal(act(without=key), whole)
+            except Exception:  # whatever a model raises that lacks what it reads
+                same = False
+            if not same:
+                keys.append(key)
+    return keys
+
+
+def _anything_like(value: Tensor) -> Tensor:
+    """An observation's entry of that shape and dtype, of numbers that a model tells from none."""
+    if value.dtype.is_floating_point:
+        return torch.rand(value.shape, dtype=value.dtype) + 0.1
+    low, high = (0, 256) if value.dtype == torch.uint8 else (97, 123)  # pixels, or letters of an instruction
+    return torch.randint(low, high, value.shape, dtype=value.dtype)
+
+
+def _check_keys(observation: Mapping[str, Any], keys: Iterable[str] | None, known: Iterable[str] | None) -> None:
     for key in keys or ():
         if key not in observation:
             raise UserError(f"observation: {key!r} is missing; the model reads {', '.join(keys)}")
     for key in observation:
-        if (keys is not None and key not in keys) or base_modality(key) is None:
+        if (known is not None and key not in known) or base_modality(key) is None:
             reads = "" if keys is None else f"; it reads {', '.join(keys)}"
             raise UserError(f"observation: {key!r} is nothing that the model reads{reads}")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,13 +88,15 @@ def rows_of(run: Path, window: int) -> list[dict]:
             now["global_step"],
             {k.removeprefix(f"{SUCCESS}/"): now[k] for k in now if k.startswith(f"{SUCCESS}/")},
         )
-        sampled = [m[SAMPLED] for m in metrics if SAMPLED in m and at - window < m["global_step"] <= at]
+        late = [m for m in metrics if SAMPLED in m and at - window < m["global_step"] <= at]
+        episodes = [m.get("rollout/episodes", 1) for m in late]
+        sampled = sum(m[SAMPLED] * n for m, n in zip(late, episodes, strict=True)) / sum(episodes) if late else None
         rows.append(
             {
                 "seed": seed, "env_steps": at, "minutes": round(now["time/elapsed_s"] / 60, 1), **tasks,
                 "success": round(now[SUCCESS], 3), "low": round(now["eval/success_low"], 3),
                 "high": round(now["eval/success_high"], 3),
-                "sampling": round(statistics.mean(sampled), 3) if sampled else "",
+                "sampling": "" if sampled is None else round(sampled, 3),
             }
         )  # fmt: skip
     return rows

@@ -64,7 +64,7 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
         flatten(config)
         | {"scope": config.policy.scope, "learning_rate": config.algorithm.cfg.learning_rate},  # panels take no dots
         project=trainer.wandb_project_name,
-        group=trainer.wandb_group or f"{trainer.env}-{config.algorithm.name}-{config.policy.scope}",
+        group=trainer.wandb_group or f"{trainer.env}-{config.algorithm.name}-{config.policy.scope}"[:128],
         mode=mode,
         reason=reason,
         tags=[f"freeze:{config.policy.scope}"[:64], *trainer.wandb_tags],

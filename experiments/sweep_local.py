@@ -9,7 +9,7 @@ Every trial is an ordinary run of the sweep's script in its own process, its fol
 Optuna keeps the trials, in sweep.db there; its dashboard shows them (`pip install optuna-dashboard`, then
 `optuna-dashboard sqlite:///<that file>`). Ctrl-C lets the runs write checkpoints and stops; started again, after that
 or after a kill, the sweep goes on where it was, each run from its own checkpoint. The same command in another terminal
-adds workers. Values added to a grid are run at the next start.
+adds workers. After a grid's file was edited, the next start runs the points that have no trial yet.
 
 With --storage on PostgreSQL the same command on other machines adds workers (docs/scaling.md). A run whose machine died
 goes on from its checkpoint on one that sees its folder, and begins anew on one that does not.
@@ -50,6 +50,7 @@ from research.study.sweep_progress import HOST, STARTED_AT, VALUE_OF, SweepProgr
 from research.study.trials import STORAGE_LOST, SweepTrials, first_line
 from research.training.interruption import Interruption
 
+SCRIPTS = ("ppo_vla.py", "grpo_vla.py")
 POLL_S = 0.5
 SHOW_S = 2.0  # between two looks at how far the runs are
 MOST_FAILURES = 3  # in a row: then more than one trial is wrong, and the sweep gives up
@@ -82,8 +83,14 @@ class LocalSweep:
         if not Path(sweep.program).is_file():
             raise UserError(f"{sweep.path}: program: {sweep.program} does not exist (current directory: {Path.cwd()})")
         read = partial(config_of, program=sweep.program)
+        ours = Path(sweep.program).resolve().parent == Path(__file__).resolve().parent
+        if ours and Path(sweep.program).name not in SCRIPTS:
+            raise UserError(
+                f"{sweep.path}: program: {sweep.program} has other options than those of {' and '.join(SCRIPTS)}; they "
+                "are run here, and scripts of yours that take the same; `wandb agent` runs any"
+            )
         check_options(sweep, read)
-        if Path(sweep.program).resolve().parent == Path(__file__).resolve().parent:  # others log what they like
+        if ours:  # others log what they like
             check_metric(sweep, metric_names())
         self.folder = Path(read(sweep.flags(sweep.corners()[0])).trainer.run_dir) / sweep.name
         self.trials = SweepTrials(sweep, self.folder, most, storage, begin)

@@ -157,6 +157,11 @@ class TrainerConfig:
         _refuse_beyond(self, max_env_steps=10**15)
         if self.num_envs % self.num_collectors:
             raise UserError(f"num_collectors: {self.num_collectors} does not divide num_envs = {self.num_envs}")
+        if self.num_collectors > 1 and self.buffer_type == "standard":
+            raise UserError(
+                f"num_collectors: {self.num_collectors} processes collect with buffer_type = vla; with standard the "
+                "main one does, set it to 1"
+            )
         if self.collector is not None and (self.collector == "local") != (self.buffer_type == "standard"):
             fitting = "local" if self.buffer_type == "standard" else "processes or ray"
             raise UserError(
@@ -168,8 +173,9 @@ class TrainerConfig:
 
     @property
     def chunk(self) -> int:
-        """Actions per decision."""
-        return self.env_config.get("chunk", 1)
+        """Actions per decision; 1 where it is nothing that an environment takes, as it will say."""
+        chunk = self.env_config.get("chunk", 1)
+        return chunk if type(chunk) is int and chunk > 0 else 1
 
     @property
     def env_steps_planned(self) -> int:

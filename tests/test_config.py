@@ -253,6 +253,7 @@ BAD_FLAGS = [
     (["--trainer.num_envs=48"], "trainer.buffer_size: 2048 is not a multiple of num_envs = 48", ""),
     (["--algorithm.cfg.batch_size=4096"], "algorithm.cfg.batch_size: 4096", "trainer.buffer_size = 2048"),
     (["--trainer.num_collectors=3"], "trainer.num_collectors", "does not divide num_envs = 64"),
+    (["--trainer.num_collectors=2"], "trainer.num_collectors", "2 processes collect with buffer_type = vla; with"),
     (["--trainer.collector=ray"], "trainer.collector: ray", "buffer_type = standard, which is local"),
     (["--trainer.collector=local", "--trainer.buffer_type=vla"], "trainer.collector: local", "processes or ray"),
     (["--trainer.ray_address=auto"], "trainer.ray_address", "collector = ray"),

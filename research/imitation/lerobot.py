@@ -59,7 +59,7 @@ def read_lerobot(
         every: control steps between two observations that are kept.
         instruction_length: bytes reserved for the instruction, the task of a control step in words.
     Returns:
-        the episodes. Where the data set has no rewards, an episode earns 1 at its end.
+        the episodes. Where the data set has no rewards, an episode earns 1 at its end, unless it says that it failed.
     Raises:
         UserError: what is not there, or not as `meta/info.json` says.
     """
@@ -95,8 +95,9 @@ def read_lerobot(
 def _demonstration(
     place: Place, task: str, observations: dict, rows: Table, features: Mapping, every: int
 ) -> Demonstration:
+    success = bool(rows.numbers(SUCCEEDED, [1]).any()) if SUCCEEDED in features else None
     rewards = np.zeros(len(rows), np.float32)
-    rewards[-1] = 1
+    rewards[-1] = success is not False
     if REWARD in features:
         rewards = rows.numbers(REWARD, [1])[:, 0]
     return Demonstration(
@@ -105,7 +106,7 @@ def _demonstration(
         observations=observations,
         actions=rows.numbers(ACTIONS, features[ACTIONS]["shape"]),
         rewards=rewards,
-        success=bool(rows.numbers(SUCCEEDED, [1]).any()) if SUCCEEDED in features else None,
+        success=success,
         every=every,
     )
 

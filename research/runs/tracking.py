@@ -202,9 +202,14 @@ class Tracker:
     def _note_best(self, row: Mapping[str, Any]) -> dict[str, float]:
         """The best values so far of what a row has of them."""
         for name in BEST:
-            if (value := row.get(name)) is not None and not value <= self._best.get(name, -math.inf):
+            value = row.get(name)
+            if value is not None and not math.isnan(value) and value > self._best.get(name, -math.inf):
                 self._best[name] = value
-        return {f"best/{name.removeprefix('eval/')}": self._best[name] for name in BEST if name in row}
+        return {
+            f"best/{name.removeprefix('eval/')}": self._best[name]
+            for name in BEST
+            if name in row and name in self._best
+        }
 
     def _stop(self) -> None:
         """What W&B calls, in a thread of its own, to stop the run: a Ctrl-C that can be told from the user's."""

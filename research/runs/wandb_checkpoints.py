@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from research.runs.folder import FROZEN, RunFolder
+from research.runs.folder import FROZEN, MANIFEST, RunFolder
 from research.runs.wandb_session import without_advice
 
 if TYPE_CHECKING:
@@ -74,8 +74,12 @@ class CheckpointUploads:
                 waiting, self._waiting = self._waiting, {}
             if not waiting or self._given_up:
                 return
-            # W&B moves `latest` to whatever came last, so the best goes before a newest that is as old or older.
-            for alias, path in sorted(waiting.items(), key=lambda entry: (_step(entry[1]), entry[0])):
+            while waiting:
+                with self._changed:  # one that a newer one has replaced meanwhile may be removed already
+                    waiting = {alias: self._waiting.pop(alias, path) for alias, path in waiting.items()}
+                # W&B moves `latest` to whatever came last, so the best goes before a newest that is as old or older.
+                alias = min(waiting, key=lambda alias: (_step(waiting[alias]), alias))
+                path = waiting.pop(alias)
                 self._trying(f"{path} is not there", lambda alias=alias, path=path: self._send(alias, path))
             due = time.monotonic() + self._every_s
 
@@ -107,6 +111,8 @@ class CheckpointUploads:
         for part in (path, folder.checkpoints / FROZEN):
             if part.is_dir():
                 artifact.add_dir(str(part), f"{folder.checkpoints.name}/{part.name}", skip_cache=True)
+        if not (path / MANIFEST).is_file():
+            raise FileNotFoundError("it was removed before it was sent")
         if self._given_up:
             return
         self.run.log_artifact(artifact, aliases=[alias]).wait()

@@ -40,6 +40,8 @@ from research.study.run_table import (
 
 COMPARING = "compare"  # job type of W&B runs that show what others came to, and are none of those compared
 
+LOGGED = "_step"  # W&B's own number of a row, in the order of logging
+
 _WHOLE, _TEXT = "a whole number", "text"
 
 
@@ -287,15 +289,15 @@ def read_wandb(path: str) -> list[Run]:
 
 
 def _read_wandb_run(run: Any) -> Run:
-    # Rows that hold all of the keys: evaluations and rollouts are logged in rows of their own.
+    gone = _given_up(run.scan_history(keys=[LOGGED, "global_step"]))
+
+    def rows_with(*keys: str) -> list[dict[str, Any]]:  # that hold all of them: a row is of an evaluation, or a rollout
+        return [row for row in run.scan_history(keys=[LOGGED, "global_step", *keys]) if row[LOGGED] not in gone]
+
     for metric in (measure.metric for measure in MEASURES.values()):
-        evaluations = list(run.scan_history(keys=["global_step", "time/elapsed_s", f"eval/{metric}"]))
-        if evaluations:
+        if evaluations := rows_with("time/elapsed_s", f"eval/{metric}"):
             break
-    rollouts = [
-        *run.scan_history(keys=["global_step", f"rollout/{metric}", "rollout/episodes"]),
-        *run.scan_history(keys=["global_step", "rollout/decisions"]),
-    ]
+    rollouts = [*rows_with(f"rollout/{metric}", "rollout/episodes"), *rows_with("rollout/decisions")]
     stopped = dict(getattr(run, "summary", {})).get("stopped_by")  # by W&B itself: that is no failure there
     status = "complete" if run.state == "finished" else f"W&B state {run.state}"
     status = f"stopped by {_text(stopped)}" if run.state == "finished" and stopped else status
@@ -311,6 +313,23 @@ def _read_wandb_run(run: Any) -> Run:
     found.started = _text(getattr(run, "created_at", ""))[:16].replace("T", " ")
     found.machine = _text(getattr(run, "summary", {}).get("machine"))
     return _judged(found)
+
+
+def _given_up(rows: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Numbers of the rows that a run logged before it went back to an earlier checkpoint, and of what came after that.
+
+    Its folder drops them; W&B keeps what it has. Where a row is of an earlier env step than one before it, the run has
+    gone back to where that one is no part of.
+    """
+    kept: list[tuple[float, int]] = []
+    gone: set[int] = set()
+    for row in sorted(rows, key=lambda row: row[LOGGED]):
+        if not is_number(row["global_step"]):
+            continue
+        while kept and kept[-1][0] > row["global_step"]:
+            gone.add(kept.pop()[1])
+        kept.append((row["global_step"], row[LOGGED]))
+    return gone
 
 
 def _add_wandb_episodes(found: Run, run: Any) -> None:

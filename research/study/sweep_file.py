@@ -246,7 +246,10 @@ def _check_grid(parameters: Sequence[Parameter]) -> None:
 
 
 def _hyperband(spec: Any) -> dict[str, int]:
-    """`min_iter` and `eta`: after min_iter, min_iter * eta, ... evaluations only the best 1 / eta of the runs go on."""
+    """`min_iter` and `eta`: of runs that logged more than min_iter, min_iter * eta, ... values the best 1 / eta go on.
+
+    More than: the first evaluation, before training, tells no runs apart.
+    """
     if spec is None:
         return {}
     spec = _mapping(spec, "early_terminate", "early_terminate")

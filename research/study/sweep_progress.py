@@ -19,6 +19,7 @@ from research.study.trials import SweepTrials
 HOST = socket.gethostname()
 STATES = {"WAITING": "interrupted", "COMPLETE": "done", "PRUNED": "stopped early", "FAIL": "failed"}
 STARTED_AT = "started_at"  # user attribute of a trial: env steps that it had when its last process began
+LEFT_THE_FILE = "not in the file any more"
 VALUE_OF = "value_of"  # also: the metric that its value is of; None where it ended without one
 
 
@@ -56,7 +57,7 @@ class SweepProgress:
 
     def done(self) -> float:
         """Trials that are over, and of the others the parts that are."""
-        return sum(map(self.fraction, self.trials.all()))
+        return sum(map(self.fraction, self._counted()))
 
     def running(self) -> list[FrozenTrial]:
         """Trials that a process of this machine, or of another, runs."""
@@ -67,7 +68,7 @@ class SweepProgress:
 
         Of a trial, by the mean time of those that were run in one piece; else by the pace of those that run.
         """
-        trials, running = self.trials.all(), self.running()
+        trials, running = self._counted(), self.running()
         whole = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and not _start(t)]
         lengths = [t.duration.total_seconds() for t in whole] or list(filter(None, map(self._length, running)))
         if not running or not lengths:
@@ -90,7 +91,8 @@ class SweepProgress:
         elsewhere = f"on {host}" if (host := trial.user_attrs.get("host", HOST)) != HOST else ""
         over = trial.state == TrialState.COMPLETE and self.sweep.metric
         absent = f"it logged no {self.sweep.metric}" if over and value is None else ""
-        notes = [self._inside(trial), elsewhere, trial.user_attrs.get("note", ""), absent]
+        left = "" if self.trials.counts(trial) else LEFT_THE_FILE
+        notes = [self._inside(trial), elsewhere, trial.user_attrs.get("note", ""), absent, left]
         return [str(trial.number), *cells, "  ".join(filter(None, notes))]
 
     def value(self, trial: FrozenTrial) -> float | None:
@@ -109,25 +111,23 @@ class SweepProgress:
 
     def line(self, number: int) -> str:
         """One line about a trial, and how many are over."""
-        trials = self.trials.all()
-        over = sum(trial.state.is_finished() for trial in trials)
-        return f"[{over}/{self.trials.most}] trial " + "  ".join(filter(None, self.row(trials[number])))
+        over = sum(trial.state.is_finished() for trial in self._counted())
+        return f"[{over}/{self.trials.most}] trial " + "  ".join(filter(None, self.row(self.trials.all()[number])))
 
     def table(self) -> str:
-        """All trials, one line each, under a header, and how many are in which state."""
+        """All trials, one line each, under a header, and how many of the file's are in which state."""
         names = [name.rpartition(".")[2] for name in self.sweep.varied]
         rows = [["trial", "state", *names, self.sweep.metric or "", ""], *map(self.row, self.trials.all())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts = Counter(row[1] for row in rows[1:])
-        return "\n".join(
-            [*lines, ", ".join(f"{n} {state}" for state, n in counts.items()) + f", of {self.trials.most}"]
-        )
+        counts = Counter(map(self._state, self._counted()))
+        summary = ", ".join([*(f"{n} {state}" for state, n in counts.items()), f"of {self.trials.most}"])
+        return "\n".join([*lines, summary])
 
     def status(self) -> str:
         """The table, the best trial so far, and the time that is left."""
         left, running = self.seconds_left(), self.running()
-        waits = max(0, self.trials.most - len(self.trials.all()))
+        waits = max(0, self.trials.most - len(self._counted()))
         lines = [self.table() + f", {waits} waiting" * (waits > 0)]
         if best := self._best():
             lines.append(f"best so far: {best}")
@@ -138,13 +138,16 @@ class SweepProgress:
             lines.append("time left: " + (f"about {clock(left)} {at_once}" if left is not None else "not known yet"))
         return "\n".join(lines)
 
+    def _counted(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials.all() if self.trials.counts(trial)]
+
     def _state(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.RUNNING:  # after a kill, until a worker takes it again
             return "running" if self.trials.is_alive(trial.number) else "not running now"
         return STATES[trial.state.name]
 
     def _best(self) -> str | None:
-        done = [(self.value(t), t) for t in self.trials.all() if t.state == TrialState.COMPLETE]
+        done = [(self.value(t), t) for t in self._counted() if t.state == TrialState.COMPLETE]
         done = [(value, t) for value, t in done if value is not None]
         if not done:
             return None

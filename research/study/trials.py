@@ -151,6 +151,11 @@ class SweepTrials:
         """Every trial so far, in order of number."""
         return self._study.get_trials(deepcopy=False)
 
+    def counts(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is one of the sweep's file as it is now: a grid's file may have been edited since."""
+        point = trial.user_attrs.get("point")
+        return self.points is None or point is None or point in self.points
+
     def take(self) -> optuna.Trial | None:
         """A trial to run: one that was interrupted, or a new one; None where the sweep has no more.
 
@@ -165,7 +170,9 @@ class SweepTrials:
                 self.put_back(trial.number)
         trials = self.all()
         # What the script refused has not begun, and is tried again, but not by this process.
-        begun = [t for t in trials if t.user_attrs.get("exit_code") != 2 or t.number in self._failed]
+        begun = [
+            t for t in trials if self.counts(t) and (t.user_attrs.get("exit_code") != 2 or t.number in self._failed)
+        ]
         if not any(t.state == TrialState.WAITING for t in trials):
             if len(begun) >= self.most or self._target_reached(trials):
                 return None
@@ -184,8 +191,8 @@ class SweepTrials:
         return trial
 
     def failed(self) -> list[FrozenTrial]:
-        """Trials that failed, without those of a point that was tried again and is over."""
-        trials = self.all()
+        """Trials that failed, without those of a point that was tried again and is over, or that left the file."""
+        trials = [trial for trial in self.all() if self.counts(trial)]
         over = [t.user_attrs.get("point") for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         return [t for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("point") not in over]
 

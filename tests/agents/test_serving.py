@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_families import FAMILIES, fresh, looks, make, world
+from torch import nn
 from worlds import ThreeMethods, small_model
 
 from agents.serving import serve
@@ -62,6 +63,39 @@ def test_a_model_of_three_methods_is_served_too():
     action = served(observation, deterministic=False)
     torch.manual_seed(1)
     np.testing.assert_allclose(action, own(observation, deterministic=False), rtol=0, atol=1e-6)
+
+
+class Sees(nn.Module):
+    """Reads pictures and words, and a depth where there is one; of joints it knows nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, observations, deterministic=False):
+        seen = observations["rgb"].float().mean(dim=(1, 2)) / 255 + observations["language"].float().mean(1, True)
+        depth = observations["depth"].mean(dim=(1, 2))[:, None] if "depth" in observations.keys() else 0
+        return self.scale * (seen + depth)
+
+    def get_value(self, observations):
+        return self(observations)[:, :1]
+
+    def evaluate_actions(self, observations, actions):
+        return -(actions - self(observations)).square().sum(-1), torch.zeros(len(actions))
+
+
+def test_of_a_model_of_three_methods_is_asked_what_it_reads():
+    seen, model = looks().set("depth", torch.ones(len(looks()), 4, 4)), Sees()
+    state = torch.get_rng_state()
+    act = serve(model, seen)
+    assert torch.equal(torch.get_rng_state(), state)
+    observation = robot_sees(seen, ("rgb", "language", "depth"))
+    np.testing.assert_array_equal(act(observation), act(observation | robot_sees(seen, ("proprio",))))
+    for key in ("rgb", "language", "depth"):
+        with pytest.raises(UserError, match=f"'{key}' is missing; the model reads depth, language, rgb$"):
+            act({name: value for name, value in observation.items() if name != key})
+    with pytest.raises(UserError, match="'rgb_wrist' is nothing that the model reads"):
+        act(observation | {"rgb_wrist": observation["rgb"]})
 
 
 def test_float64_and_arrays_that_are_not_contiguous_are_taken():

@@ -40,6 +40,14 @@ def test_a_row_is_an_evaluation_with_what_training_sampled_before_it(tmp_path, c
     assert "| 7 | 400 | 0.50 | 0.25 | 0.500 [0.400, 0.600] | 0.600 | 4.0 |" in printed
 
 
+def test_success_while_sampling_is_that_of_episodes_not_of_rollouts(tmp_path):
+    few = {"global_step": 100, "rollout/success_rate": 1.0, "rollout/episodes": 1}
+    many = {"global_step": 200, "rollout/success_rate": 0.0, "rollout/episodes": 99}
+    main([run_of(tmp_path / "run", 1, [few, many, evaluated(300, 0.4)]), f"--output={tmp_path / 'table.csv'}"])
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["sampling"] for row in csv.DictReader(file)] == ["0.01"]
+
+
 def test_what_is_no_run_or_was_never_evaluated_is_refused(tmp_path, capsys):
     assert (
         main([str(tmp_path)]) == 2

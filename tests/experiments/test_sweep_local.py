@@ -390,3 +390,11 @@ def test_away_from_a_checkout_the_scripts_of_a_sweep_are_this_projects():
     assert own in sweep.words(sweep.corners()[0])
     Path("ppo_vla.py").write_text("")
     assert sweep_local.found("ppo_vla.py") == "ppo_vla.py"
+
+
+def test_a_sweep_of_another_script_of_this_project_is_refused_by_name(capsys):
+    program = str(ROOT / "experiments" / "bc_vla.py")
+    assert sweep_local.main([write_sweep(program=program, parameters={"learning_rate": {"values": [0.1]}})]) == 2
+    told = capsys.readouterr().err
+    assert f"program: {program} has other options than those of ppo_vla.py and grpo_vla.py" in told
+    assert "did you mean" not in told

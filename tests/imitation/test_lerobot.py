@@ -84,6 +84,9 @@ def test_rewards_and_success_are_the_data_sets_where_it_has_them(tmp_path):
     folder = worlds.write_v21(tmp_path, **{"next.reward": rewards, "next.success": success})
     found = read_lerobot(folder)
     assert [one.success for one in found] == [True, False, True] and found[0].rewards.tolist() == [0.5] * 5
+    lerobot_tables.read_table.cache_clear()
+    found = read_lerobot(worlds.write_v21(tmp_path / "unpaid", **{"next.success": success}))
+    assert [one.rewards.sum() for one in found] == [1, 0, 1]
 
 
 def test_actions_are_brought_to_the_unit_interval():

@@ -1,6 +1,7 @@
 """Checkpoints as artifacts, by the real client against a server in this process."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -69,6 +70,38 @@ def test_what_comes_faster_than_it_is_sent_is_replaced(wandb_server, run, folder
     assert uploads.finish(60)
     assert len(wandb_server.versions) == 2
     assert steps_by_alias(wandb_server, f"checkpoint-{run.id}") == {"best": 3, "latest": 5}
+
+
+def test_a_checkpoint_that_is_removed_while_another_is_sent_leaves_the_one_that_is_there(
+    wandb_server, run, folder, monkeypatch
+):
+    """1 is sent; of 2 and its best, which wait, the newest is gone before its turn, for 3; then 3 is gone, too."""
+    name, log = f"checkpoint-{run.id}", run.log_artifact
+
+    def send(*offered, meanwhile=lambda uploads: None):
+        uploads = CheckpointUploads(run, every_s=1000)
+
+        def log_artifact(artifact, aliases):
+            if aliases == ["best"]:
+                meanwhile(uploads)
+            return log(artifact, aliases=aliases)
+
+        monkeypatch.setattr(run, "log_artifact", log_artifact)
+        for path in offered:
+            uploads.offer(path)
+        return uploads.finish(60)
+
+    def newer(uploads):
+        uploads.offer(written(folder, 3))
+        shutil.rmtree(folder.checkpoint(2))
+
+    assert send(written(folder, 1))
+    assert send(written(folder, 2, best=True), written(folder, 2), meanwhile=newer)
+    assert steps_by_alias(wandb_server, name) == {"best": 2, "latest": 3}
+    assert wandb_server.file_of(wandb_server.there(name)[-1], "checkpoints/step_000000003/state.pt") == b"weights at 3"
+    shutil.rmtree(folder.checkpoint(3))
+    assert not send(folder.checkpoint(3))
+    assert steps_by_alias(wandb_server, name) == {"best": 2, "latest": 3}
 
 
 def test_what_a_run_started_from_is_its_input(wandb_server, run, tmp_path):

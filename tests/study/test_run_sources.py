@@ -228,7 +228,12 @@ def test_a_billion_evaluation_episodes_are_no_reason_to_wait(tmp_path):
 
 def wandb_run(folder, state="finished"):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows.append(rows[-2])  # a resumed run logs twice
+    rows += rows[-2:]  # a run that goes on from the checkpoint before logs twice
+    return wandb_run_of(folder, rows, state)
+
+
+def wandb_run_of(folder, rows, state="finished"):
+    rows = [{"_step": number, **row} for number, row in enumerate(rows)]
 
     def history(keys):
         return [{key: row[key] for key in keys} for row in rows if set(keys) <= set(row)]
@@ -247,6 +252,33 @@ def test_a_run_that_wandb_stopped_early_is_none_of_those_compared(study, monkeyp
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda path: runs))
     first, *others = read_wandb("me/vla-rl")
     assert first.status == "stopped by signal" and all(run.complete for run in others)
+
+
+def test_what_a_run_gave_up_when_it_went_back_is_none_of_its_rows_on_wandb(study, monkeypatch):
+    """It evaluates at 0, 50,000 and 100,000, goes back to 50,000 and comes to 75,000; and one that goes on beyond."""
+
+    def evaluated(step, success):
+        return {"global_step": step, "time/elapsed_s": step / 1e4, "eval/success_rate": success}
+
+    def rolled(step, success):
+        return {"global_step": step, "rollout/success_rate": success, "rollout/episodes": 10}
+
+    folder = min(study.iterdir())
+    before = [
+        evaluated(0, 0.5),
+        rolled(50_000, 0.6),
+        evaluated(50_000, 0.6),
+        rolled(100_000, 0.1),
+        evaluated(100_000, 0.2),
+    ]
+    shorter = [*before, rolled(75_000, 0.9), evaluated(75_000, 0.9)]
+    longer = [*before, rolled(75_000, 0.9), rolled(120_000, 0.8), evaluated(120_000, 0.7)]
+    for rows, steps, scores, training in (
+        (shorter, [0, 50_000, 75_000], [0.5, 0.6, 0.9], 0.9), (longer, [0, 50_000, 120_000], [0.5, 0.6, 0.7], 0.8),
+    ):  # fmt: skip
+        monkeypatch.setattr(wandb, "Api", lambda r=rows: SimpleNamespace(runs=lambda path: [wandb_run_of(folder, r)]))
+        (run,) = read_wandb("me/vla-rl")
+        assert (run.eval_steps, run.eval_scores, run.training_score) == (steps, scores, training)
 
 
 def test_wandb_gives_the_rows_of_the_run_folders(study, monkeypatch):

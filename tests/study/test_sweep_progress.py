@@ -151,3 +151,15 @@ def test_looking_makes_nothing_and_knows_the_limit_of_the_start():
 )
 def test_times_are_for_people(seconds, told):
     assert clock(seconds) == told
+
+
+def test_trials_that_left_the_file_are_shown_and_not_counted():
+    trials = SweepTrials(load_sweep(write_sweep()), Path("runs/s"))
+    for trial in begun(trials, 4)[0]:
+        trials.tell(trial, 0.5)
+    edited = SweepTrials(load_sweep(write_sweep(rates=(1.0, 2.0))), Path("runs/s"))
+    progress = SweepProgress(edited, lambda point: BUDGET)
+    assert progress.done() == 2 and progress.line(0).startswith("[2/4] trial 0  done  1  0.5")
+    *rows, last = progress.table().splitlines()
+    assert last == "2 done, of 4" and progress.status().splitlines()[5].endswith("2 waiting")
+    assert [row.endswith("not in the file any more") for row in rows[1:]] == [True, False, True, False]

@@ -95,6 +95,18 @@ def test_a_folder_belongs_to_one_sweep_but_a_grid_may_grow():
         SweepTrials(load_sweep(write_sweep(method="random", run_cap=2)), Path("runs/s"))
 
 
+def test_points_that_an_edited_grid_no_longer_has_take_no_place_of_those_that_it_has():
+    take_all(SweepTrials(load_sweep(write_sweep()), Path("runs/s")))
+    edited = SweepTrials(load_sweep(write_sweep(rates=(1.0, 2.0))), Path("runs/s"))
+    assert [point[RATE] for point in take_all(edited)] == [2.0, 2.0] and edited.most == 4
+    assert [edited.counts(trial) for trial in edited.all()] == [False, True, False, True, True, True]
+    fixed = {"trainer.gamma": {"value": 0.9}}
+    again = SweepTrials(load_sweep(write_sweep(parameters=fixed)), Path("runs/s"))
+    assert len(take_all(again)) == 4  # of an option that is the same for all, too
+    limited = SweepTrials(load_sweep(write_sweep(rates=(3.0, 4.0))), Path("runs/s"), most=1)
+    assert [point[RATE] for point in take_all(limited)] == [3.0]
+
+
 def test_a_metric_is_part_of_a_sweep_that_decides_by_it():
     def trials(metric: str, goal: str, **more) -> SweepTrials:
         return SweepTrials(load_sweep(write_sweep(metric={"name": metric, "goal": goal}, **more)), Path("runs") / "s")
