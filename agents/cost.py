@@ -14,8 +14,11 @@ from agents.stages import run_stage
 from research.schema import ACTION, OBSERVATION, VALUE, with_text_as
 
 
+@torch.random.fork_rng()
 def flops_per_transition(policy: VLAPolicy, observation: TensorDictBase, rows: int = 8) -> tuple[float, float]:
     """FLOPs per transition of a collected step, and of a pass of the update, forward and backward.
+
+    No generator of torch is moved, which a resumed run has just put where it was.
 
     Args:
         policy: the policy whose passes are counted.
@@ -26,7 +29,7 @@ def flops_per_transition(policy: VLAPolicy, observation: TensorDictBase, rows: i
     observations = torch.cat([observation] * rows)
     step = TensorDict({OBSERVATION: observations}, batch_size=observations.batch_size)
     with torch.compiler.set_stance("force_eager"):  # compiled code cannot be counted
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad():
             policy.act(step.copy())  # frozen instruction features are known from here on
             with FlopCounter() as collected:
                 step = policy.act(step)
@@ -78,9 +81,10 @@ class ReuseReport:
         return f"where observations have {self.bytes_before:,}: more memory, for less work"
 
 
+@torch.random.fork_rng()
 @torch.no_grad()
 def reuse_report(policy: VLAPolicy, observations: TensorDictBase) -> ReuseReport:
-    """What keeping frozen stages' outputs saves, measured on a few observations `[B]`."""
+    """What keeping frozen stages' outputs saves, measured on a few observations `[B]`; moves no generator of torch."""
     b = observations.batch_size[0]
     before = sum(v.numel() * v.element_size() for v in observations.values()) // b
     if not (policy.frozen.stages or policy.rest.stages):
@@ -93,8 +97,7 @@ def reuse_report(policy: VLAPolicy, observations: TensorDictBase) -> ReuseReport
                 step = run_stage(getattr(stage, "stage", stage), step)
             runs_again = stage in policy.update.stages and not isinstance(stage, OncePerInstruction)
             frozen_flops += 0 if runs_again else frozen.get_total_flops()
-        with torch.random.fork_rng():
-            decided = policy.contract.decide(policy.update(step.copy()), False).select(*policy.contract.decision_keys)
+        decided = policy.contract.decide(policy.update(step.copy()), False).select(*policy.contract.decision_keys)
         with FlopCounter() as trained:
             policy.contract.score(policy.update(step.copy()).update(decided))
     step = with_text_as(torch.uint8, step)  # as a rollout keeps it

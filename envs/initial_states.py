@@ -68,6 +68,7 @@ class InitialStateEnv(EnvBase):
         super().__init__(device=device, batch_size=[num_envs])
         self.held_out, self.chunk = held_out, chunk
         self._current: dict[str, Tensor] | None = None  # the last observation, and "initial_state"
+        self._first_row, self._all_rows = 0, num_envs
         self._set_seed(seed)
 
     @abstractmethod
@@ -111,7 +112,7 @@ class InitialStateEnv(EnvBase):
         self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=(n,), device=device)
 
     def _set_seed(self, seed: int | None) -> None:
-        self._seed, self._first_row, self._all_rows = int(seed or 0), 0, self.batch_size[0]
+        self._seed = int(seed or 0)
         self._episodes = np.zeros(self.batch_size[0], dtype=np.int64)
         self._next_ids = np.full(self.batch_size[0], -1, dtype=np.int64)  # once they have been asked for
 
@@ -218,9 +219,7 @@ class InitialStateEnv(EnvBase):
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs) -> None:
         """Continue the stream of training states where it was; reset afterwards."""
-        share = self._first_row, self._all_rows
         self._set_seed(state_dict["seed"])
-        self._first_row, self._all_rows = share
         self._episodes = state_dict["episodes"].cpu().numpy().copy()
 
 

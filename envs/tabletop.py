@@ -176,6 +176,7 @@ class TabletopEnv(EnvBase):
         self._block_numbers = torch.arange(num_blocks + self._states.extra_blocks, device=self.device)
         self._state: State | None = None
         self._film_painter: Painter | None = None
+        self._share = (0, 1)
         self._set_seed(seed)
 
     def _make_specs(self, n: int, size: int, length: int) -> None:
@@ -207,7 +208,6 @@ class TabletopEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         """Choose the stream of training states: it starts at a hash of the seed and wraps past the held-out ids."""
         self._next_id = int(lowbias32(torch.tensor((int(seed or 0) + 1) & 0xFFFFFFFF)))
-        self._share = (0, 1)
         self._upcoming: State | None = None
 
     def take_share(self, share: int, of: int) -> None:

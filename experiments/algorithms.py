@@ -59,6 +59,12 @@ def make_ppo(
     optimizer = make_optimizer(config, policy)
     value_parameters = [p for p in named_parameters_within(model, value_head).values() if p.requires_grad]
     if not value_parameters and (to_head or cfg.value_warmup_iterations):
+        if value_head:
+            raise UserError(
+                f"policy.freeze: {config.policy.freeze!r} freezes {', '.join(value_head)} of {type(model).__name__}, "
+                "which only the value depends on; leave it out, or set policy.critic_gradient to 'trunk' and no value "
+                "warm-up"
+            )
         wanted = config.policy.value_head
         named = f"no trainable part {wanted!r}" if wanted else "no value head of its own"
         raise UserError(
@@ -69,10 +75,11 @@ def make_ppo(
     shard = make_sharding(config, policy, optimizer, observations, apart, world)
     loss = make_loss(policy.actor, policy.critic, cfg)
     step = PolicyUpdate(loss, optimizer, cfg, value_parameters, apart, world, shard)
+    rows = cfg.micro_batch_size or cfg.batch_size
     if config.trainer.buffer_type == "standard":
-        advantages = GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size or cfg.batch_size)
+        advantages = GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda, rows)
     else:
-        advantages = VTraceAdvantages(policy, cfg.gamma, cfg.gae_lambda, cfg.micro_batch_size)
+        advantages = VTraceAdvantages(policy, cfg.gamma, cfg.gae_lambda, rows)
     scaling, proprio = make_reward_scaling(config, world), make_proprio_statistics(config, policy, world)
     return PPO(advantages, step, cfg, scaling, proprio)
 

@@ -149,6 +149,11 @@ def share_of(config: ExperimentConfig, world: World) -> ExperimentConfig:
     if config.trainer.enable_eval and config.trainer.num_eval_episodes < world.size:
         world.divide(config.trainer.num_eval_episodes, "trainer.num_eval_episodes")
     config.trainer.num_eval_envs = math.ceil(config.trainer.num_eval_envs / world.size)
+    if config.trainer.num_envs % config.trainer.num_collectors:
+        raise UserError(
+            f"trainer.num_envs: {config.trainer.num_envs * world.size} cannot be shared among {world.size} processes "
+            f"with trainer.num_collectors = {config.trainer.num_collectors} each"
+        )
     return config
 
 
@@ -180,16 +185,19 @@ def make_rollouts(
     """Collection by turns with the update, or from other processes while it runs; `env` is closed in that case."""
     trainer, cfg = config.trainer, config.algorithm.cfg
     if config.algorithm.name == "grpo":
-        return GroupEpisodes(env, policy, cfg.groups, cfg.group_size, cfg.most_draws, cfg.max_steps, world)
+        return GroupEpisodes(
+            env, policy, cfg.groups, cfg.group_size, cfg.most_draws, cfg.max_steps, world, trainer.seed
+        )
     if trainer.buffer_type == "standard":
-        return Rollouts(env, policy, trainer.buffer_size, world)
+        return Rollouts(env, policy, trainer.buffer_size, world, trainer.seed)
+    task_names = getattr(env, "task_names", ())
     env.close()
     ray = trainer.collector == "ray"
     print(f"starting {trainer.num_collectors} {'workers of Ray' if ray else 'processes'} that collect", flush=True)
     return AsynchronousRollouts(
-        partial(make_worker_env, trainer, device), trainer.num_envs, policy, trainer.num_collectors,
-        trainer.buffer_size, trainer.max_staleness, trainer.seed, trainer.worker_timeout,
-        _ray_workers(trainer.ray_address) if ray else ProcessWorkers, world,
+        partial(make_worker_env, trainer, device, world.rank, world.size), trainer.num_envs, policy,
+        trainer.num_collectors, trainer.buffer_size, trainer.max_staleness, trainer.seed, trainer.worker_timeout,
+        _ray_workers(trainer.ray_address) if ray else ProcessWorkers, world, task_names,
     )  # fmt: skip
 
 
@@ -203,9 +211,16 @@ def _ray_workers(address: str | None) -> Callable[..., Workers]:
     return partial(RayWorkers, address=address)
 
 
-def make_worker_env(trainer: TrainerConfig, device: torch.device, worker: int) -> EnvBase:
-    """One worker's share of the environments (buffer_type vla); its seed comes from the collector."""
-    return make_env(trainer.env, trainer.num_envs // trainer.num_collectors, trainer.env_config, device, worker)
+def make_worker_env(trainer: TrainerConfig, device: torch.device, rank: int, size: int, worker: int) -> EnvBase:
+    """One worker's share of the environments (buffer_type vla); its seed comes from the collector.
+
+    Args:
+        trainer: of the `rank`-th of `size` processes, each of which has as many workers.
+        worker: its number in that process.
+    """
+    count = trainer.num_collectors
+    share = (worker + rank * count, size * count)
+    return make_env(trainer.env, trainer.num_envs // count, trainer.env_config, device, worker, share)
 
 
 def measure_utilisation(config: ExperimentConfig, parts: Assembly) -> Utilisation:

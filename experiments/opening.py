@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from assembling import Assembly
 from building import keeps_frozen_weights
-from resuming import evaluation_at, restore
+from resuming import drop_rows_after, evaluation_at, restore
 from training_run import TrainingRun
 
 from envs import foreign_code
-from research.config import ExperimentConfig
+from research.config import ExperimentConfig, TrainerConfig
 from research.errors import UserError
 from research.options import flatten, to_dict
 from research.runs.checkpoint import CheckpointWriter, load_checkpoint, snapshot, write_checkpoint
-from research.runs.folder import FROZEN, RunFolder
+from research.runs.folder import FROZEN, RunFolder, step_of
 from research.runs.origin import sign
 from research.runs.tracking import SilentTracker, Tracker
 from research.runs.wandb_session import resolve_wandb_mode
 from research.training.algorithm import Progress
 from research.training.evaluation import Evaluation
 from research.training.freezing import part_of
+
+HOW_EVALUATED = ("num_eval_episodes", "eval_mode", "max_eval_steps")
 
 
 def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) -> TrainingRun:
@@ -43,21 +49,31 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
     elif restarted and world.leads:
         folder.episodes.unlink(missing_ok=True)
     progress = Progress(trainer.iterations, max_env_steps=trainer.max_env_steps)
-    writer, evaluated = CheckpointWriter(folder, trainer.keep_checkpoints), []
+    writer, evaluated, has_best = CheckpointWriter(folder, trainer.keep_checkpoints), [], True
     if resumed:
         restore(resumed, parts, progress)  # what is written from here on goes on from there
         if world.leads:
-            if gone := writer.remove_after(progress.env_steps):
-                print(f"going on from env step {progress.env_steps:,}; what came after it is gone: {', '.join(gone)}")
-            evaluated = evaluation_at(folder, progress.env_steps, trainer.num_eval_episodes)
-        evaluated = world.leaders(evaluated)
+            evaluated = _evaluated(folder, progress, resumed["config"]["trainer"], trainer)
+            has_best = any(step_of(path) <= progress.env_steps for path in folder.checkpoints_called("best"))
+        evaluated, has_best = world.leaders((evaluated, has_best))
     run = TrainingRun(config, parts, folder, SilentTracker(), writer, progress, resumed is not None)
+    if not has_best:  # it went with what came later: the next evaluation may be the best one, whatever was before
+        progress.best = -math.inf
     if evaluated:
         run.result = Evaluation.from_rows(evaluated, getattr(parts.eval_env, "distinct_states", True))
         run.evaluated_at = progress.env_steps
         progress.best = max(progress.best, run.result.score)  # the checkpoint was written before that evaluation
     if not world.leads:
         return run
+
+    def go_back() -> None:
+        if resumed:
+            if gone := writer.remove_after(progress.env_steps):
+                print(f"going on from env step {progress.env_steps:,}; what came after it is gone: {', '.join(gone)}")
+            drop_rows_after(folder, progress.env_steps, with_evaluation=not evaluated)
+            if evaluated and not has_best:
+                writer.keep_as_best(resumed["source"])
+
     run.tracker = Tracker(
         folder,
         to_dict(config),
@@ -74,6 +90,7 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
         tensorboard=trainer.tensorboard,
         resume_id=folder.id if resumed else None,
         resume_step=progress.env_steps if resumed else -1 if restarted else None,
+        once_accepted=go_back,
     )
     run.tracker.save_code([config.policy.vla_config.model_class.rpartition(".")[0], foreign_code(trainer.env)])
     if trainer.wandb_checkpoints:
@@ -88,6 +105,23 @@ def open_run(config: ExperimentConfig, parts: Assembly, resumed: dict | None) ->
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     return run
+
+
+def _evaluated(
+    folder: RunFolder, progress: Progress, stored: Mapping[str, Any], trainer: TrainerConfig
+) -> list[dict[str, Any]]:
+    """Rows of the evaluation of what a run goes on from, if it was made; none where a run that is over has another one.
+
+    Args:
+        stored: the trainer's options when the checkpoint was written.
+        trainer: those of now.
+    """
+    rows = evaluation_at(folder, progress.env_steps, stored["num_eval_episodes"])
+    alike = all(stored.get(name, getattr(trainer, name)) == getattr(trainer, name) for name in HOW_EVALUATED)
+    if rows and progress.finished and not alike:
+        print("what it ended with is evaluated anew, as it is asked for otherwise: the former evaluation goes")
+        return []
+    return rows
 
 
 def default_name(config: ExperimentConfig) -> str:

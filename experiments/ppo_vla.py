@@ -19,7 +19,6 @@ from assembling import Assembly
 from starting import run_script
 from training_run import FILMED, TrainingRun
 
-from research.training.algorithm import env_steps_in
 from research.training.utilisation import Stopwatch
 
 
@@ -39,7 +38,7 @@ def learn(parts: Assembly, run: TrainingRun) -> None:
         watch.collected()
         metrics |= algorithm.update(batch, progress)
         rollouts.publish()
-        progress.advance(parts.world.total(env_steps_in(rollout)))
+        progress.advance(parts.world.total(rollouts.env_steps))  # of what was thrown away, too
         run.log(metrics | rollouts.metrics(), rollout.numel(), *watch.seconds())
         if trainer.enable_eval and not progress.finished and progress.crossed(trainer.eval_freq):
             run.evaluate()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from assembling import Assembly
+from assembling import Assembly, seed_everything
 from building import load_trained
 
 from envs import foreign_code
@@ -18,7 +18,7 @@ from research.own_packages import OWN_PACKAGES
 from research.runs.checkpoint import holds_all_weights, load_checkpoint, restore_rng
 from research.runs.folder import RunFolder, read_rows, replace_rows
 from research.runs.origin import is_ours
-from research.training.algorithm import Progress
+from research.training.algorithm import Progress, another_seed
 from research.training.parallel import World
 
 FIXED = (  # what a run keeps for life
@@ -193,11 +193,15 @@ def restore(state: Mapping[str, Any], parts: Assembly, progress: Progress) -> No
     with _refusing_misfits(state):
         load_trained(parts.policy.model, state)
         parts.audit.load_state_dict(state["audit"])
+        if (reference := getattr(parts.algorithm, "reference", None)) is not None:
+            reference.begin_from(parts.audit.start)
         _check_groups(state, parts)
         parts.algorithm.load_state_dict(state["optimizer"])
         progress.load_state_dict(state.get("progress", state))  # earlier runs kept its entries at the top
         own = _of_rank(state, parts.world)
-        if own is None:
+        if own is None:  # with the seeds of the start, episodes and draws would be those of the start
+            seed = another_seed(state["config"]["trainer"]["seed"], progress.env_steps)
+            seed_everything(seed + 1_000_003 * parts.world.rank)
             exactly = parts.rollouts.load_state_dict(None, progress.env_steps)
         else:
             episodes = {"episodes": state["statistics"]} if "statistics" in state else {}
@@ -231,24 +235,33 @@ def _of_rank(state: Mapping[str, Any], world: World) -> Mapping[str, Any] | None
 
 
 def evaluation_at(folder: RunFolder, step: int, episodes: int) -> list[dict[str, Any]]:
-    """The rows of the evaluation at an env step, if it was made; rows of later ones, and torn ones, are dropped.
+    """The rows of the evaluation at an env step, one per episode; none where it was not made, or is torn.
 
     Args:
         folder: of the run that is resumed.
         step: `global_step` that it goes on from.
-        episodes: how many an evaluation has.
-    Returns:
-        one row per episode, or nothing.
+        episodes: how many an evaluation had.
     """
     metrics = read_rows(folder.metrics) if folder.metrics.exists() else []
+    here = [row for row in _episodes_until(folder, step) if row["global_step"] == step]
+    # Episodes are written before the metrics of their evaluation.
+    made = any(row["global_step"] == step and "eval/return" in row for row in metrics)
+    return here if made and len(here) == episodes else []
+
+
+def drop_rows_after(folder: RunFolder, step: int, with_evaluation: bool) -> None:
+    """Drop what a run wrote after an env step, which it writes again; `with_evaluation`: also of the one at that step.
+
+    Its metrics after the step are the tracker's to drop.
+    """
+    if with_evaluation and folder.metrics.exists():
+        metrics = read_rows(folder.metrics)
+        replace_rows(folder.metrics, [r for r in metrics if r["global_step"] != step or "eval/return" not in r])
+    kept = _episodes_until(folder, step)
+    replace_rows(folder.episodes, [row for row in kept if row["global_step"] < step or not with_evaluation])
+
+
+def _episodes_until(folder: RunFolder, step: int) -> list[dict[str, Any]]:
     rows = read_rows(folder.episodes, torn_anywhere=True) if folder.episodes.exists() else []
     # A killed run went on, and wrote them again: of two rows of one episode the later one counts.
-    kept = {(row["global_step"], row["initial_state"]): row for row in rows if row["global_step"] <= step}
-    here = [row for row in kept.values() if row["global_step"] == step]
-    # Episodes are written before the metrics of their evaluation.
-    made = any(row["global_step"] == step and "eval/return" in row for row in metrics) and len(here) == episodes
-    if not made:
-        kept = {key: row for key, row in kept.items() if row["global_step"] < step}
-        replace_rows(folder.metrics, [r for r in metrics if r["global_step"] != step or "eval/return" not in r])
-    replace_rows(folder.episodes, kept.values())
-    return here if made else []
+    return list({(r["global_step"], r["initial_state"]): r for r in rows if r["global_step"] <= step}.values())

@@ -119,7 +119,8 @@ class TrainerConfig:
     """mode: an evaluation asks the policy for its likeliest action (a flow draws what it denoises, and nothing on the
     way); sample: it draws, as in training."""
     max_eval_steps: PositiveInt = 1000
-    """Control steps after which an evaluation episode that does not end by itself is cut off, without success."""
+    """Control steps after which an evaluation episode that does not end by itself is cut off, without success; looked
+    at after each decision."""
     eval_freq: NonNegativeInt = 20000
     """Environment steps between evaluations; 0 = only before and after training."""
     use_wandb: bool = True
@@ -152,8 +153,6 @@ class TrainerConfig:
             )
         if not self.exp_name or Path(self.exp_name).name != self.exp_name:
             raise UserError(f"exp_name: {self.exp_name!r} cannot be part of a folder's name; leave out slashes")
-        if self.buffer_size % self.num_envs:
-            raise UserError(f"buffer_size: {self.buffer_size} is not a multiple of num_envs = {self.num_envs}")
         _refuse_beyond(self, max_env_steps=10**15)
         if self.num_envs % self.num_collectors:
             raise UserError(f"num_collectors: {self.num_collectors} does not divide num_envs = {self.num_envs}")
@@ -415,7 +414,8 @@ class GRPOConfig(PolicyGradientConfig):
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL divergence to the policy at the start of the run."""
     max_steps: PositiveInt = 1000
-    """Control steps after which an episode that does not end by itself is cut off; it has the return that it has."""
+    """Control steps after which an episode that does not end by itself is cut off, looked at after each decision; it
+    has the return, and the success, that it has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -451,6 +451,10 @@ class ExperimentConfig:
             raise UserError(f"policy.learning_rate_by_scope: has no rate for the scope {policy.freeze!r}, only {known}")
         if not policy.learning_rate_by_scope and policy.learning_rate_factor != 1:
             raise UserError("policy.learning_rate_factor: multiplies policy.learning_rate_by_scope, which is not set")
+        if self.algorithm.name == "ppo" and buffer_size % self.trainer.num_envs:
+            raise UserError(
+                f"trainer.buffer_size: {buffer_size} is not a multiple of num_envs = {self.trainer.num_envs}"
+            )
         if self.algorithm.name == "ppo" and batch_size > buffer_size:
             raise UserError(
                 f"algorithm.cfg.batch_size: {batch_size} is larger than trainer.buffer_size = {buffer_size}"

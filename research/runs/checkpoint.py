@@ -35,7 +35,7 @@ from torchrl.checkpoint import GlobalRNGState
 from research.checkpoint_size import refuse_unbounded
 from research.errors import UserError, describe_error
 from research.runs.code_version import git_commit
-from research.runs.folder import FROZEN, MANIFEST, RunFolder, as_json, sync_folder
+from research.runs.folder import FROZEN, MANIFEST, RunFolder, as_json, step_of, sync_folder
 
 STATE = "state.pt"
 FORMAT = 2  # 1 was a single file, which is still read
@@ -167,10 +167,21 @@ class CheckpointWriter:
     def remove_after(self, global_step: int) -> list[str]:
         """Remove the checkpoints of a run that went on from here before, and was resumed from here; their names."""
         paths = [*self.folder.checkpoints_called("step"), *self.folder.checkpoints_called("best")]
-        later = [path for path in paths if int(path.name.partition("_")[2]) > global_step]
+        later = [path for path in paths if step_of(path) > global_step]
         for path in later:
             remove_checkpoint(path)
         return [path.name for path in later]
+
+    def keep_as_best(self, path: str) -> None:
+        """Keep a copy of a checkpoint of the run as its best; of one of an earlier version, a file, there is none."""
+        source = Path(path)
+        if source.is_dir():
+            best = self.folder.checkpoint(step_of(source), best=True)
+            partial = best.with_name(f"{best.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            os.rename(partial, best)
+            sync_folder(best.parent)
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         write_checkpoint(path, state)

@@ -249,6 +249,11 @@ def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
     sync_folder(path.parent)
 
 
+def step_of(path: Path) -> int:
+    """The env step in a checkpoint's name, `step_<n>` or `best_<n>`."""
+    return int(path.name.partition("_")[2])
+
+
 def sync_folder(path: Path) -> None:
     """Bring the names in a folder to the disk: without it, a crash of the machine may undo a renaming."""
     with suppress(OSError):  # not every file system can

@@ -16,7 +16,7 @@ Metrics, the same names in every script, all against `global_step`:
 | `rollout/decisions`                     | –         | of the rollout, where each is several control steps          |
 | `rollout/staleness_mean`                | updates   | how far the weights that collected lag behind, mean          |
 | `rollout/staleness_max`                 | updates   | the same, at most                                            |
-| `rollout/discarded`                     | –         | transitions thrown away, as they lag too far                 |
+| `rollout/discarded`                     | –         | transitions thrown away meanwhile, as they lag too far       |
 | `rollout/behaviour_kl`                  | nats      | KL from what collected to what is updated                    |
 | `rollout/importance_weight`             | –         | mean ratio of the two's probabilities                        |
 | `rollout/worker_<i>/env_steps_per_second` | 1/s     | of one worker of Ray, while it collected its last rollout    |
@@ -61,7 +61,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -120,6 +120,7 @@ class Tracker:
         resume_id: W&B id of the run to continue; None starts a new one. Inside a sweep the agent's id is taken.
         resume_step: `global_step` of the checkpoint that the run continues from: later rows of `metrics.jsonl` are
             dropped, as the run will write them again; -1 drops all. W&B cannot drop what it has.
+        once_accepted: called when nothing that is asked for can be refused any more, before files are changed.
     Attributes:
         mode: the mode the run is in, after any fallback.
         run: the W&B run; None when disabled or finished.
@@ -147,6 +148,7 @@ class Tracker:
         tensorboard: bool = False,
         resume_id: str | None = None,
         resume_step: int | None = None,
+        once_accepted: Callable[[], None] = lambda: None,
     ):
         self.folder = RunFolder(folder)
         self.mode = mode
@@ -154,17 +156,9 @@ class Tracker:
         self.sync_command: str | None = None
         self.stopped = False
         self._uploads: CheckpointUploads | None = None
-        try:
-            kept = _keep_rows_until(self.folder.metrics, resume_step)
-            self._metrics = self.folder.metrics.open("a", encoding="utf-8")
-            write_json(self.folder.config, config)
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {self.folder}: {error}") from error
+        _refuse_other_rows(self.folder.metrics, resume_step)
         self._summary = read_json(self.folder.summary) if self.folder.summary.exists() else {}
-        self._start = time.monotonic() - (kept[-1]["time/elapsed_s"] if kept else 0.0)
         self._best: dict[str, float] = {}
-        for row in kept:
-            self._note_best(row)
         self._events = EventFiles(self.folder, resume_step) if tensorboard else None
 
         if mode != "disabled":
@@ -189,6 +183,16 @@ class Tracker:
             self._define_metrics()
             if self.mode == "offline":
                 self.sync_command = self._sync("offline-run-*")
+        try:
+            once_accepted()
+            kept = _keep_rows_until(self.folder.metrics, resume_step)
+            self._metrics = self.folder.metrics.open("a", encoding="utf-8")
+            write_json(self.folder.config, config)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error}") from error
+        self._start = time.monotonic() - (kept[-1]["time/elapsed_s"] if kept else 0.0)
+        for row in kept:
+            self._note_best(row)
         print(self._wandb_line(reason), flush=True)
 
     def _define_metrics(self) -> None:
@@ -319,8 +323,13 @@ class Tracker:
             self.run.alert(title=title, text=text, level="ERROR")
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Add `values` to the run's results: `summary.json`, replaced as a whole, and W&B's summary."""
-        self._summary |= values
+        """Add `values` to the run's results: `summary.json`, replaced as a whole, and W&B's summary.
+
+        A newer evaluation takes the place of all that is known of an earlier one.
+        """
+        evaluations = {name.partition("/")[0] for name in values} & {"eval", "before"}
+        kept = {name: value for name, value in self._summary.items() if name.partition("/")[0] not in evaluations}
+        self._summary = kept | dict(values)
         write_json(self.folder.summary, self._summary)
         if self.run:
             self.run.summary.update(dict(values))
@@ -382,12 +391,14 @@ def _keep_rows_until(path: Path, step: int | None) -> list[dict[str, Any]]:
     """Drop the rows of a metrics file with a later `global_step`; return those that are kept."""
     if not path.exists():
         return []
-    rows = read_rows(path)
-    if rows and step is None:
-        raise UserError(f"{path} has the metrics of a run already: resume that run, or take another folder")
-    kept = [row for row in rows if row["global_step"] <= step]
+    kept = [row for row in read_rows(path) if row["global_step"] <= step]
     replace_rows(path, kept)
     return kept
+
+
+def _refuse_other_rows(path: Path, step: int | None) -> None:
+    if step is None and path.exists() and read_rows(path):
+        raise UserError(f"{path} has the metrics of a run already: resume that run, or take another folder")
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:

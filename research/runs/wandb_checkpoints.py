@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from research.runs.folder import FROZEN, MANIFEST, RunFolder
+from research.runs.folder import FROZEN, MANIFEST, RunFolder, step_of
 from research.runs.wandb_session import without_advice
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class CheckpointUploads:
                 with self._changed:  # one that a newer one has replaced meanwhile may be removed already
                     waiting = {alias: self._waiting.pop(alias, path) for alias, path in waiting.items()}
                 # W&B moves `latest` to whatever came last, so the best goes before a newest that is as old or older.
-                alias = min(waiting, key=lambda alias: (_step(waiting[alias]), alias))
+                alias = min(waiting, key=lambda alias: (step_of(waiting[alias]), alias))
                 path = waiting.pop(alias)
                 self._trying(f"{path} is not there", lambda alias=alias, path=path: self._send(alias, path))
             due = time.monotonic() + self._every_s
@@ -105,7 +105,7 @@ class CheckpointUploads:
     def _send(self, alias: str, path: Path) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"checkpoint-{self.run.id}", type="model", metadata={"global_step": _step(path)})
+        artifact = wandb.Artifact(f"checkpoint-{self.run.id}", type="model", metadata={"global_step": step_of(path)})
         folder = RunFolder.containing(path)
         artifact.add_file(str(folder.config), folder.config.name, skip_cache=True)
         for part in (path, folder.checkpoints / FROZEN):
@@ -119,7 +119,3 @@ class CheckpointUploads:
         for version in wandb.Api().artifacts("model", artifact.qualified_name.partition(":")[0]):
             if not version.aliases:
                 version.delete()
-
-
-def _step(path: Path) -> int:
-    return int(path.name.partition("_")[2])

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -76,6 +77,11 @@ def env_steps_in(rollout: TensorDictBase) -> int:
     return rollout.numel() if taken is None else int(taken.sum())
 
 
+def another_seed(seed: int, env_steps: int) -> int:
+    """The seed of what cannot go on where it was after so many env steps: with the old one it would begin again."""
+    return int(np.random.SeedSequence((seed, env_steps)).generate_state(1)[0])
+
+
 class Acting(Protocol):
     """The module that acts; `agents.policy.Act` is one."""
 
@@ -106,7 +112,13 @@ class Policy(Protocol):
 
 
 class Collection(Protocol):
-    """Where rollouts come from: `rollout.Rollouts` or `asynchronous.AsynchronousRollouts`."""
+    """Where rollouts come from: `rollout.Rollouts` or `asynchronous.AsynchronousRollouts`.
+
+    Attributes:
+        env_steps: control steps that the last one took, those that were thrown away or left out among them.
+    """
+
+    env_steps: int
 
     def next(self) -> TensorDictBase:
         """A rollout `[N, T]`."""
@@ -120,7 +132,10 @@ class Collection(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any] | None, env_steps: int) -> bool:
-        """Go on from there, after so many env steps; False where episodes have to start anew, as without a state."""
+        """Go on from there, after so many env steps; False where episodes have to start anew, as without a state.
+
+        Without a state they start from other initial states than at the start of the run.
+        """
 
     def shutdown(self) -> None:
         """Close environments and end processes."""

@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import util
 from typing import Protocol
@@ -33,6 +33,7 @@ from torchrl.envs import EnvBase
 
 from research.errors import UserError, describe_error
 from research.processes import children_hear_nothing, serve_the_main_process
+from research.training.algorithm import another_seed, env_steps_in
 from research.training.collecting_policy import POLICY_VERSION, CollectingPolicy
 from research.training.episodes import EpisodeStatistics
 from research.training.parallel import ALONE, World
@@ -52,6 +53,9 @@ class Workers(Protocol):
 
     def post(self, policy: CollectingPolicy) -> None:
         """Give workers the policy's trainable weights and version, which they take up together."""
+
+    def reseed(self, seed: int) -> None:
+        """Have workers draw from other streams, before the first rollout."""
 
     def metrics(self) -> dict[str, float]:
         """`rollout/*` of the workers themselves."""
@@ -138,6 +142,9 @@ class ProcessWorkers:
     def post(self, policy: CollectingPolicy) -> None:
         self.mailbox.post(policy)
 
+    def reseed(self, seed: int) -> None:
+        self.collector.set_seed(seed)
+
     def metrics(self) -> dict[str, float]:
         """Nothing."""
         return {}
@@ -165,6 +172,9 @@ class AsynchronousRollouts:
         timeout: seconds in which a worker that is waited for has to take a step.
         start: makes the workers.
         world: the processes of the run, each with workers of its own; episodes are reported together.
+        task_names: of the environments, whose success is reported of each where there are several.
+    Attributes:
+        env_steps: control steps that arrived for the last rollout, those of what was thrown away among them.
     """
 
     def __init__(
@@ -179,19 +189,22 @@ class AsynchronousRollouts:
         timeout: float = 60.0,
         start: Callable[..., Workers] = ProcessWorkers,
         world: World = ALONE,
+        task_names: Sequence[str] = (),
     ):
         self.policy = CollectingPolicy(policy)
         self.max_staleness, self.buffer_size, self.share = max_staleness, buffer_size, num_envs // num_collectors
-        self.episodes = EpisodeStatistics(num_envs, world=world)
+        self.episodes = EpisodeStatistics(num_envs, task_names=task_names, world=world)
+        self.seed, self.world = seed, world
         seed += 1_000_003 * world.rank
         steps = buffer_size // num_envs
         self.workers = start(make_env, self.policy, num_collectors, self.share, steps, seed, timeout)
         self._staleness = torch.zeros(0)  # of the last rollout's transitions, in updates
-        self._discarded = 0
+        self._discarded = self.env_steps = 0
         self._fifo: deque[TensorDictBase] = deque()
 
     def next(self) -> TensorDictBase:
         """The next rollout `[N, T]` that is fresh enough; workers go on meanwhile."""
+        self._discarded = self.env_steps = 0
         while sum(part.numel() for part in self._fifo) < self.buffer_size:
             part, cut_off = self.workers.receive()
             first = self.share * int(part[WORKER][0, 0])
@@ -199,6 +212,7 @@ class AsynchronousRollouts:
             if cut_off:
                 self.episodes.forget(rows)
             self.episodes.observe(part.select("next").to("cpu"), rows)  # also of what is thrown away
+            self.env_steps += env_steps_in(part)
             if self._lag(part).max() > self.max_staleness:
                 self._discarded += part.numel()
             else:
@@ -231,6 +245,7 @@ class AsynchronousRollouts:
 
     def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
         """False: episodes start anew."""
+        self.workers.reseed(another_seed(self.seed, env_steps) + 1_000_003 * self.world.rank)
         self.publish()  # the weights that were loaded
         return False
 

@@ -108,6 +108,11 @@ class FreezeAudit:
             "audit/hash": hashlib.sha256(lines.encode()).hexdigest(),
         }
 
+    @property
+    def start(self) -> Mapping[str, Tensor]:
+        """What trains, but for adapters, as it was at the start of the run."""
+        return self._start
+
     def state_dict(self) -> dict[str, Any]:
         """The start of the run, for a checkpoint."""
         return {"hashes": self._hashes, "start": self._start, "norms": self._norms}
@@ -122,8 +127,9 @@ class FreezeAudit:
         hashes = state["hashes"]  # runs of earlier versions hashed fewer buffers
         if differing := sorted((hashes.keys() ^ self._hashes.keys()) & parameters):
             raise UserError(
-                f"policy.freeze: the run to resume froze {len(hashes)} tensors, this one {len(self._hashes)} "
-                f"(they differ in {differing[0]}); resume with the freeze scope it was started with"
+                f"policy.freeze: the run to resume had {len(hashes)} tensors that stay, this one {len(self._hashes)} "
+                f"(they differ in {differing[0]}); resume with the freeze scope it was started with, and with its "
+                "policy.feature_reuse, which holds what it reuses to be frozen"
             )
         self._hashes = self._hashes | hashes
         self._start, self._norms = state["start"], state["norms"]

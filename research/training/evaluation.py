@@ -195,6 +195,7 @@ class EpisodeRows:
             in `states`, what the policy made of the step, and what that led to.
         more: called with the places in `states` of episodes that have just ended; returns states of further episodes,
             which follow those that wait already.
+        collecting: for training, where an episode that is cut off keeps the success that it had.
     """
 
     def __init__(
@@ -205,8 +206,10 @@ class EpisodeRows:
         max_steps: int,
         record: Callable[[Tensor, Tensor, TensorDictBase, TensorDictBase], None] | None = None,
         more: Callable[[list[int]], Sequence[int]] | None = None,
+        collecting: bool = False,
     ):
-        self.record, self.more = record, more
+        self.record, self.more, self.collecting = record, more, collecting
+        self.when = "while collecting" if collecting else "in evaluation"
         n, device = env.batch_size[0], env.device
         self.env, self.states, self.max_steps = env, states, max_steps
         self.task_names: Sequence[str] = getattr(env, "task_names", ())
@@ -239,11 +242,11 @@ class EpisodeRows:
     def step(self, policy: TensorDictModuleBase) -> None:
         """One decision in every row; rows whose episode is over begin the next."""
         self._film()
-        check_finite_observation(self.now.get(OBSERVATION), "in evaluation")
+        check_finite_observation(self.now.get(OBSERVATION), self.when)
         acted = policy(self.now)
-        check_finite([("action", acted.get(ACTION))], "in evaluation")
+        check_finite([("action", acted.get(ACTION))], self.when)
         after = self.env.step(acted).get("next")
-        check_finite([("reward", after.get("reward"))], "in evaluation")
+        check_finite([("reward", after.get("reward"))], self.when)
         if self.record is not None:
             self.record(self.running, torch.tensor(self.places, device=self.env.device), acted, after)
         self._film_between()
@@ -271,7 +274,7 @@ class EpisodeRows:
         for row in rows:
             place, cut_off = self.places[row], not bool(done[row])
             successes = [
-                bool(flags[row]) and not cut_off if self.has_success else None
+                bool(flags[row]) and (self.collecting or not cut_off) if self.has_success else None
                 for flags in (self.success, self.success_at_end)
             ]
             state = self.states[place]

@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from research.schema import ACTION, ENV_STEPS, LOG_PROB, check_finite, with_text_as
-from research.training.algorithm import Policy
+from research.training.algorithm import Policy, another_seed
 from research.training.evaluation import Episode, EpisodeRows, success_by_task
 from research.training.parallel import ALONE, World
 
@@ -36,6 +36,7 @@ class GroupEpisodes:
         most_draws: draw at most so many times G groups.
         max_steps: control steps after which an episode that does not end by itself is cut off.
         world: the processes that share the groups.
+        seed: of the run.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class GroupEpisodes:
         most_draws: int = 4,
         max_steps: int = 1000,
         world: World = ALONE,
+        seed: int = 0,
     ):
-        self.env, self.policy, self.world = env, policy, world
+        self.env, self.policy, self.world, self.seed = env, policy, world, seed
         self.groups, self.group_size, self.most_draws, self.max_steps = groups, group_size, most_draws, max_steps
         self.kept_keys = [*policy.kept_keys, ACTION, LOG_PROB]
         self.episodes: list[Episode] = []  # of the last collection, those of groups that were left out among them
@@ -95,7 +97,7 @@ class GroupEpisodes:
 
         with set_exploration_type(ExplorationType.RANDOM):
             first = [state for state in states for _ in range(size)]
-            rows = EpisodeRows(self.env, first, 0, self.max_steps, record, more)
+            rows = EpisodeRows(self.env, first, 0, self.max_steps, record, more, collecting=True)
             while rows.running.any():
                 rows.step(self.policy.act)
         self.episodes = [rows.episodes[place] for place in range(len(states) * size)]
@@ -148,11 +150,13 @@ class GroupEpisodes:
         return {"environment": self.env.state_dict(), "states": list(self.states)}
 
     def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
-        """Go on from there; False where there is no state, and the stream begins anew."""
-        if state is not None:
-            self.env.load_state_dict(state["environment"])
-            self.states = list(state.get("states", ()))  # checkpoints of before 0.3 have none
-        return state is not None
+        """Go on from there; False where there is no state, and another stream begins."""
+        if state is None:
+            self.env.set_seed(another_seed(self.seed, env_steps))
+            return False
+        self.env.load_state_dict(state["environment"])
+        self.states = list(state.get("states", ()))  # checkpoints of before 0.3 have none
+        return True
 
     def shutdown(self) -> None:
         self.env.close()

@@ -7,6 +7,7 @@ have its advantage, and the loss is a mean over decisions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -89,6 +90,15 @@ class StartingPolicy:
     def __init__(self, policy: Policy):
         self.policy = policy
         self.start = self._trained()
+
+    def begin_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights that a resumed run started from, whatever this process began with.
+
+        Args:
+            weights: of what trains; without those of adapters, which change nothing at the start.
+        """
+        for name, weight in weights.items():
+            self.start[name].copy_(weight)
 
     def _trained(self) -> dict[str, Tensor]:
         named = self.policy.model.named_parameters()

@@ -169,6 +169,10 @@ class RayWorkers:
     def post(self, policy: CollectingPolicy) -> None:
         self.mailbox.post(policy)
 
+    def reseed(self, seed: int) -> None:
+        self._seed = seed
+        self.collector.set_seed(seed)
+
     def metrics(self) -> dict[str, float]:
         """Env steps per second of each worker while it collected its last rollout, and how many were replaced."""
         speeds = {f"rollout/worker_{i}/env_steps_per_second": speed for i, speed in sorted(self._speeds.items())}

@@ -24,7 +24,7 @@ from research.schema import (
     SUCCESS_NOW,
     with_text_as,
 )
-from research.training.algorithm import Policy, env_steps_in
+from research.training.algorithm import Policy, another_seed, env_steps_in
 from research.training.collecting_policy import CollectingPolicy
 from research.training.episodes import EpisodeStatistics
 from research.training.parallel import ALONE, World
@@ -101,10 +101,14 @@ class Rollouts:
         policy: see `algorithm.Policy`.
         buffer_size: transitions per rollout, N * T.
         world: the processes that collect, each for itself; episodes are reported together.
+        seed: of the run.
+    Attributes:
+        env_steps: control steps of the last rollout.
     """
 
-    def __init__(self, env: EnvBase, policy: Policy, buffer_size: int, world: World = ALONE):
-        self.env, self.policy = env, CollectingPolicy(policy)
+    def __init__(self, env: EnvBase, policy: Policy, buffer_size: int, world: World = ALONE, seed: int = 0):
+        self.env, self.policy, self.world, self.seed = env, CollectingPolicy(policy), world, seed
+        self.env_steps = 0
         self.episodes = EpisodeStatistics(env.batch_size[0], env.device, getattr(env, "task_names", ()), world)
         self.collector = RolloutCollector(
             env,
@@ -124,6 +128,7 @@ class Rollouts:
         self._arriving = self._arriving or iter(self.collector)
         rollout = next(self._arriving)
         self.episodes.observe(rollout)
+        self.env_steps = env_steps_in(rollout)
         return rollout
 
     def metrics(self) -> dict[str, float]:
@@ -136,23 +141,31 @@ class Rollouts:
 
     def state_dict(self) -> dict:
         """Where the environments and their episodes are."""
+        ahead = self.collector._ahead
         return {
             "environment": self.env.state_dict(),
             "carrier": self.collector._carrier.to_dict(),
+            # Made of all rows at once: of fewer, a kernel may round otherwise.
+            "ahead": None if ahead is None else ahead.to_dict(),
             "episodes": self.episodes.state_dict(),
         }
 
     def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
         """Go on from there; False where the environment cannot, or there is no state, so that episodes start anew."""
-        self.policy.env_steps = env_steps
+        self.policy.env_steps = env_steps // self.world.size
         if state is None:
+            self.env.set_seed(another_seed(self.seed, env_steps))
             return False
         self.env.load_state_dict(state.get("environment", {}))
         exactly = self.env.resumes_exactly and "carrier" in state
         if exactly:
             carrier = TensorDict.from_dict(state["carrier"], batch_size=self.env.batch_size)
             self.collector._carrier.update(carrier.to(self.env.device))
-            self.collector._ahead = None  # of where the environments were before
+            ahead = state.get("ahead")  # checkpoints of before 0.3 have none
+            self.collector._ahead = None
+            if ahead is not None:
+                ahead = TensorDict.from_dict(ahead, batch_size=self.env.batch_size)
+                self.collector._ahead = ahead.to(self.env.device)
             self.episodes.load_state_dict(state["episodes"])
         return exactly
 

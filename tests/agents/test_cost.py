@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 from worlds import (
     INTERFACES,
     WRAP,
@@ -12,6 +15,7 @@ from worlds import (
 
 from agents.cost import flops_per_transition, reuse_report
 from agents.policy import VLAPolicy
+from agents.vla import StagedVLA
 from envs.tabletop import TabletopEnv
 from research.training.freezing import freeze
 
@@ -53,3 +57,31 @@ def test_flops_are_counted_forward_and_backward(interface):
         assert trained > 3e6 * passes + heads
     everything = flops_per_transition(VLAPolicy(WRAP[interface](small_model())), step)
     assert everything[1] > 2 * trained
+
+
+class Squashed(StagedVLA):
+    """Its entropy has no formula, and is estimated from what it draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.fusion, self.value_head = nn.Linear(3, 6), nn.Linear(6, 1)
+
+    def stages(self):
+        keys = {"in_keys": [("observation", "proprio")], "out_keys": ["hidden"]}
+        return [TensorDictModule(self.fusion, **keys)]
+
+    def action_distribution(self, hidden):
+        normal = Normal(hidden[:, :3], hidden[:, 3:].exp())
+        return Independent(TransformedDistribution(normal, [TanhTransform()]), 1)
+
+    def value(self, hidden):
+        return self.value_head(hidden)
+
+
+def test_looking_at_costs_moves_no_generator():
+    """A resumed run looks where the uninterrupted one did not."""
+    policy, seen = VLAPolicy(Squashed()), TabletopEnv(2, modalities=["proprio"]).reset()["observation"]
+    state = torch.get_rng_state()
+    flops_per_transition(policy, seen[:1])
+    reuse_report(policy, seen)
+    assert torch.equal(torch.get_rng_state(), state)

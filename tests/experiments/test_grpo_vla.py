@@ -14,6 +14,7 @@ from configuration import read_experiment
 from worlds import rows_without_times, run_folder, write_config
 
 from research.config import ExperimentConfig
+from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -51,6 +52,22 @@ def test_a_run_is_tracked_evaluated_and_goes_on_bit_for_bit(tmp_path, capsys):
     assert grpo_vla.main([f"--trainer.resume={middle}"]) == 0, capsys.readouterr().err
     assert rows_without_times(run) == rows
     assert evaluate_vla.main([f"--checkpoint={run}", f"--output={tmp_path / 'out'}"]) == 0
+
+
+def test_the_reference_of_a_resumed_run_is_its_start_whatever_the_file_holds_now(tmp_path, capsys):
+    assert grpo_vla.main(["--config", str(grpo_config(tmp_path, trainer__enable_eval=False))]) == 0
+    run = run_folder(tmp_path)
+    rows = rows_without_times(run)
+    middle, *_, last = sorted(RunFolder(run).checkpoints.glob("step_*"))
+    other = tmp_path / "other.pt"
+    torch.save({"model_state_dict": load_checkpoint(last)["model_state_dict"]}, other)
+    words = [f"--trainer.resume={middle}", f"--policy.vla_config.model_path={other}"]
+    assert grpo_vla.main(words) == 0, capsys.readouterr().err
+    assert rows_without_times(run) == rows
+
+
+def test_more_rows_than_a_rollout_of_ppo_divides_are_no_matter(tmp_path):
+    assert grpo_vla.main(["--config", str(grpo_config(tmp_path)), "--trainer.num_envs=12", "--dry_run"]) == 0
 
 
 def test_a_run_is_told_and_not_begun(tmp_path, capsys):

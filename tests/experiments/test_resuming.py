@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import evaluate_vla
@@ -11,7 +12,7 @@ import ppo_vla
 import pytest
 import torch
 import training_run
-from resuming import evaluation_at, newest_run
+from resuming import drop_rows_after, evaluation_at, newest_run
 from worlds import rows_without_times, run_folder, write_config
 
 from agents.small_vla import SmallVLA
@@ -47,21 +48,75 @@ def test_a_finished_run_that_is_resumed_evaluates_nothing_again(finished, capsys
 
 def test_the_best_checkpoint_of_a_finished_run_outlives_worse_evaluations(tmp_path, monkeypatch):
     """It is written with the last evaluation, after the checkpoint that the run goes on from."""
-    succeeding = iter([0, 6, 3, 4])
-
-    def evaluate(*arguments):
-        result, count = evaluation.evaluate(*arguments), next(succeeding)
-        for place, episode in enumerate(result.episodes):
-            episode.success = place < count
-        return result
-
-    monkeypatch.setattr(training_run, "evaluate", evaluate)
+    left = succeeding(monkeypatch, 0, 6, 3, 4)
     assert ppo_vla.main(["--config", str(write_config(tmp_path))]) == 0
     run = RunFolder(run_folder(tmp_path))
     (best,) = run.checkpoints_called("best")
     longer = ["--trainer.iterations=5", "--trainer.eval_freq=64"]
     assert best.name == "best_000000192" and ppo_vla.main([f"--trainer.resume={run}", *longer]) == 0
-    assert next(succeeding, None) is None and run.checkpoints_called("best") == [best]
+    assert next(left, None) is None and run.checkpoints_called("best") == [best]
+
+
+def succeeding(monkeypatch, *counts: int):
+    """Evaluations of which so many episodes succeed, one after the other; what is left of them."""
+    left = iter(counts)
+
+    def evaluate(*arguments):
+        result, count = evaluation.evaluate(*arguments), next(left)
+        for place, episode in enumerate(result.episodes):
+            episode.success = place < count
+        return result
+
+    monkeypatch.setattr(training_run, "evaluate", evaluate)
+    return left
+
+
+def evaluated(run: Path) -> dict[int, float]:
+    rows = read_rows(RunFolder(run).metrics)
+    return {row["global_step"]: row["eval/success_rate"] for row in rows if "eval/success_rate" in row}
+
+
+def test_an_evaluation_of_another_number_of_episodes_stays_and_counts(tmp_path, monkeypatch):
+    left = succeeding(monkeypatch, 0, 6, 3)
+    assert ppo_vla.main(["--config", str(write_config(tmp_path))]) == 0
+    run = run_folder(tmp_path)
+    best = RunFolder(run).checkpoints_called("best")
+    more = ["--trainer.iterations=4", "--trainer.num_eval_episodes=6"]
+    assert ppo_vla.main([f"--trainer.resume={run}", *more]) == 0 and next(left, None) is None
+    assert evaluated(run) == {0: 0.0, 192: 0.75, 256: 0.5} and RunFolder(run).checkpoints_called("best") == best
+    steps = [row["global_step"] for row in read_rows(RunFolder(run).episodes)]
+    assert [steps.count(step) for step in (0, 192, 256)] == [8, 8, 6]
+
+
+def test_a_finished_run_that_is_to_be_evaluated_otherwise_is(finished, capsys):
+    assert ppo_vla.main([f"--trainer.resume={finished}", "--trainer.max_eval_steps=2"]) == 0
+    assert "what it ended with is evaluated anew" in capsys.readouterr().out
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["eval/global_step"] == 192 and summary["eval/episode_length"] <= 2
+    lengths = [row["length"] for row in read_rows(RunFolder(finished).episodes) if row["global_step"] == 192]
+    assert len(lengths) == 8 and max(lengths) <= 2
+    assert sum("eval/return" in row for row in read_rows(RunFolder(finished).metrics) if row["global_step"] == 192) == 1
+
+
+def test_what_is_refused_after_all_has_taken_nothing_back(finished, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    before = contents(finished)
+    earlier = RunFolder(finished).checkpoint(128)
+    assert ppo_vla.main([f"--trainer.resume={earlier}", "--trainer.tensorboard=true"]) == 2
+    assert "trainer.tensorboard" in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_a_run_that_went_back_behind_its_best_keeps_the_best_of_what_is_left(tmp_path, monkeypatch):
+    left = succeeding(monkeypatch, 0, 3, 2, 6, 1)
+    assert ppo_vla.main(["--config", str(write_config(tmp_path, trainer__eval_freq=64))]) == 0
+    run = RunFolder(run_folder(tmp_path))
+    assert [path.name for path in run.checkpoints_called("best")] == ["best_000000192"]
+    assert ppo_vla.main([f"--trainer.resume={run.checkpoint(128)}"]) == 0 and next(left, None) is None
+    assert evaluated(run.path) == {0: 0.0, 64: 0.375, 128: 0.25, 192: 0.125}
+    (best,) = run.checkpoints_called("best")  # that of env step 64 went long ago
+    assert best.name == "best_000000128" and load_checkpoint(best)["progress"]["global_step"] == 128
+    assert load_checkpoint(run.path)["progress"]["best"] == 0.25
 
 
 def test_auto_goes_on_with_a_run_of_this_very_name(tmp_path, capsys):
@@ -113,15 +168,15 @@ def test_an_evaluation_whose_metrics_were_not_written_is_made_again(tmp_path):
     rows = [{"global_step": step, "initial_state": i} for step in (0, 64) for i in range(3)]
     append_rows(folder.metrics, [{"global_step": 0, "eval/return": 1.0}, {"global_step": 64, "train/entropy": 1.0}])
     append_rows(folder.episodes, [*rows, *rows[-1:]])
-    assert evaluation_at(folder, 64, episodes=3) == [] and read_rows(folder.episodes) == rows[:3]
-    append_rows(folder.episodes, [*rows[3:], *rows[-1:]])
-    append_rows(folder.metrics, [{"global_step": 64, "eval/return": 1.0}])
-    assert (
-        evaluation_at(folder, 64, episodes=4) == [] and len(read_rows(folder.metrics)) == 2
-    )  # another number is asked
+    assert evaluation_at(folder, 64, episodes=3) == []
+    drop_rows_after(folder, 64, with_evaluation=True)
+    assert read_rows(folder.episodes) == rows[:3] and len(read_rows(folder.metrics)) == 2
     append_rows(folder.episodes, [*rows[3:], *rows[-1:], {"global_step": 128, "initial_state": 0}])
     append_rows(folder.metrics, [{"global_step": 64, "eval/return": 1.0}])
-    assert evaluation_at(folder, 64, episodes=3) == rows[3:] and read_rows(folder.episodes) == rows
+    assert evaluation_at(folder, 64, episodes=4) == []  # one is missing
+    assert evaluation_at(folder, 64, episodes=3) == rows[3:]
+    drop_rows_after(folder, 64, with_evaluation=False)
+    assert read_rows(folder.episodes) == rows and len(read_rows(folder.metrics)) == 3
 
 
 WRONG = [

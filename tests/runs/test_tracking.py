@@ -332,3 +332,13 @@ def test_read_metrics_tolerates_a_torn_last_line_only(tmp_path):
     path.write_text('{"global_step": 0}\n{"glob\n{"global_step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(tmp_path)
+
+
+def test_a_newer_evaluation_takes_the_place_of_all_of_an_earlier_one(tmp_path):
+    """Success at the end is there only where it is another number than success."""
+    folder = RunFolder.create(tmp_path, "exp").path
+    with start_tracker(folder) as tracker:
+        tracker.summary({"eval/success_rate": 0.5, "eval/success_at_end": 0.25, "before/return": 1.0, "exit_code": 0})
+        tracker.summary({"eval/success_rate": 1.0})
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == {"before/return": 1.0, "exit_code": 0, "eval/success_rate": 1.0}

@@ -142,7 +142,7 @@ def test_a_resumed_run_is_audited_against_the_first_start():
     assert again.drift() == audit.drift() and again.drift()["audit/drift/fusion"] > 0
     assert again.summary() == audit.summary()
     _, other = audited(["vision", "fusion"])
-    with pytest.raises(UserError, match=r"policy\.freeze.*froze 11 tensors, this one 17 .*fusion\.0\.weight"):
+    with pytest.raises(UserError, match=r"policy\.freeze.*had 11 tensors that stay, this one 17 .*fusion\.0\.weight"):
         other.load_state_dict(saved["audit"])
 
 

@@ -183,3 +183,11 @@ def test_on_tabletop_episodes_of_a_group_start_alike_and_resume_where_they_were(
         batches.append(collected.next())
     assert (batches[0] == batches[1]).all()
     assert EpisodeStatistics(4).metrics() == {}
+
+
+def test_an_episode_that_is_cut_off_keeps_the_success_that_it_had():
+    """The first step of an episode succeeds, and the one after it is beyond the limit."""
+    collected = GroupEpisodes(Countdown(4), Drawing(always=1.0), groups=2, group_size=2, most_draws=1, max_steps=1)
+    collected.next()
+    assert all(episode.cut_off and episode.success for episode in collected.episodes)
+    assert collected.metrics()["rollout/success_rate"] == 1.0

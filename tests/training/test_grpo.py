@@ -138,3 +138,18 @@ def test_the_divergence_is_k3_and_its_weight_pulls_back():
     batch["advantage"] = torch.zeros_like(batch["advantage"])
     far = [grpo.update(batch.copy(), Progress(30))["train/kl_reference"] for _ in range(30)]
     assert far[0] > 0.01 and far[-1] < 0.2 * far[0]
+
+
+def test_the_reference_of_a_resumed_run_is_that_of_its_start():
+    grpo, rollout = make_grpo(kl_coef=0.1)
+    batch, _ = grpo.prepare(rollout)
+    start = {name: p.detach().clone() for name, p in grpo.policy.model.named_parameters() if p.requires_grad}
+    other, _ = make_grpo(kl_coef=0.1)
+    with torch.no_grad():
+        for weight in other.policy.model.parameters():
+            weight += 0.1
+    other.reference = StartingPolicy(other.policy)
+    assert not torch.allclose(other.prepare(rollout)[0]["reference_log_prob"], batch["reference_log_prob"], atol=1e-3)
+    other.policy.model.load_state_dict(grpo.policy.model.state_dict())
+    other.reference.begin_from(start)
+    assert torch.equal(other.prepare(rollout)[0]["reference_log_prob"], batch["reference_log_prob"])

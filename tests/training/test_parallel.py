@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from assembling import share_of
 from tensordict import TensorDict
 from torch import nn
 from worlds import freeze_with_residual
@@ -18,7 +19,7 @@ from worlds import freeze_with_residual
 from agents.critic import detach_value_head, find_value_head, scores
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
-from research.config import LoRAConfig, PPOConfig
+from research.config import AlgorithmConfig, ExperimentConfig, LoRAConfig, PPOConfig, TrainerConfig
 from research.errors import UserError
 from research.training.algorithm import Progress
 from research.training.audit import FreezeAudit
@@ -251,6 +252,15 @@ def test_alone_nothing_is_exchanged():
     assert ALONE.total(3) == 3 and ALONE.largest(2) == 2 and ALONE.gather("a") == ["a"] and ALONE.leaders(1) == 1
     assert [a.item() for a in ALONE.moments(x)] == [x.mean().item(), x.std().item()]
     assert not dist.is_initialized()
+
+
+def test_rows_that_collectors_of_several_processes_cannot_share_are_refused():
+    trainer = {"num_envs": 6, "num_collectors": 2, "buffer_size": 24, "buffer_type": "vla"}
+    config = ExperimentConfig(trainer=TrainerConfig(**trainer), algorithm=AlgorithmConfig(cfg=PPOConfig(batch_size=12)))
+    with pytest.raises(
+        UserError, match=r"trainer.num_envs: 6 cannot be shared among 2 processes with .*collectors = 2"
+    ):
+        share_of(config, World(rank=0, size=2))
 
 
 def test_what_cannot_be_divided_is_named():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
+from worlds import reach_env, reach_policy
 
 from envs.tabletop import TabletopEnv
 from research.errors import NonFiniteError
@@ -272,3 +275,31 @@ def test_nan_reward_is_named():
     events["reward"][2, 3] = float("nan")
     with pytest.raises(NonFiniteError, match=r"reward is nan at index \[2, 3, 0\]"):
         collect(events, Valuing())
+
+
+def states_of(env, **options):
+    """Rollouts, and what draws their next initial states."""
+    return Rollouts(env, reach_policy(), 4 * 8, **options), lambda: set(env.draw_states(64).tolist())
+
+
+def test_without_a_state_a_run_goes_on_with_other_initial_states_than_it_began_with():
+    _, drawn = states_of(reach_env())
+    first = drawn()
+    again, drawn = states_of(reach_env())
+    assert not again.load_state_dict(None, 4096) and not first & drawn()
+    other, drawn_by_other = states_of(reach_env(), seed=7)
+    other.load_state_dict(None, 4096)
+    assert drawn() and not drawn() & drawn_by_other()
+
+
+def test_frozen_features_of_where_a_rollout_ended_are_those_of_a_resumed_run():
+    """Of fewer rows than all at once a kernel may round otherwise."""
+    rollouts = Rollouts(reach_env(), reach_policy("vision"), 4 * 8)
+    rollouts.next()
+    saved = copy.deepcopy(rollouts.state_dict())
+    other = Rollouts(reach_env(), reach_policy("vision"), 4 * 8)
+    assert other.load_state_dict(saved, 32)
+    ahead, expected = other.collector._ahead, rollouts.collector._ahead
+    assert expected is not None and (ahead == expected).all()
+    saved.pop("ahead")  # as earlier checkpoints are
+    assert other.load_state_dict(saved, 32) and other.collector._ahead is None
