@@ -59,7 +59,7 @@ def make_ppo(
     optimizer = make_optimizer(config, policy)
     value_parameters = [p for p in named_parameters_within(model, value_head).values() if p.requires_grad]
     if not value_parameters and (to_head or cfg.value_warmup_iterations):
-        if value_head:
+        if named_parameters_within(model, value_head):
             raise UserError(
                 f"policy.freeze: {config.policy.freeze!r} freezes {', '.join(value_head)} of {type(model).__name__}, "
                 "which only the value depends on; leave it out, or set policy.critic_gradient to 'trunk' and no value "

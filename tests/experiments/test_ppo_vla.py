@@ -166,6 +166,10 @@ BAD = [
     (["--policy.freeze=[visoin_encoder]"], "vision_encoder"),
     (["--policy.learning_rates.fusoin=1e-3"], "fusion"),
     (["--policy.value_head=critic"], "value_head"),
+    (
+        ["--policy.freeze=[value_head]"],
+        "policy.freeze: ['value_head'] freezes value_head of SmallVLA",
+    ),
     (["--trainer.env_config.task=fly"], "fly"),
     (["--trainer.resume=nowhere"], "nowhere"),
     (["--policy.vla_config.model_config.modalities=[depth]"], "reads depth"),

@@ -185,6 +185,12 @@ def test_on_tabletop_episodes_of_a_group_start_alike_and_resume_where_they_were(
     assert EpisodeStatistics(4).metrics() == {}
 
 
+def test_a_number_that_breaks_is_said_to_have_been_collected():
+    collected = GroupEpisodes(Countdown(4), Drawing(always=float("nan")), groups=2, group_size=2)
+    with pytest.raises(NonFiniteError, match=r"action is nan at index \[0, 0\] while collecting"):
+        collected.next()
+
+
 def test_an_episode_that_is_cut_off_keeps_the_success_that_it_had():
     """The first step of an episode succeeds, and the one after it is beyond the limit."""
     collected = GroupEpisodes(Countdown(4), Drawing(always=1.0), groups=2, group_size=2, most_draws=1, max_steps=1)
