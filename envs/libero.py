@@ -47,7 +47,7 @@ SUITES = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libe
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 MODALITIES = (RGB, PROPRIO, LANGUAGE)
 STATES, HELD_OUT_PER_TASK = 50, 10
-INSTALL = 'pip install "vla-rl[libero]" and pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1'
+INSTALL = "pip install -e .[libero] and pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
 _ASSETS = "scenes", "articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects"
 _PROPRIO_SIZE = 9
 

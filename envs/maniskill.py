@@ -34,7 +34,7 @@ from research.errors import UserError, did_you_mean
 from research.schema import LANGUAGE, MODALITIES, PROPRIO, RGB
 
 REWARDS = ("sparse", "dense", "normalized_dense")
-INSTALL = 'pip install "vla-rl[maniskill]"'
+INSTALL = "pip install -e .[maniskill]"
 
 
 def make_maniskill_env(

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 REWARDS = ("sparse", "dense", "gain")
 PHRASINGS = ("first", "all")
 MODALITIES = (RGB, PROPRIO, LANGUAGE)
-INSTALL = 'pip install "vla-rl[metaworld]"'
+INSTALL = "pip install -e .[metaworld]"
 _FILM_SIZE = 256
 _STATE_SIZE, _GRIPPER_SIZE = 39, 4
 

@@ -205,9 +205,7 @@ def _ray_workers(address: str | None) -> Callable[..., Workers]:
     try:
         from research.training.ray_workers import RayWorkers  # an optional dependency
     except ImportError as error:
-        raise UserError(
-            f"trainer.collector: ray needs Ray ({describe_error(error)}); pip install 'vla-rl[ray]'"
-        ) from error
+        raise UserError(f"trainer.collector: ray needs Ray ({describe_error(error)}); pip install -e .[ray]") from error
     return partial(RayWorkers, address=address)
 
 

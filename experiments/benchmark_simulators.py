@@ -69,7 +69,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--decisions", type=int, default=20, help="per rollout and environment, default %(default)s")
     add("--repeats", type=int, default=3, help="default %(default)s")
     add("--threads", type=int, default=1, help="of torch in the main process, default %(default)s")
-    add("--sb3", action="store_true", help="time Stable-Baselines3 too (pip install 'vla-rl[bench]')")
+    add("--sb3", action="store_true", help="time Stable-Baselines3 too (pip install -e .[bench])")
     add("--output", type=Path, default=Path("runs/throughput/simulators.csv"), help="table, default %(default)s")
     options = parser.parse_args(argv)
     for name in ("num_envs", "decisions", "repeats", "threads"):

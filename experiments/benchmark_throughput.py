@@ -136,7 +136,7 @@ def compare(options: argparse.Namespace) -> int:
         raise UserError(f"--rows: {options.rows!r} matches none of {', '.join(names)}")
     if any(name.startswith("sb3/") for name in chosen) and importlib.util.find_spec("stable_baselines3") is None:
         chosen = [name for name in chosen if not name.startswith("sb3/")]
-        print("skipped: rows of Stable-Baselines3, which is not installed: pip install 'vla-rl[bench]'")
+        print("skipped: rows of Stable-Baselines3, which is not installed: pip install -e .[bench]")
     if options.rows == "*" and options.device == "cpu" and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16:
         chosen = [name for name in chosen if "/bf16" not in name]
         print("skipped: rows in bf16, which this processor only imitates, many times slower: --rows='*/bf16*' has them")

@@ -202,7 +202,7 @@ def train_theirs(env: str, task: Task, seed: int) -> Trained:
         from stable_baselines3 import PPO  # an optional dependency
         from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
     except ImportError as error:
-        raise UserError("--algorithms: stable-baselines3 is not installed; pip install 'vla-rl[bench]'") from error
+        raise UserError("--algorithms: stable-baselines3 is not installed; pip install -e .[bench]") from error
     vector = DummyVecEnv([lambda: make_env(env)] * task.num_envs)
     if task.normalize:
         vector = VecNormalize(vector, gamma=task.settings["gamma"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,17 @@ def test_every_module_has_a_test_file_of_its_own():
             own = ROOT / "tests" / folder.removeprefix("research").lstrip("/") / f"test_{path.name}"
             name = str(path.relative_to(ROOT))
             assert path.name == "__init__.py" or own.exists() or (ROOT / tested_elsewhere[name]).exists(), name
+
+
+def test_what_a_message_says_to_install_can_be_installed():
+    """The package is in no registry: an extra is installed from a checkout, and pyproject.toml has it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = 0
+    for folder in ("agents", "envs", "research", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            assert "vla-rl[" not in text, path
+            for names in re.findall(r"pip install -e \.\[([a-z,]+)\]", text):
+                assert set(names.split(",")) <= set(extras), path
+                told += 1
+    assert told > 10

@@ -64,7 +64,7 @@ def read_lerobot(
         UserError: what is not there, or not as `meta/info.json` says.
     """
     if importlib.util.find_spec("pyarrow") is None:
-        raise UserError('demonstrations: LeRobot data sets need pyarrow; pip install "vla-rl[lerobot]"')
+        raise UserError("demonstrations: LeRobot data sets need pyarrow; pip install -e .[lerobot]")
     info = read_info(folder)
     features = info["features"]
     keys = dict(keys) if keys else default_keys(features)

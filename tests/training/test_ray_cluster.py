@@ -16,7 +16,7 @@ from research.runs.folder import read_json
 from research.runs.tracking import read_metrics
 from research.training.asynchronous import AsynchronousRollouts
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'vla-rl[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e .[ray]")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from research.training.ray_workers import RayWorkers  # noqa: E402

@@ -13,7 +13,7 @@ from worlds import reach_env, reach_policy
 from research.errors import SimulatorFailed, UserError
 from research.training.asynchronous import AsynchronousRollouts
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'vla-rl[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e .[ray]")
 from research.training import ray_workers  # noqa: E402
 from research.training.ray_workers import RayWorkers, connect  # noqa: E402
 
