@@ -178,6 +178,30 @@ def test_a_command_that_a_script_does_not_know_is_found(read_options):
     assert {page.name: len(shown_commands(page)) for page in PAGES}["README.md"] >= 17
 
 
+RUNNERS = re.compile(
+    r"(?:make|python -c|python (?:<this repository>/)?experiments/\S+|torchrun|pip install|uv|vla-\w+|wandb|ray|trackio"
+    r"|docker|apptainer|sbatch|kubectl|pytest)(?: |$)"
+)
+
+
+def told_commands(page: Path) -> set[str]:
+    """Whatever a page tells to run: in lines of blocks, and within sentences."""
+    text = re.sub(r"^ +(?=```)", "", page.read_text(), flags=re.MULTILINE)  # blocks within lists are indented
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for kind, block in fenced if not kind for line in block.replace("\\\n", " ").splitlines()]
+    sentences = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+    words = [" ".join(re.split(r"\s#\s", line)[0].split()).removeprefix("$ ") for line in (*lines, *sentences)]
+    return {line for line in words if " " in line and RUNNERS.match(line)}
+
+
+def test_the_list_of_commands_has_all_that_the_pages_tell_and_no_others():
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md")]
+    pages += [page for page in (ROOT / "docs").glob("*.md") if page.name != "commands.md"]
+    told = set().union(*map(told_commands, pages))
+    listed = told_commands(ROOT / "docs" / "commands.md")
+    assert told - listed == set() and listed - told == set() and len(told) > 70
+
+
 def anchors(path: Path) -> set[str]:
     """What GitHub makes of a page's headings."""
     prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
