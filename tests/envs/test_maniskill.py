@@ -237,7 +237,7 @@ def test_files_that_are_missing_are_not_fetched_but_named(vulkan, monkeypatch):
 
 def test_a_package_that_is_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "mani_skill", None)
-    with pytest.raises(UserError, match=r'^trainer\.env: .*not installed; pip install "vla-rl\[maniskill\]"$'):
+    with pytest.raises(UserError, match=r"^trainer\.env: .*not installed; pip install -e \.\[maniskill\]$"):
         make_maniskill_env(1, "cpu", 0)
 
 

@@ -281,7 +281,7 @@ def test_options_that_do_not_fit_are_refused_by_name(options, says):
 def test_a_package_that_is_missing_or_another_mujoco_is_one_line(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "metaworld", None)
-        with pytest.raises(UserError, match=r'^trainer\.env: .*not installed; pip install "vla-rl\[metaworld\]"$'):
+        with pytest.raises(UserError, match=r"^trainer\.env: .*not installed; pip install -e \.\[metaworld\]$"):
             make_metaworld_env(1, "cpu", 0)
     installed = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0" if name == "mujoco" else installed(name))

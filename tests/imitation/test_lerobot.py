@@ -249,5 +249,5 @@ def test_a_column_that_is_missing_is_named(tmp_path):
 def test_without_pyarrow_it_is_said_how_to_install_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'need pyarrow; pip install "vla-rl\[lerobot\]"'):
+    with pytest.raises(UserError, match=r"need pyarrow; pip install -e \.\[lerobot\]"):
         read_lerobot(folder)
