@@ -13,6 +13,7 @@ from research.options import names_config, parse_config
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pick_place.json"
 GRPO_CONFIG = DEFAULT_CONFIG.with_name("pick_place_grpo.json")
+SCRIPTS = {"ppo": "ppo_vla.py", "grpo": "grpo_vla.py"}  # algorithm -> what trains by it
 HELP_ENV = "help.env"
 C = TypeVar("C", bound=ExperimentConfig)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from assembling import Assembly, assemble
-from configuration import DEFAULT_CONFIG, read_experiment, split_flag
+from configuration import DEFAULT_CONFIG, SCRIPTS, read_experiment, split_flag
 from dry_run import dry_run
 from opening import open_run
 from resuming import load_resumed
@@ -17,7 +17,6 @@ from research.config import ExperimentConfig
 from research.errors import UserError
 from research.training.parallel import join, let_rank_0_speak
 
-SCRIPTS = {"ppo": "ppo_vla.py", "grpo": "grpo_vla.py"}
 Learn = Callable[[Assembly, TrainingRun], None]
 
 

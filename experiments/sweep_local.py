@@ -35,7 +35,7 @@ from pathlib import Path
 import packages  # noqa: F401
 
 import optuna
-from configuration import default_of
+from configuration import SCRIPTS, default_of
 from optuna.trial import TrialState
 
 from research.config import ExperimentConfig
@@ -43,14 +43,12 @@ from research.errors import UserError
 from research.options import parse_config
 from research.progress_bar import ProgressBar
 from research.runs.tracking import metric_names
-from research.study.run_settings import RATE, SCOPE, SEED
 from research.study.sweep_file import Sweep, check_metric, check_options, load_sweep
 from research.study.sweep_locks import STOP_S, Lock
 from research.study.sweep_progress import HOST, STARTED_AT, VALUE_OF, SweepProgress
 from research.study.trials import STORAGE_LOST, SweepTrials, first_line
 from research.training.interruption import Interruption
 
-SCRIPTS = ("ppo_vla.py", "grpo_vla.py")
 POLL_S = 0.5
 SHOW_S = 2.0  # between two looks at how far the runs are
 MOST_FAILURES = 3  # in a row: then more than one trial is wrong, and the sweep gives up
@@ -84,10 +82,11 @@ class LocalSweep:
             raise UserError(f"{sweep.path}: program: {sweep.program} does not exist (current directory: {Path.cwd()})")
         read = partial(config_of, program=sweep.program)
         ours = Path(sweep.program).resolve().parent == Path(__file__).resolve().parent
-        if ours and Path(sweep.program).name not in SCRIPTS:
+        if ours and Path(sweep.program).name not in SCRIPTS.values():
             raise UserError(
-                f"{sweep.path}: program: {sweep.program} has other options than those of {' and '.join(SCRIPTS)}; they "
-                "are run here, and scripts of yours that take the same; `wandb agent` runs any"
+                f"{sweep.path}: program: {sweep.program} has other options than those of "
+                f"{' and '.join(SCRIPTS.values())}; they are run here, and scripts of yours that take the same; "
+                "`wandb agent` runs any"
             )
         check_options(sweep, read)
         if ours:  # others log what they like
@@ -195,17 +194,8 @@ class LocalSweep:
         elif failed:
             print(f"error: {failed} of its trials failed; what they printed is in {self.folder}/logs", file=sys.stderr)
         if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in self.trials.all()):
-            print(self.next_step())
+            print(self.progress.next_step())
         return interruption.code or int(failed > 0)
-
-    def next_step(self) -> str:
-        """What to do with runs that ended: a grid's are compared by what it varies, others try each point once."""
-        if self.sweep.method != "grid":
-            return "the best trials are proposals of one seed each: run them on several seeds to compare them"
-        rates = (RATE, "policy.learning_rate_factor", "policy.learning_rate_by_scope")
-        others = [name for name in self.sweep.varied if name not in (SEED, SCOPE) and not name.startswith(rates)]
-        by = f" --by {' '.join([*([SCOPE] if SCOPE in self.sweep.varied else []), *others])}" if others else ""
-        return f"compare with: python experiments/compare_runs.py {self.folder}{by}"
 
     def work(self, interruption: Interruption) -> None:
         """Start runs and follow them until they are over and no more are to be started."""

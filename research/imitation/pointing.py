@@ -47,10 +47,8 @@ def learn_to_point(model: nn.Module, env: Any, steps: int, learning_rate: float,
     Raises:
         UserError: as `check_can_point`.
     """
-    _check_named(model, env)
-    point, parameters = getattr(model, "point", None), list(model.parameters())
-    if point is None:
-        point = _make_reader(_seen(model, env.reset()), env.named_places().shape[1])
+    point, parameters = _pointer(model, env), list(model.parameters())
+    if isinstance(point, PlaceReader):
         parameters += point.parameters()
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     rates = scheduled(optimizer, schedule, steps)
@@ -71,18 +69,17 @@ def check_can_point(model: nn.Module, env: Any) -> None:
     Raises:
         UserError: the model cannot point, nothing of it that points trains, or the environment names nothing.
     """
-    _check_named(model, env)
     with torch.random.fork_rng():
-        point = getattr(model, "point", None)
-        if point is None:
-            point = _make_reader(_seen(model, env.reset()), env.named_places().shape[1])
-        if not _pointing_loss(model, point, env).requires_grad:
+        if not _pointing_loss(model, _pointer(model, env), env).requires_grad:
             raise UserError("pointing_steps: all that points is frozen, so that nothing would learn it; set it to 0")
 
 
-def _check_named(model: nn.Module, env: Any) -> None:
+def _pointer(model: nn.Module, env: Any) -> Any:
+    """What points: the model, or a reader of its tokens."""
     if not hasattr(model, "stages") or not hasattr(env, "named_places"):
         raise UserError("pointing_steps: the model has no stages(), or the environment no named_places(); set it to 0")
+    point = getattr(model, "point", None)
+    return _make_reader(_seen(model, env.reset()), env.named_places().shape[1]) if point is None else point
 
 
 def _pointing_loss(model: nn.Module, point: Any, env: Any) -> Tensor:

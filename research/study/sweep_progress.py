@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from research.errors import UserError
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
+from research.study.run_settings import RATE, SCOPE, SEED
 from research.study.trials import SweepTrials
 
 HOST = socket.gethostname()
@@ -137,6 +138,15 @@ class SweepProgress:
             at_once = f"with {len(running)} at a time, as now"
             lines.append("time left: " + (f"about {clock(left)} {at_once}" if left is not None else "not known yet"))
         return "\n".join(lines)
+
+    def next_step(self) -> str:
+        """What to do with runs that ended: a grid's are compared by what it varies, others try each point once."""
+        if self.sweep.method != "grid":
+            return "the best trials are proposals of one seed each: run them on several seeds to compare them"
+        rates = (RATE, "policy.learning_rate_factor", "policy.learning_rate_by_scope")
+        others = [name for name in self.sweep.varied if name not in (SEED, SCOPE) and not name.startswith(rates)]
+        by = f" --by {' '.join([*([SCOPE] if SCOPE in self.sweep.varied else []), *others])}" if others else ""
+        return f"compare with: python experiments/compare_runs.py {self.folder}{by}"
 
     def _counted(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials.all() if self.trials.counts(trial)]

@@ -22,6 +22,7 @@ from research import progress_bar
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
 from research.study.sweep_file import load_sweep
+from research.study.sweep_progress import SweepProgress
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +113,7 @@ def test_a_grid_is_its_product_each_point_once_with_the_agents_arguments(capsys)
 )
 def test_it_ends_with_the_command_that_compares_what_it_varied(method, varied, said):
     sweep = SimpleNamespace(sweep=SimpleNamespace(method=method, varied=varied), folder="runs/s")
-    told = sweep_local.LocalSweep.next_step(sweep)
+    told = SweepProgress.next_step(sweep)
     assert told.endswith(said) if method == "grid" else said in told
 
 
