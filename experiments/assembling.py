@@ -93,7 +93,7 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     num_eval_envs = max(1, min(trainer.num_eval_envs, trainer.num_eval_episodes // world.size))
     eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
     if world.size > 1:
-        seed_everything(trainer.seed + 1_000_003 * world.rank)  # from here on ranks draw apart
+        seed_everything(world.own_seed(trainer.seed))  # from here on ranks draw apart
     return Assembly(device, observations, policy, audit, algorithm, rollouts, eval_env, world)
 
 

@@ -201,13 +201,15 @@ def restore(state: Mapping[str, Any], parts: Assembly, progress: Progress) -> No
         own = _of_rank(state, parts.world)
         if own is None:  # with the seeds of the start, episodes and draws would be those of the start
             seed = another_seed(state["config"]["trainer"]["seed"], progress.env_steps)
-            seed_everything(seed + 1_000_003 * parts.world.rank)
+            seed_everything(parts.world.own_seed(seed))
             exactly = parts.rollouts.load_state_dict(None, progress.env_steps)
         else:
             episodes = {"episodes": state["statistics"]} if "statistics" in state else {}
             exactly = parts.rollouts.load_state_dict(episodes | own["rollouts"], progress.env_steps)
             restore_rng(own)
     if not exactly:
+        if (scaling := getattr(parts.algorithm, "reward_scaling", None)) is not None:
+            scaling.begin_anew()
         print("episodes cannot be restored and start anew: the run goes on, but not bit for bit")
 
 

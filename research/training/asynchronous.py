@@ -195,9 +195,8 @@ class AsynchronousRollouts:
         self.max_staleness, self.buffer_size, self.share = max_staleness, buffer_size, num_envs // num_collectors
         self.episodes = EpisodeStatistics(num_envs, task_names=task_names, world=world)
         self.seed, self.world = seed, world
-        seed += 1_000_003 * world.rank
         steps = buffer_size // num_envs
-        self.workers = start(make_env, self.policy, num_collectors, self.share, steps, seed, timeout)
+        self.workers = start(make_env, self.policy, num_collectors, self.share, steps, world.own_seed(seed), timeout)
         self._staleness = torch.zeros(0)  # of the last rollout's transitions, in updates
         self._discarded = self.env_steps = 0
         self._fifo: deque[TensorDictBase] = deque()
@@ -245,7 +244,7 @@ class AsynchronousRollouts:
 
     def load_state_dict(self, state: dict | None, env_steps: int) -> bool:
         """False: episodes start anew."""
-        self.workers.reseed(another_seed(self.seed, env_steps) + 1_000_003 * self.world.rank)
+        self.workers.reseed(self.world.own_seed(another_seed(self.seed, env_steps)))
         self.publish()  # the weights that were loaded
         return False
 

@@ -62,6 +62,10 @@ class World:
             raise UserError(f"{option}: {count} cannot be divided among {self.size} processes")
         return count // self.size
 
+    def own_seed(self, seed: int) -> int:
+        """This rank's seed, of a run's: that of another rank is none that a user gives next to it."""
+        return seed + 1_000_003 * self.rank
+
     def shares(self, items: Sequence[Value]) -> Sequence[Value]:
         """This rank's of some items, in a row; those of all ranks, one after the other, are the items."""
         ends = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]

@@ -73,6 +73,10 @@ class RewardScaling:
         self.statistics.load_state_dict(state["statistics"])
         self.sums = state["sums"].clone()
 
+    def begin_anew(self) -> None:
+        """All environments are reset: what episodes had until then belongs to none that goes on."""
+        self.sums.zero_()
+
 
 class Normaliser(Protocol):
     """A module that follows what it is shown; `agents.normalisation.RunningNormalisation` is one."""

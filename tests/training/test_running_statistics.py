@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 
+import algorithms
 import numpy as np
 import ppo_vla
 import pytest
@@ -229,19 +231,41 @@ def test_they_are_off_by_default_and_refused_where_the_model_has_none():
         make_proprio_statistics(config, VLAPolicy(SmallVLA(3)))
 
 
-@pytest.mark.slow
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+def scaled_run(tmp_path) -> Path:
+    """A configuration with all that normalises, and the folder of its run of four iterations."""
     config = write_config(
         tmp_path,
-        trainer__env_config={"task": "reach", "modalities": ["proprio"], "reward": "milestones", "max_steps": 6},
+        trainer__env="gym:Pendulum-v1", trainer__env_config={"max_episode_steps": 13}, policy__action_dim=1,
         trainer__iterations=4, trainer__enable_eval=False, trainer__keep_checkpoints=9,
         policy__vla_config={"model_class": "agents.state_mlp.StateMLP"},
         algorithm__cfg={"batch_size": 32, "normalize_reward": True, "normalize_proprio": True, "clip_value": 0.2,
                         "huber_delta": 1.0, "dual_clip": 3.0},
     )  # fmt: skip
     assert ppo_vla.main(["--config", str(config)]) == 0
-    run = run_folder(tmp_path)
+    return run_folder(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    run = scaled_run(tmp_path)
     rows = rows_without_times(run)
     middle = RunFolder(run).checkpoints / "step_000000128"
     assert ppo_vla.main([f"--trainer.resume={middle}"]) == 0
     assert rows_without_times(run) == rows and len(rows) >= 4
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+def test_where_episodes_start_anew_their_discounted_sums_do_too(tmp_path, monkeypatch, exactly):
+    run = scaled_run(tmp_path)
+    began_with = []
+
+    class Watched(RewardScaling):
+        def __call__(self, rollout):
+            began_with.append(self.sums.clone())
+            return super().__call__(rollout)
+
+    monkeypatch.setattr(algorithms, "RewardScaling", Watched)
+    if not exactly:
+        monkeypatch.setattr(Rollouts, "load_state_dict", lambda self, state, env_steps: False)
+    assert ppo_vla.main([f"--trainer.resume={RunFolder(run).checkpoints / 'step_000000128'}"]) == 0
+    assert began_with[0].any() == exactly and began_with[1].any()
