@@ -12,6 +12,7 @@ from research.errors import UserError, did_you_mean
 from research.study.run_settings import (
     ALGORITHM,
     ALGORITHM_NAME,
+    BECOMES,
     DEFAULTS,
     ENV_CONFIG,
     ENVIRONMENT,
@@ -56,6 +57,8 @@ def check_by(by: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
             raise UserError(f"--by: {SEED} makes no arms: seeds are the repetitions of each")
         if option == ENVIRONMENT:
             raise UserError(f"--by: {ENVIRONMENT} makes no arms: scores of two environments cannot be compared")
+        if option in BECOMES:
+            raise UserError(f"--by: {option} makes no arms: it becomes {BECOMES[option]}, which may")
         if option in NOT_KEPT and option not in (SCOPE, RATE):
             raise UserError(f"--by: {option} makes no arms: it does not change what is learned")
         if len({json.dumps(each, sort_keys=True) for each in found}) == 1:

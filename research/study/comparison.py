@@ -15,6 +15,7 @@ from research.study.arms import Cell, also_differing, check_by, heading_of, make
 from research.study.equal_budgets import (
     AXES,
     at_one_budget,
+    ends_note,
     interruption,
     is_unknown,
     pairing,
@@ -28,6 +29,7 @@ from research.study.rate_choice import (
     Choice,
     ChooseOn,
     best_criterion,
+    check_other_states,
     choose_rate,
     choosing_scores,
     describe_choice,
@@ -229,6 +231,11 @@ def compare(
     if not complete:
         raise UserError(f"none of the {len(runs)} runs is complete; the first, {runs[0].run}: {runs[0].status}")
     by = check_by(by, complete)
+    if absent := sorted(set(choosing_seeds) - (seeds := {run.seed for run in complete})):
+        raise UserError(
+            f"--choosing_seeds: no complete run has the seed {', '.join(map(str, absent))}; there are "
+            f"{', '.join(map(str, sorted(seeds)))}"
+        )
     refuse_other_questions(complete, by)
     reported_in = {run.evaluation for run in complete} | {SPLITS for run in complete if run.splits}
     notes += check_evaluations(complete, sorted(reported_in - {""}), by)
@@ -246,6 +253,7 @@ def compare(
         refuse_unlike_lengths(complete, budgets[equal], equal)
     paired, pairing_notes = pairing(complete, budgets, equal)
     notes += pairing_notes
+    notes += ends_note(complete, budgets["seconds"])
     interrupted, interruption_notes = interruption(complete, budgets, noun_of(by), equal)
     notes += interruption_notes
     if choose_on == "states" and not paired[equal]:
@@ -271,10 +279,13 @@ def compare(
         choosing = that_choose(complete, choosing_seeds)
         if choose_on == "other_states":
             notes += check_evaluations(choosing, [CHOOSING], by)
+            check_other_states(cells, choosing_seeds)
         if equal == "ends" or choose_on in ("training", "other_states"):
             refuse_unlike_budgets(cells, choosing_seeds)
         chosen_on = {
-            cell: choosing_scores(members, choose_on, choosing_seeds, equal, budgets[equal], alone=rates[cell[0]] == 1)
+            cell: choosing_scores(
+                members, choose_on, choosing_seeds, equal, budgets[equal], paired[equal], rates[cell[0]] == 1
+            )
             for cell, members in cells.items()
         }
         choices = _choose(chosen_on, choosing_seeds, complete[0].bounded, notes)
@@ -292,6 +303,7 @@ def compare(
         _arm_result(comparison, arm, choice, choosing_seeds, paired, reported) for arm, choice in choices.items()
     ]
     comparison.arms.sort(key=lambda result: -result.mean.value)
+    notes += _splits_note(comparison.arms)
     notes += [*_few_runs_notes(comparison.arms), *_differences_notes(complete, comparison), *_unmoved_note(complete)]
     comparison.pairs = _compare_pairs(comparison.arms)
     if comparison.paired:
@@ -310,6 +322,22 @@ def _choose(
         }
     except UserError as error:
         raise UserError(f"{error}: {list(choosing_seeds)}") from None
+
+
+def _splits_note(arms: Sequence[ArmResult]) -> list[str]:
+    """Which arms are missing from the tables of splits, for which run, as a note."""
+    missing = []
+    for split in dict.fromkeys(split for result in arms for run in result.runs for split in run.splits):
+        for result in arms:
+            if without := [run.run for run in result.runs if split not in run.splits]:
+                more = f" and {len(without) - 1} more" if without[1:] else ""
+                missing.append(f"{plain(result.arm)} in {plain(split)} ({quoted(without[0])}{more})")
+    if not missing:
+        return []
+    return [
+        f"Not in the tables of splits, for runs that were not evaluated there from the same states: "
+        f"{', '.join(missing)}. Fewer pairs are corrected for fewer tests."
+    ]
 
 
 def _few_runs_notes(arms: Sequence[ArmResult]) -> list[str]:
@@ -364,7 +392,11 @@ def _arm_result(
     scores = scores_at(runs, equal, comparison.place, paired[equal])[:, reported]
     elsewhere = comparison.seconds if other == "seconds" else comparison.env_steps
     unknown = any(is_unknown(run, other, elsewhere) for run in runs)
-    befores = [run.eval_scores[0] if len(run.eval_scores) > 1 else math.nan for run in runs]
+    befores = [
+        math.nan if len(run.eval_scores) == 1
+        else np.mean(np.array(run.scores(run.episodes[0]))[reported]) if run.episodes[0] else run.eval_scores[0]
+        for run in runs
+    ]  # fmt: skip
     result = ArmResult(
         arm,
         rate,
@@ -375,9 +407,12 @@ def _arm_result(
         iqm=iqm_interval([scores], bounded=bounded),
         at_other_axis=Estimate(math.nan, math.nan, math.nan)
         if unknown
-        else mean_interval(scores_at(runs, other, elsewhere, paired[other]), bounded=bounded),
+        else mean_interval(
+            scores_at(runs, other, elsewhere, paired[other])[:, reported if paired[other] else slice(None)],
+            bounded=bounded,
+        ),
         split_scores={
-            split: np.array([run.scores(run.splits[split]) for run in runs])
+            split: np.array([run.scores(run.splits[split]) for run in runs])[:, reported]
             for split in runs[0].splits
             if all(split in run.splits for run in runs)
         },

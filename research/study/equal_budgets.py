@@ -91,7 +91,9 @@ def pairing(complete: Sequence[Run], budgets: dict[Axis, float], equal: Axis) ->
     if not all(map(_reproducible, complete)):
         why = "ids of initial states are not reproducible (trainer.env_config.ids_reproducible is false)"
     paired = {
-        axis: all(_reproducible(run) and run.episodes_at(axis, place) is not None for run in complete)
+        axis: all(
+            _reproducible(run) and run.episodes_at(axis, place_in(run, axis, place)) is not None for run in complete
+        )
         for axis, place in budgets.items()
     }
     for_states = f"for the states evaluated and not for new ones: {why}."
@@ -151,11 +153,36 @@ def _what_is_cut(is_compared: bool, noun: str) -> str:
     return f"the column says nothing of an order: for that, give each {noun} the iterations that fit the time."
 
 
+def place_in(run: Run, axis: Axis, place: float) -> float:
+    """Where a run is read that is compared at a place: at its end, if that is as late but for a machine's noise.
+
+    Between evaluations a score is a mixture of both: of one that was evaluated before and after training alone, a tenth
+    of what lies before the place would be of the policy that it started from.
+    """
+    end = run.places(axis)[-1]
+    return end if axis == "seconds" and place <= end <= ALIKE_LENGTH * place else place
+
+
+def ends_note(complete: Sequence[Run], seconds: float) -> list[str]:
+    """That runs that took about as long are read at their ends, at equal wall time, as a note."""
+    later = [run.eval_seconds[-1] for run in complete if seconds < run.eval_seconds[-1] <= ALIKE_LENGTH * seconds]
+    if not later:
+        return []
+    return [
+        f"At equal wall time ({seconds:,.0f} s) {len(later)} runs that took up to {max(later):,.0f} s count as they "
+        f"ended: times within {100 * (ALIKE_LENGTH - 1):.0f} % are taken for a machine's noise."
+    ]
+
+
 def scores_at(runs: Sequence[Run], axis: Axis, place: float, paired: bool = True) -> Array:
-    """Scores of runs at an env step or second: `[n, K]`, or their means `[n, 1]` where they are not `paired`."""
+    """Scores of runs compared at an env step or second: `[n, K]`, or means `[n, 1]` where they are not `paired`."""
+    return _scores([(run, place_in(run, axis, place)) for run in runs], axis, paired)
+
+
+def _scores(places: Sequence[tuple[Run, float]], axis: Axis, paired: bool) -> Array:
     if paired:
-        return np.array([run.episodes_at(axis, place) for run in runs])
-    return np.array([[run.mean_at(axis, place)] for run in runs])
+        return np.array([run.episodes_at(axis, place) for run, place in places])
+    return np.array([[run.mean_at(axis, place)] for run, place in places])
 
 
 def has_crossed_bands(runs: Sequence[Run]) -> bool:
@@ -169,11 +196,13 @@ def curve(runs: Sequence[Run], axis: Axis) -> tuple[Array, Estimate]:
     Where the episodes of an evaluation are not known, intervals are over the seeds alone, everywhere.
 
     Returns:
-        env steps or seconds `[G]`, and the mean score at them, fields `[G]`.
+        env steps or seconds `[G]`, and the mean score at them, fields `[G]`; G = 0 where no place is within all runs.
     """
     places = [run.places(axis) for run in runs]
     start, end = max(place[0] for place in places), min(place[-1] for place in places)
-    grid = np.unique(np.clip(np.unique(np.concatenate(places)), start, end))
+    grid = np.unique(np.clip(np.unique(np.concatenate(places)), start, end)) if start <= end else np.empty(0)
     paired = has_crossed_bands(runs)
-    means = [mean_interval(scores_at(runs, axis, place, paired), bounded=runs[0].bounded) for place in grid]
+    means = [
+        mean_interval(_scores([(run, place) for run in runs], axis, paired), bounded=runs[0].bounded) for place in grid
+    ]
     return grid, Estimate(*(np.array([getattr(mean, name) for mean in means]) for name in ("value", "low", "high")))

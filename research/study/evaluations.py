@@ -32,6 +32,7 @@ def check_evaluations(runs: Sequence[Run], names: Iterable[str], by: Iterable[st
         for run in runs:
             _refuse_earlier(run, name)
         known = [run for run in runs if name in run.evaluated]
+        _refuse_shared(known, name)
         facts = [{f"trainer.{key} in {name}/": value for key, value in run.evaluated[name].items()} for run in known]
         for key in dict.fromkeys(key for of_run in facts for key in of_run):
             option = key.partition(" ")[0]
@@ -52,6 +53,19 @@ def _refuse_earlier(run: Run, name: str) -> None:
             f"{run.run}: {name}/ is an evaluation of its checkpoint at {step:,.0f} env steps, and the run ended at "
             f"{end:,.0f}; do it again: evaluate_vla.py --checkpoint=<run> --output=<run>/{name}, with the flags of then"
         )
+
+
+def _refuse_shared(runs: Sequence[Run], name: str) -> None:
+    """Refuse evaluations of one checkpoint in the folders of two runs: a checkpoint's hash is that of its run alone."""
+    whose: dict[str, str] = {}
+    for run in runs:
+        weights = run.evaluated[name].get(WEIGHTS)
+        if isinstance(weights, str) and whose.setdefault(weights, run.run) != run.run:
+            raise UserError(
+                f"{name}/ of {whose[weights]} and of {run.run} are evaluations of one and the same checkpoint; do "
+                f"them again, each of its own run: evaluate_vla.py --checkpoint=<run> --output=<run>/{name}, with the "
+                "flags of then"
+            )
 
 
 def describe_evaluation(run: Run, without: Iterable[str] = ()) -> str:

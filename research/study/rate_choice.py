@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from research.errors import UserError
-from research.study.equal_budgets import ALIKE_LENGTH
+from research.study.equal_budgets import ALIKE_LENGTH, scores_at
 from research.study.run_table import CHOOSING, Axis, Run, plain, spans_of
 from research.study.statistics import Array, standard_error_of_difference
 
@@ -29,7 +29,10 @@ class Choice:
     rates: int
     """Of how many."""
     runners_up: dict[float, tuple[float, float]]
-    """Rate -> how far it is behind in what the choice was by, and the standard error of that; NaN of one seed."""
+    """Rate -> how far it is behind in what the choice was by, and the standard error of that; NaN of one seed.
+
+    One that had too few seeds to be taken is among them, and may be ahead: it is behind by less than 0.
+    """
 
 
 def states_that_choose(run: Run) -> Array:
@@ -81,6 +84,7 @@ def choosing_scores(
     choosing_seeds: Sequence[int],
     axis: Axis,
     place: float,
+    paired: bool = True,
     alone: bool = False,
 ) -> Array | None:
     """The scores `[n, K]` that a rate is chosen by, K = 1 for training scores; None for a cell without choosing seeds.
@@ -89,20 +93,19 @@ def choosing_scores(
         cell: the runs of an arm at a rate.
         choose_on: as in `compare`, with `choosing_seeds`.
         axis, place: where the evaluation is that chooses, if that is a reported one.
+        paired: whether single episodes of that one are known, of all runs.
         alone: whether it is the arm's only rate, so that runs without a training score, NaN, are in nobody's way.
     Raises:
-        UserError: a run without such scores, or one whose other states are among the reported ones.
+        UserError: a run without such scores.
     """
     members = that_choose(cell, choosing_seeds)
     if not members:
         return None
     if choose_on == "states":
-        return np.array([run.episodes_at(axis, place) for run in members])[:, states_that_choose(members[0])]
+        return scores_at(members, axis, place)[:, states_that_choose(members[0])]
     if choose_on == "evaluation":
-        episodes = [run.episodes_at(axis, place) for run in members]
-        return np.array(episodes if all(episodes) else [[run.mean_at(axis, place)] for run in members])
+        return scores_at(members, axis, place, paired)
     if choose_on == "other_states":
-        _check_other_states(members)
         return np.array([run.scores(run.choosing_episodes) for run in members])
     if not alone and (missing := [run for run in members if math.isnan(run.training_score)]):
         raise UserError(
@@ -112,7 +115,19 @@ def choosing_scores(
     return np.array([[run.training_score] for run in members])
 
 
-def _check_other_states(members: Sequence[Run]) -> None:
+def check_other_states(cells: Mapping[tuple[str, float], Sequence[Run]], choosing_seeds: Sequence[int]) -> None:
+    """Refuse other states that cannot choose: they are missing, reported, or not the same for all rates of an arm.
+
+    Raises:
+        UserError: such a run.
+    """
+    for arm in dict.fromkeys(arm for arm, _ in cells):
+        _check_states_of(
+            [r for (name, _), runs in cells.items() if name == arm for r in that_choose(runs, choosing_seeds)]
+        )
+
+
+def _check_states_of(members: Sequence[Run]) -> None:
     for run in members:
         command = f"evaluate_vla.py --checkpoint=<run> --first_state={spans_of(run.states)[-1][1] + 1}"
         if not run.choosing_episodes:
@@ -153,6 +168,16 @@ def choose_rate(arm: str, scores: Mapping[float, Array | None], bounded: bool, n
     if not candidates:
         raise UserError(f"{arm} has no run with one of the seeds that should choose its rate")
     best = max(candidates, key=lambda rate: candidates[rate].mean())
+    tried = {rate: found for rate, found in scores.items() if found is not None}
+    if left_out := {rate: found for rate, found in tried.items() if rate not in candidates}:
+        named = ", ".join(f"{rate:g} ({counts[rate]})" for rate in left_out)
+        better = [f"{rate:g}" for rate, found in left_out.items() if found.mean() > candidates[best].mean()]
+        ahead = f" {' and '.join(better)} did better than what was taken." if better else ""
+        notes.append(
+            f"For {plain(arm)}, {best:g} ({counts[best]} seeds that choose) was not chosen among rates with less than "
+            f"half as many: {named}.{ahead} Give all rates as many seeds, or name seeds that all have "
+            "(--choosing_seeds)."
+        )
     tied = [rate for rate, found in candidates.items() if found.mean() == candidates[best].mean()]
     # Where another rate did as well, nothing says in which direction a better one would be.
     if len(scores) > 1 and best in (min(scores), max(scores)) and len(tied) == 1:
@@ -161,7 +186,7 @@ def choose_rate(arm: str, scores: Mapping[float, Array | None], bounded: bool, n
             f"The best learning rate of {plain(arm)}, {best:g}, is the {side} one tried: a better one may lie beyond."
         )
     runners_up = {}
-    for rate, found in candidates.items():
+    for rate, found in tried.items():
         if rate != best:
             gap = float(candidates[best].mean() - found.mean())
             error = standard_error_of_difference(candidates[best], found, bounded)
@@ -190,7 +215,8 @@ def describe_choice(noun: str, measure: str, choose_on: ChooseOn, choosing_seeds
     """
     by = {
         "training": f"{measure} in the last tenth of training, so that every evaluation episode is fresh",
-        "states": "the final evaluation from every other initial state; the numbers are from the remaining states",
+        "states": "the final evaluation from every other initial state; the numbers are from the remaining states "
+        "(curves and the map of all rates are from all)",
         "other_states": f"{'' if how else 'deterministic '}{measure} of the last checkpoint on initial states that are "
         f"not reported{f' ({plain(how)})' if how else ''}",
         "evaluation": f"{measure} in the evaluation that is reported",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from research.config import AlgorithmConfig, ExperimentConfig
+from research.config import FREEZE_SWITCHES, AlgorithmConfig, ExperimentConfig
 from research.options import flatten
 from research.study.run_table import Run
 
 SCOPE, RATE, SEED, ENVIRONMENT = "policy.freeze", "algorithm.cfg.learning_rate", "trainer.seed", "trainer.env"
 ENV_CONFIG = "trainer.env_config."
+OF_A_RUN = ("step_", "best_")  # names of the checkpoints in a run's folder
 # The first stands for the second with all that makes its recipe.
 ALGORITHM, ALGORITHM_NAME = "algorithm", "algorithm.name"
 # Each algorithm's name -> dotted option -> its default.
@@ -21,10 +22,12 @@ DEFAULTS = {
     cfg.name: flatten(ExperimentConfig(algorithm=AlgorithmConfig(cfg.name, cfg())))
     for cfg in get_args(get_type_hints(AlgorithmConfig)["cfg"])
 }
-_OWN_COLUMN = (
-    ENV_CONFIG, "policy.vla_config.model_config.freeze_", "trainer.wandb_",
-    "policy.learning_rate_by_scope", "policy.learning_rate_factor",  # how a sweep arrives at the learning rate
-)  # fmt: skip
+START = "policy.vla_config.model_path"
+# What becomes another option, whose value is kept.
+BECOMES = {f"policy.vla_config.model_config.{name}": SCOPE for name in FREEZE_SWITCHES} | dict.fromkeys(
+    ("policy.learning_rate_by_scope", "policy.learning_rate_factor"), RATE
+)
+_OWN_COLUMN = (ENV_CONFIG, "trainer.wandb_", "policy.learning_rate_by_scope.")
 # What does not change what is learned, or has a column of its own.
 NOT_KEPT = (
     "trainer.exp_name", ENVIRONMENT, "trainer.env_config", SEED, "trainer.run_dir", "trainer.use_wandb",
@@ -59,19 +62,31 @@ def settings_of(config: Mapping[str, Any], scope: str) -> dict[str, Any]:
     parts = scope.split("+")
     idle = tuple(f"policy.{name}." for name in ("lora", "residual") if name not in parts)
     return {
-        # The checkpoint's name: the folder it lies in differs between machines.
-        key: Path(value).name if key == "policy.vla_config.model_path" and isinstance(value, str) else value
+        key: _start(value) if key == START and isinstance(value, str) else value
         for key, value in (defaults_of(config) | dict(config)).items()
-        if key not in NOT_KEPT and not key.startswith((*_OWN_COLUMN, *idle, "_")) and value != {}
+        if not (key in NOT_KEPT or key in BECOMES or key.startswith((*_OWN_COLUMN, *idle, "_")) or value == {})
     }
+
+
+def _start(path: str) -> str:
+    """A start checkpoint's file and folder, and that of the run it is of: what lies above differs between machines."""
+    parts = Path(path).parts
+    return "/".join(parts[-3:] if parts[-2:-1] == ("checkpoints",) and parts[-1].startswith(OF_A_RUN) else parts[-2:])
 
 
 def keep_what_tells(runs: list[Run]) -> list[Run]:
     """Leave the settings in which the runs differ to `settings`, and those that all share to `common`.
 
-    `common` has no option that is at its default.
+    `common` has no option that is at its default. A start checkpoint is known by its name alone where that tells all
+    apart, and lists of frozen parts that differ in their order are one scope.
     """
     known = [run for run in runs if run.environment]
+    starts = {run.settings[START] for run in known if isinstance(run.settings.get(START), str)}
+    names, scopes = Counter(map(_name, starts)), {}
+    for run in known:
+        if run.settings.get(START) in starts and names[_name(run.settings[START])] == 1:
+            run.settings[START] = _name(run.settings[START])
+        run.scope = scopes.setdefault(frozenset(run.scope.split("+")), run.scope)
     texts: dict[str, set[str]] = defaultdict(set)
     for key in {key for run in known for key in run.settings}:
         texts[key] = {json.dumps(run.settings.get(key), sort_keys=True) for run in known}
@@ -83,6 +98,10 @@ def keep_what_tells(runs: list[Run]) -> list[Run]:
         run.settings = {key: value for key, value in kept if len(texts[key]) > 1}
         run.common = {k: v for k, v in kept if len(texts[k]) == 1 and (k not in defaults or defaults[k] != v)}
     return runs
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def value_of(run: Run, option: str) -> tuple[bool, Any]:

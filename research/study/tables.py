@@ -237,8 +237,9 @@ def runner_up_notes(comparison: Comparison) -> list[str]:
         found = []
         for other in result.runners_up:
             error = "one seed" if math.isnan(other.error) else f"standard error {other.error:.{comparison.decimals}f}"
+            gap = f"{abs(other.behind):.{comparison.decimals}f} {'ahead' if other.behind < 0 else 'behind'}"
             found.append(
-                f"{other.learning_rate:g} is {other.behind:.{comparison.decimals}f} behind ({error}) and its "
+                f"{other.learning_rate:g} is {gap} ({error}) and its "
                 f"{comparison.measure} {_reported(other, comparison.decimals)}"
             )
         if found:

@@ -166,6 +166,8 @@ REFUSED = {
     "policy.vla_config.model_config.width": "model_config.width is the same in all 2 complete runs: nothing",
     "trainer.seed": "--by: trainer.seed makes no arms: seeds are the repetitions of each",
     "trainer.env": "--by: trainer.env makes no arms: scores of two environments cannot be compared",
+    "policy.learning_rate_factor": "makes no arms: it becomes algorithm.cfg.learning_rate, which may",
+    "policy.vla_config.model_config.freeze_vision_encoder": "makes no arms: it becomes policy.freeze, which may",
     "trainer.run_dir": "--by: trainer.run_dir makes no arms: it does not change what is learned",
 }
 

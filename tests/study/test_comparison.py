@@ -1,10 +1,11 @@
 """What is compared, at which rate, by which measure; which runs are refused or left out; and what seeds can tell."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
-from study_worlds import STATES, make_run, write_return_study
+from study_worlds import STATES, make_run, write_return_study, write_splits
 
 from research.errors import UserError
 from research.study.comparison import compare
@@ -35,6 +36,21 @@ def test_choosing_on_states_reports_on_the_other_states(tmp_path):
     assert result.scores.shape == (2, STATES // 2)
 
 
+def test_choosing_on_states_reports_on_the_other_states_in_every_column(tmp_path):
+    """All states that choose succeed, before and after, and none of the others does."""
+    even = np.arange(STATES) % 2 == 0
+    for scope, seed in itertools.product(("none", "vision"), (1, 2, 3)):
+        pace = 0.1 if scope == "none" else 0.15
+        folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=even, pace=pace)
+        write_splits(folder, train=even, vision=even)
+    comparison = compare(read_folders([str(tmp_path)]), "states")
+    for result in comparison.arms:
+        assert result.mean.value == result.at_other_axis.value == result.before == 0
+        assert {split: mean.value for split, mean in result.splits.items()} == {"train": 0, "vision": 0}
+        assert compare(comparison.runs, "training").arms[0].before == 0.5
+    assert "(curves and the map of all rates are from all)" in comparison.notes[0]
+
+
 def test_choosing_on_states_takes_every_other_round_of_the_tasks(tmp_path):
     """With as many states of each task on both sides: every other state would be the same tasks each time."""
     task = np.arange(STATES) % 4
@@ -63,8 +79,13 @@ def test_choosing_seeds_are_left_out_of_the_report(tmp_path):
     comparison = compare(read_folders([str(tmp_path)]), choosing_seeds=[1])
     assert comparison.arms[0].learning_rate == 1e-4
     assert [run.seed for run in comparison.arms[0].runs] == [2, 3]
-    with pytest.raises(UserError, match="no run with one of the seeds that should choose its rate: \\[9\\]"):
+    with pytest.raises(UserError) as error:
+        compare(read_folders([str(tmp_path)]), choosing_seeds=[9, 1])
+    assert str(error.value) == "--choosing_seeds: no complete run has the seed 9; there are 1, 2, 3"
+    make_run(tmp_path / "c", "vision", seed=9)
+    with pytest.raises(UserError, match="none has no run with one of the seeds that should choose its rate: \\[9\\]"):
         compare(read_folders([str(tmp_path)]), choosing_seeds=[9])
+    shutil.rmtree(tmp_path / "c")
     with pytest.raises(UserError, match="no seeds besides those that chose"):
         compare(read_folders([str(tmp_path)]), choosing_seeds=[1, 2, 3])
 

@@ -66,6 +66,39 @@ def test_success_is_compared_at_equal_steps_and_at_equal_wall_time(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("seconds", "at_seconds"), [(100.0, 0.9), (109.0, 0.9), (111.0, 0.5 + 0.4 * 100 / 111)])
+def test_runs_that_took_about_as_long_count_as_they_ended(tmp_path, seconds, at_seconds):
+    """Evaluated before and after training alone: what is in between would be half of the start."""
+    final = np.arange(STATES) < 0.9 * STATES
+    for seed in (1, 2, 3):
+        alike = {"seed": seed, "final": final, "steps": (0, 2000), "algorithm__cfg__anneal_lr": False}
+        make_run(tmp_path / f"a{seed}", "vision", pace=100 / 2000, **alike)
+        make_run(tmp_path / f"b{seed}", "none", pace=seconds / 2000, **alike)
+    for equal in ("seconds", "steps"):
+        comparison = compare(read_folders([str(tmp_path)]), equal=equal)
+        none = next(result for result in comparison.arms if result.arm == "none")
+        found = none.mean if equal == "seconds" else none.at_other_axis
+        assert found.value == pytest.approx(at_seconds)
+        said = any("(100 s) 3 runs that took up to 109 s count as they ended" in note for note in comparison.notes)
+        assert said == (seconds == 109.0)
+    places, mean = curve(none.runs, "seconds")
+    assert places[-1] == seconds and mean.value[0] == pytest.approx(0.5)  # as evaluated, whoever it is compared with
+
+
+def test_runs_that_were_never_evaluated_at_one_place_have_no_curve(tmp_path):
+    runs = [make_run(tmp_path / f"a{seed}", seed=seed, steps=(0, 2000 + seed)) for seed in (1, 2)]
+    read = read_folders([str(run) for run in runs])
+    for run in read:
+        run.eval_steps, run.eval_seconds, run.eval_scores = (
+            run.eval_steps[1:],
+            run.eval_seconds[1:],
+            run.eval_scores[1:],
+        )
+        run.episodes = run.episodes[1:]
+    places, mean = curve(read, "steps")
+    assert places.shape == mean.value.shape == mean.low.shape == (0,)
+
+
 def test_without_single_episodes_nothing_is_paired_and_intervals_are_over_the_seeds_alone(tmp_path):
     for scope, seed in itertools.product(("vision", "none"), (1, 2, 3)):
         folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed, final=0.6 + 0.1 * seed)

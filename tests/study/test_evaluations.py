@@ -61,6 +61,17 @@ def test_an_evaluation_of_an_earlier_checkpoint_is_refused(tmp_path):
     assert compare(read_folders([str(tmp_path)], "choosing")).arms[0].mean.value == 0.5
 
 
+def test_one_checkpoint_in_the_folders_of_two_runs_is_refused(tmp_path):
+    """As a loop leaves it that has the wrong variable; what runs do not say of theirs is not held against them."""
+    evaluated(tmp_path, weights_sha256="run1")
+    message = "choosing/ of run1 and of run2 are evaluations of one and the same checkpoint; do them again, each of its"
+    assert refused(tmp_path).startswith(message)
+    for folder in tmp_path.iterdir():
+        if folder.is_dir():
+            write_evaluated(folder, "choosing", weights_sha256=None)
+    assert compare(read_folders([str(tmp_path)], "choosing")).arms
+
+
 def test_evaluations_in_splits_are_of_one_kind_and_of_the_end_too(tmp_path):
     for seed in (1, 2):
         folder = make_run(tmp_path / f"run{seed}", seed=seed)

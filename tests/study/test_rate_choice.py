@@ -1,5 +1,6 @@
 """What chooses a scope's learning rate, what it refuses to be chosen by, and which rates it cannot tell apart."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from research.study.comparison import compare
 from research.study.rate_choice import choose_rate
 from research.study.run_sources import read_folders
 from research.study.run_table import read_table, write_table
+from research.study.statistics import standard_error_of_difference
 from research.study.tables import cell_table, runner_up_notes
 
 
@@ -68,6 +70,27 @@ def test_choosing_on_other_states_needs_them_and_they_must_be_others(tmp_path):
     assert "a1 and a2 were evaluated on different other states, 40-59 and 50-69" in refused()
 
 
+def test_all_rates_of_an_arm_are_chosen_from_on_the_same_other_states(tmp_path):
+    for seed, (rate, first) in itertools.product((1, 2), ((1e-4, 40), (3e-4, 50))):
+        write_choosing(make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed), share(0.5, 20), first=first)
+        write_choosing(make_run(tmp_path / f"v{rate}-{seed}", "vision", rate=rate, seed=seed), share(0.5, 20), first=60)
+    with pytest.raises(UserError, match="0.0001-1 and 0.0003-1 were evaluated on different other states, 40-59 and 50"):
+        compare(read_folders([str(tmp_path)]))
+    with pytest.raises(UserError, match="need the same initial states, got 20, 10"):
+        standard_error_of_difference(np.ones((2, 20)), np.ones((2, 10)))
+
+
+def test_whether_single_episodes_choose_is_the_same_for_all_rates(tmp_path):
+    """Of a rate whose episodes are not known, the states' part of a difference is not taken out of one side alone."""
+    for seed, (rate, rose) in itertools.product((1, 2), ((1e-4, 0.9), (3e-4, 0.8))):
+        make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed, final=share(rose - 0.1 * seed))
+    (tmp_path / "0.0003-1" / "episodes.jsonl").unlink()
+    comparison = compare(read_folders([str(tmp_path)]), "evaluation")
+    (other,) = comparison.arms[0].runners_up
+    means = [np.array([[run.eval_scores[-1]] for run in runs]) for runs in comparison.cells.values()]
+    assert other.error == pytest.approx(standard_error_of_difference(*means))
+
+
 def test_rates_within_two_standard_errors_are_runners_up_and_others_are_not():
     # Means 0.8 and variance 0.01 / 3 for the best: two standard errors of a difference are 2 * sqrt(0.02 / 3) = 0.163.
     best, near, far = ([[m - 0.1], [m], [m + 0.1]] for m in (0.8, 0.64, 0.63))
@@ -75,6 +98,26 @@ def test_rates_within_two_standard_errors_are_runners_up_and_others_are_not():
     choice = choose_rate("none", {1.0: np.array(near), 2.0: np.array(best), 3.0: np.array(far)}, True, notes)
     assert (choice.learning_rate, choice.seeds, choice.rates) == (2.0, 3, 3) and notes == []
     assert choice.runners_up == {1.0: pytest.approx((0.16, np.sqrt(0.02 / 3)))}
+
+
+def test_rates_with_too_few_seeds_are_named_and_open(tmp_path):
+    """One that did better, one that cannot be told from what was taken, and one that is clearly worse."""
+    rates = {1e-4: (0.80, range(1, 8)), 4e-4: (0.95, (1, 2)), 2e-4: (0.815, (1, 2)), 8e-4: (0.1, (1, 2))}
+    for rate, (sampled, seeds) in rates.items():
+        for seed in seeds:
+            make_run(tmp_path / f"{rate}-{seed}", rate=rate, seed=seed, final=share(0.5), sampled=sampled + 0.01 * seed)
+    comparison = compare(read_folders([str(tmp_path)]))
+    (result,) = comparison.arms
+    assert result.learning_rate == 1e-4
+    assert (
+        "For none, 0.0001 (7 seeds that choose) was not chosen among rates with less than half as many: 0.0002 (2), "
+        "0.0004 (2), 0.0008 (2). 0.0004 did better than what was taken. Give all rates as many seeds, or name seeds "
+        "that all have (--choosing_seeds)."
+    ) in comparison.notes
+    assert [(other.learning_rate, other.behind < 0) for other in result.runners_up] == [(2e-4, False), (4e-4, True)]
+    (note,) = runner_up_notes(comparison)
+    assert "0.0004 is 0.125 ahead (standard error" in note
+    assert not any("was not chosen among" in note for note in compare(comparison.runs, choosing_seeds=[1]).notes)
 
 
 def test_one_seed_tells_no_rate_from_another():

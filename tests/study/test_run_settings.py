@@ -1,6 +1,7 @@
 """Which settings of a run a comparison keeps, and what all runs share of them."""
 
 import numpy as np
+import pytest
 from study_worlds import make_run
 
 from research.config import FREEZE_PRESETS
@@ -31,8 +32,41 @@ def test_settings_that_differ_are_apart_from_those_that_all_runs_share(tmp_path)
 def test_where_a_checkpoint_lies_and_what_is_not_learned_from_are_not_kept():
     config = {"policy.vla_config.model_path": "/home/me/a.pt", "trainer.run_dir": "x", "_wandb": 1, "trainer.seed": 3}
     kept = settings_of(config, "none")
-    assert kept["policy.vla_config.model_path"] == "a.pt"
+    assert kept["policy.vla_config.model_path"] == "me/a.pt"
     assert not {"trainer.run_dir", "_wandb", "trainer.seed", "policy.freeze", "trainer.env_config"} & set(kept)
+
+
+def starts_of(tmp_path, *paths) -> list[str]:
+    """What is left of start checkpoints in the settings of runs that are read together."""
+    for seed, path in enumerate(paths):
+        make_run(tmp_path / f"{seed}", seed=seed, policy__vla_config__model_path=path)
+    return [value_of(run, "policy.vla_config.model_path")[1] for run in read_folders([str(tmp_path)])]
+
+
+@pytest.mark.parametrize(
+    ("paths", "kept"),
+    [
+        (("/home/me/a.pt", "/root/b.pt"), ["a.pt", "b.pt"]),
+        (("/home/me/project/a.pt", "/root/project/a.pt"), ["a.pt", "a.pt"]),  # two machines
+        (("x/clone_40/policy.pt", "x/clone_75/policy.pt"), ["clone_40/policy.pt", "clone_75/policy.pt"]),
+        (("runs/A/checkpoints/step_1", "runs/B/checkpoints/step_1"), ["A/checkpoints/step_1", "B/checkpoints/step_1"]),
+        (("a/runs/A/checkpoints/step_1", "b/runs/A/checkpoints/step_1"), ["step_1", "step_1"]),
+    ],
+)  # fmt: skip
+def test_starts_keep_what_tells_them_apart_on_any_machine(tmp_path, paths, kept):
+    assert starts_of(tmp_path, *paths) == kept
+
+
+def test_only_the_switches_of_scopes_are_taken_for_the_scope():
+    prefix = "policy.vla_config.model_config."
+    kept = settings_of(dict.fromkeys((f"{prefix}freeze_layers", f"{prefix}freeze_language_model"), True), "none")
+    assert kept[f"{prefix}freeze_layers"] is True and f"{prefix}freeze_language_model" not in kept
+
+
+def test_the_order_of_frozen_parts_makes_no_scope(tmp_path):
+    for seed, parts in enumerate((["language_encoder", "vision_encoder"], ["vision_encoder", "language_encoder"])):
+        make_run(tmp_path / f"{seed}", parts, seed=seed)
+    assert {run.scope for run in read_folders([str(tmp_path)])} == {"language_encoder+vision_encoder"}
 
 
 def test_adapters_and_the_residual_policy_have_settings_only_where_they_are():

@@ -276,7 +276,8 @@ def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_t
         rates = sorted(r for arm, r in means if arm == scope)
         assert rates[0] < rate < rates[-1] and [run.seed for run in comparison.cells[scope, rate]] == [1, 2]
         shown = "; ".join(f"{r:g}: {means[scope, r]:.3f}" for r in rates)
-        assert f"| {names[scope]} | {shown} | {rate:g} |" in text
+        near = next(sorted(o.learning_rate for o in a.runners_up) for a in comparison.arms if a.arm == scope)
+        assert near and f"| {names[scope]} | {shown} | {rate:g} | {', '.join(f'{r:g}' for r in near)} |" in text
     assert text.count("\n| ") == len(chosen) + 1
     costs = [means[scope, rate] - means[scope, 4 * rate] for scope, rate in chosen.items()]
     assert f"costs up to {max(costs):.1f}" in text

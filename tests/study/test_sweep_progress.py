@@ -163,3 +163,22 @@ def test_trials_that_left_the_file_are_shown_and_not_counted():
     *rows, last = progress.table().splitlines()
     assert last == "2 done, of 4" and progress.status().splitlines()[5].endswith("2 waiting")
     assert [row.endswith("not in the file any more") for row in rows[1:]] == [True, False, True, False]
+
+
+ENTROPY = {"algorithm.cfg.ent_coef": [0.0, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("varied", "by"),
+    [
+        ({"policy.freeze": ["none", "vision"]}, ""),
+        ({"policy.freeze": ["none", "vision"], **ENTROPY}, " --by policy.freeze algorithm.cfg.ent_coef"),
+        ({"policy.learning_rate_factor": [1.0, 4.0], **ENTROPY}, " --by algorithm.cfg.ent_coef"),
+        ({"config": ["a.json", "b.json"], "trainer.env": ["tabletop", "metaworld"], "trainer.threads": [1, 2]}, ""),
+    ],
+)
+def test_what_a_grid_varies_is_proposed_to_compare_by_where_that_makes_arms(varied, by):
+    parameters = {name: {"values": values} for name, values in varied.items()}
+    sweep = load_sweep(write_sweep(parameters=parameters))
+    progress = SweepProgress(SweepTrials(sweep, Path("runs/s")), lambda point: BUDGET)
+    assert progress.next_step() == f"compare with: python experiments/compare_runs.py runs/s{by}"

@@ -93,6 +93,18 @@ def test_splits_are_compared_where_all_reported_runs_were_evaluated_in_them(tmp_
     assert split_table(compare(read_folders([f"{tmp_path}/none*"]))) is None
 
 
+def test_an_arm_that_is_missing_from_the_tables_of_splits_is_named_with_its_run(tmp_path):
+    for scope, seed in itertools.product(("none", "vision"), (1, 2, 3)):
+        folder = make_run(tmp_path / f"{scope}{seed}", scope, seed=seed)
+        if (scope, seed) != ("none", 2):
+            write_splits(folder, semantics=np.ones(STATES))
+    comparison = compare(read_folders([str(tmp_path)]))
+    told = "Not in the tables of splits, for runs that were not evaluated there from the same states: none in semantics"
+    assert any(note.startswith(f"{told} (`none2`).") for note in comparison.notes)
+    write_splits(tmp_path / "none2", semantics=np.ones(STATES))
+    assert not any("tables of splits" in note for note in compare(read_folders([str(tmp_path)])).notes)
+
+
 def test_arms_are_told_apart_in_each_split_by_differences_paired_by_state(tmp_path):
     rng = np.random.default_rng(0)
     easy = rng.random(STATES) < 0.5  # what a state adds to all runs cancels out
