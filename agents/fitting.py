@@ -246,6 +246,13 @@ def _check_fit(
     problems = comparison.missing or comparison.unexpected or comparison.mismatched
     if not fitting or (strict and problems):
         remedies = [_prefix_that_fits(targets, weights, comparison)] if suggest_prefix else []
+        added = [name for name in comparison.unexpected if name.startswith("residual.")]
+        if added and len(added) == len(comparison.unexpected) and not (comparison.missing or comparison.mismatched):
+            raise UserError(
+                f"{path} does not fit {cls}: it has the network of a run with policy.freeze=residual ({added[0]}, "
+                "...), which no model_path takes; evaluate, resume or serve the run's own folder, or build the "
+                "model with agents.residual.add_residual (docs/vla_integration.md)"
+            )
         if fitting:
             remedies.append("policy.vla_config.strict: false to load only what fits")
         remedy = " or ".join(filter(None, remedies))

@@ -19,10 +19,12 @@ from agents.flow import FlowNoise, FlowSDE, Velocity, follow
 from agents.normalisation import Kind, Normalisation
 from agents.ratio_level import LEVELS, at_level
 from agents.vla import DecidingVLA, check_modalities
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import ACTION, LANGUAGE, LOG_PROB, PROPRIO, RGB, VALUE, base_modality
 
 READS = (RGB, PROPRIO, LANGUAGE)
+STEPS = 4  # denoising steps where nothing says how many
 PAIR, INDEX, STATES = ("decision", "pair"), ("decision", "index"), ("decision", "states")
 Noise = float | Sequence[float]
 PREFIX_HIDDEN = "prefix_hidden"
@@ -108,8 +110,16 @@ class FlowVLA(DecidingVLA):
     def velocity(self, step: TensorDictBase) -> Velocity:
         """The velocity of noised actions `[B, H, D]` at times `[B]`, for the observations of a step."""
 
+    def act_through(self, action_map: ActionMap) -> None:
+        """See `Normalisation.act_through`."""
+        self.actions.act_through(action_map)
+
     def padded_state(self, proprio: Tensor) -> Tensor:
         """Proprioception `[B, P]` as the model reads it: normalised, and zeros up to its room."""
+        if proprio.shape[-1] != self.states.size:
+            raise UserError(
+                f"{type(self).__name__}: proprio has {proprio.shape[-1]} numbers, and proprio_dim is {self.states.size}"
+            )
         state = self.states.normalise(proprio.float())
         return F.pad(state, (0, self.state_room - state.shape[-1]))
 

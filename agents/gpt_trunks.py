@@ -66,7 +66,8 @@ AttentionInterface.register("causal_sdpa", causal_attention)
 
 
 class VisionEncoder(nn.Module):
-    """Images to tokens: rgb uint8 `[B, H, W, 3]` or `[B, 3, H, W]` -> `[B, T, C]`, row by row of the feature map.
+    """Images to tokens: rgb uint8 `[B, H, W, 3]` or `[B, 3, H, W]` -> `[B, T, C]`, row by row of the feature map; of
+    several cameras one after the other, `[B, cameras * T, C]`.
 
     Args:
         spec: see `vision_encoder` of `GPTVLAModel`.
@@ -91,7 +92,10 @@ class VisionEncoder(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def forward(self, rgb: Tensor) -> Tensor:
+    def forward(self, *rgb: Tensor) -> Tensor:
+        return torch.cat([self._tokens(image) for image in rgb], dim=1) if len(rgb) > 1 else self._tokens(rgb[0])
+
+    def _tokens(self, rgb: Tensor) -> Tensor:
         pixels = rgb.permute(0, 3, 1, 2) if rgb.shape[-1] == 3 else rgb  # [B, 3, H, W]
         pixels = (pixels - self.mean) / self.std
         if isinstance(self.network, ResNetModel):

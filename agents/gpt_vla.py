@@ -35,7 +35,7 @@ from agents.gpt_trunks import (
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.vla import StagedVLA, check_modalities
 from research.errors import UserError
-from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB
+from research.schema import HIDDEN, LANGUAGE, OBSERVATION, PROPRIO, RGB, base_modality
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,9 @@ class GPTVLAModel(StagedVLA):
     ):
         super().__init__()
         check_modalities(self, modalities, READS)
-        self.reads_rgb, self.reads_proprio, self.reads_language = (m in modalities for m in READS)
+        self.images = [m for m in modalities if base_modality(m) == RGB]
+        self.reads_rgb = bool(self.images)
+        self.reads_proprio, self.reads_language = PROPRIO in modalities, LANGUAGE in modalities
         self.observation_keys = tuple(modalities)
         self.proprio_dim = proprio_dim
 
@@ -142,7 +144,7 @@ class GPTVLAModel(StagedVLA):
         """
         stages, sequence = [], []
         if self.reads_rgb:
-            pixels = [(OBSERVATION, RGB)]
+            pixels = [(OBSERVATION, image) for image in self.images]
             stages.append(TensorDictModule(self.vision_encoder, in_keys=pixels, out_keys=["vision_features"]))
             stages.append(TensorDictModule(self.projector, in_keys=["vision_features"], out_keys=["vision_tokens"]))
             sequence.append("vision_tokens")

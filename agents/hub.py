@@ -65,8 +65,11 @@ class SharedPolicy(
         if not module.startswith("agents.") and module not in sys.modules:  # a folder from elsewhere names it
             raise UserError(f"model_class: {model_class} is code of its own; look at it, and import {module} before")
         self.model = load_vla_model(None, model_class, model_config, expect_fresh=True).eval()
-        pixels = {key: torch.uint8 if base_modality(key) in (RGB, LANGUAGE) else torch.float32 for key in observations}
-        seen = {key: torch.zeros(2, *shape, dtype=pixels[key]) for key, shape in observations.items()}
+        dtypes = {RGB: torch.uint8, LANGUAGE: torch.int64}
+        seen = {
+            key: torch.zeros(2, *shape, dtype=dtypes.get(base_modality(key), torch.float32))
+            for key, shape in observations.items()
+        }
         to_robot = None if action_map is None else ActionMap.from_dict(action_map)
         self.act = serve(self.model, TensorDict(seen, [2]), autocast, to_robot)
 
@@ -90,7 +93,7 @@ class SharedPolicy(
         Raises:
             UserError: what the constructor makes has other weights, or reads files that nobody else has.
         """
-        if files := [name for name, value in model_config.items() if isinstance(value, str) and Path(value).exists()]:
+        if files := [name for name, value in model_config.items() if isinstance(value, str) and _is_here(value)]:
             raise UserError(f"model_config.{files[0]} is a file of this machine; nobody else has it: export to a .pt")
         shapes = {key: list(value.shape[1:]) for key, value in observations.items()}
         shared = cls(
@@ -103,3 +106,8 @@ class SharedPolicy(
             first = str(error).splitlines()[-1].strip()[:200]
             raise UserError(f"{model_class} has parts that its constructor lacks; export to a .pt: {first}") from None
         return shared
+
+
+def _is_here(value: str) -> bool:
+    """Whether a text names a file of this machine, or a folder by its path; a word may be one by chance."""
+    return bool(value) and (Path(value).is_file() or ("/" in value and Path(value).is_dir()))

@@ -10,7 +10,7 @@ Statistics come as files: OpenVLA's `dataset_statistics.json`, of each data set 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchrl.modules import RunningValueNorm
 
+from research.action_map import ActionMap
 from research.errors import UserError, did_you_mean, one_line
 
 Kind = Literal["quantiles", "min_max", "mean_std"]
@@ -38,18 +39,44 @@ LARGEST = 10.0  # what is normalised by running statistics lies within, as in St
 class Normalisation(nn.Module):
     """An affine map of each number, with its inverse: normalised = (x - middle) / scale.
 
-    The buffers are no part of a state dict: they belong to the data, not to what is trained.
+    The buffers are no part of a state dict: they belong to the data, not to what is trained. A run knows them by their
+    hash (`research.training.audit`), and refuses others.
 
     Args:
         middle, scale: `[A]`.
         mask: bool `[A]`; a number whose mask is False is passed on as it is (a gripper that is 0 or 1 already).
+    Attributes:
+        of_data: whether there are statistics; where there are none, the data are in the policy's units.
     """
+
+    of_data = True
 
     def __init__(self, middle: Tensor, scale: Tensor, mask: Tensor | None = None):
         super().__init__()
         kept = torch.ones_like(middle, dtype=torch.bool) if mask is None else mask
         self.register_buffer("middle", torch.where(kept, middle, 0.0), persistent=False)
         self.register_buffer("scale", torch.where(kept, scale, 1.0), persistent=False)
+        # What an environment makes of an action before its world gets it: nothing.
+        self.register_buffer("world_scale", torch.ones_like(self.scale), persistent=False)
+        self.register_buffer("world_offset", torch.zeros_like(self.middle), persistent=False)
+
+    def act_through(self, action_map: ActionMap, without: Sequence[int] = ()) -> None:
+        """Take what the world gets for the data's units, and not what an environment is given, which scales it.
+
+        Statistics of a robot's own actions, in metres, are so those of an environment that takes numbers from -1 to 1
+        and makes metres of them. Without statistics nothing is changed.
+
+        Args:
+            action_map: of the environment, A numbers.
+            without: places of numbers that are in the environment's terms already.
+        """
+        if not self.of_data:
+            return
+        scale, offset = (torch.as_tensor(n, dtype=torch.float32) for n in (action_map.scale, action_map.offset))
+        fixed = scale == 0  # such a number reaches the world as its offset, whatever it is
+        fixed[list(without)] = True
+        self.world_scale.copy_(torch.where(fixed, 1.0, scale))
+        self.world_offset.copy_(torch.where(fixed, 0.0, offset))
 
     @property
     def size(self) -> int:
@@ -57,18 +84,27 @@ class Normalisation(nn.Module):
         return len(self.middle)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """`[..., A]` of the data's units -> the policy's."""
+        """`[..., A]` as the environment takes it -> in the policy's units."""
+        x = self.world_offset + x * self.world_scale
         safe = torch.where(self.scale.abs() > SMALLEST, self.scale, 1.0)
         return torch.where(self.scale.abs() > SMALLEST, (x - self.middle) / safe, 0.0)
 
     def unnormalise(self, y: Tensor) -> Tensor:
-        """`[..., A]` of the policy's units -> the data's; what lies outside of [-1, 1] is not cut off."""
-        return self.middle + y * self.scale
+        """`[..., A]` in the policy's units -> as the environment takes it; what lies beyond [-1, 1] stays."""
+        return (self.middle + y * self.scale - self.world_offset) / self.world_scale
+
+    def as_statistics(self) -> dict[str, list[float]]:
+        """Statistics of the data by which any kind of normalisation is this one."""
+        low, high = ((self.middle + sign * self.scale).tolist() for sign in (-1, 1))
+        mean, std = self.middle.tolist(), self.scale.tolist()
+        return {"q01": low, "q99": high, "min": low, "max": high, "mean": mean, "std": std}
 
     @classmethod
     def identity(cls, size: int) -> Normalisation:
         """Changes nothing; for data that are normalised already."""
-        return cls(torch.zeros(size), torch.ones(size))
+        nothing = cls(torch.zeros(size), torch.ones(size))
+        nothing.of_data = False
+        return nothing
 
     @classmethod
     def from_file(

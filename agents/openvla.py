@@ -32,13 +32,14 @@ from agents.action_bins import ActionBins
 from agents.checkpoint_folder import BYTES
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.normalisation import Kind, Normalisation
-from agents.openvla_checkpoint import action_statistics, load_weights, openvla_config, write_checkpoint
+from agents.openvla_checkpoint import DECODING, action_statistics, load_weights, openvla_config, write_checkpoint
 from agents.openvla_prompt import Prompt
 from agents.pi0 import attention_bias
 from agents.prismatic_vision import PrismaticVision
 from agents.ratio_level import LEVELS, at_level
 from agents.sentence_encoder import read_tokenizer
 from agents.vla import DecidingVLA, check_modalities
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import ACTION, LANGUAGE, LOG_PROB, OBSERVATION, RGB, VALUE, base_modality
 
@@ -59,7 +60,7 @@ class OpenVLA(DecidingVLA):
         pretrained: a local folder in the public layout, see `agents/openvla_checkpoint.py`; None: fresh weights.
         config: sizes, over those of `pretrained`; see `agents.openvla_checkpoint.SIZES`.
         tokenizer: a local folder with `tokenizer.json`; None: that of `pretrained`, or bytes for fresh weights.
-        decoding: "autoregressive", or "parallel" as OpenVLA-OFT.
+        decoding: "autoregressive", or "parallel" as OpenVLA-OFT; None: what `export` wrote, else "autoregressive".
         executed: control steps that are executed, and drawn.
         horizon: H, those that are planned: cloned, and decoded in parallel; None: as many as are executed.
         temperature: what logits are divided by, in drawing and in scoring.
@@ -90,7 +91,7 @@ class OpenVLA(DecidingVLA):
         pretrained: str | None = None,
         config: dict | None = None,
         tokenizer: str | None = None,
-        decoding: Literal["autoregressive", "parallel"] = "autoregressive",
+        decoding: Literal["autoregressive", "parallel"] | None = None,
         executed: int = 1,
         horizon: int | None = None,
         temperature: float = 1.0,
@@ -107,10 +108,11 @@ class OpenVLA(DecidingVLA):
         if not self.images:
             raise UserError("OpenVLA: modalities name no picture; OpenVLA reads at least one camera")
         self.reads_language, self.observation_keys = LANGUAGE in modalities, tuple(modalities)
-        self.decoding, self.temperature, self.prompt_tokens = decoding, temperature, prompt_tokens
+        self.config, self.pretrained = openvla_config(pretrained, config), pretrained
+        self.decoding = decoding or self.config.content.get(DECODING, "autoregressive")
+        self.temperature, self.prompt_tokens = temperature, prompt_tokens
         self.action_dim, self.executed, self.horizon = action_dim, executed, horizon or executed
         self._check_choices(gripper)
-        self.config, self.pretrained = openvla_config(pretrained, config), pretrained
         self.bins = ActionBins(self.config.tokens, self.config.bins)
         self.vision_backbone = PrismaticVision(self.config.towers, self.config.image_size)
         width = self.config.text.hidden_size
@@ -126,6 +128,9 @@ class OpenVLA(DecidingVLA):
         self.actions = Normalisation.identity(action_dim)
         if self.statistics is not None:
             self.actions = Normalisation.from_statistics(self.statistics[1], normalisation, action_dim)
+            if normalisation != "quantiles":  # what reads a folder takes these
+                self.statistics = (self.statistics[0], self.actions.as_statistics())
+        self.gripper = gripper
         factor, offset = GRIPPERS[gripper]
         self.actions.middle[-1] = self.actions.middle[-1] * factor + offset
         self.actions.scale[-1] *= factor
@@ -133,6 +138,10 @@ class OpenVLA(DecidingVLA):
             towers = (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer)
             checkpoint_layers(self.language_model.model.layers)
             checkpoint_layers(block for tower in towers for block in tower.blocks)
+
+    def act_through(self, action_map: ActionMap) -> None:
+        """See `Normalisation.act_through`; a gripper that was brought to -1 and 1 is in the environment's terms."""
+        self.actions.act_through(action_map, without=() if self.gripper == "as_is" else (self.action_dim - 1,))
 
     def _check_choices(self, gripper: str) -> None:
         for name, got, known in (

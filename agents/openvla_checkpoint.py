@@ -25,7 +25,7 @@ from agents.checkpoint_folder import (
     write_own_heads,
 )
 from agents.families import recognise
-from agents.normalisation import read_statistics
+from agents.normalisation import Normalisation, read_statistics
 from agents.packaged_weights import fill_part
 from agents.prismatic_vision import DINOV2, SIGLIP, TowerConfig, tower_config
 from agents.weights import DIRECTORY_FILES, read_json, read_weights, some
@@ -33,6 +33,7 @@ from research.errors import UserError, describe_error, did_you_mean
 
 PARTS = ("vision_backbone", "projector", "language_model")  # as a checkpoint names its weights
 STATISTICS = "dataset_statistics.json"
+DECODING = "action_decoding"  # in config.json, of what `export` wrote
 # Arguments that name a size of the model, with the sizes of OpenVLA-7B.
 SIZES: dict[str, Any] = {
     "text_config": {"vocab_size": 32064},
@@ -166,12 +167,6 @@ def action_statistics(
     return dataset or _only_name_in(Path(statistics)), found
 
 
-def unchanged(action_dim: int) -> dict[str, list[float]]:
-    """Statistics of actions `[A]` by which they stay as they are, whatever kind of normalisation reads them."""
-    low, middle, high = ([value] * action_dim for value in (-1.0, 0.0, 1.0))
-    return {"q01": low, "q99": high, "min": low, "max": high, "mean": middle, "std": high}
-
-
 def _has_statistics(path: Path) -> bool:
     return path.name == STATISTICS or bool(read_json(path).get("norm_stats"))
 
@@ -212,9 +207,9 @@ def write_checkpoint(
     content = {"model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"], **config.content}
     content |= {"use_fused_vision_backbone": True, "torch_dtype": str(next(iter(weights.values())).dtype)[6:]}
     content["text_config"] = {"model_type": "llama", **content["text_config"]}
-    name, action = statistics or ("actions", unchanged(model.action_dim))
+    name, action = statistics or ("actions", Normalisation.identity(model.action_dim).as_statistics())
     content["norm_stats"] = {**(content.get("norm_stats") or {}), name: {"action": action}}
     write_json({name: {"action": action}}, folder / STATISTICS)
-    write_json(content | (BYTES if words is None else {}), folder / "config.json")
+    write_json(content | (BYTES if words is None else {}) | {DECODING: model.decoding}, folder / "config.json")
     if words is not None:
         words.save(str(folder / "tokenizer.json"))

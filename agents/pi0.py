@@ -10,8 +10,8 @@ The modules are those of transformers' PI0, and so is the folder of a checkpoint
 the prefix see each other; the state sees the prefix; the noised actions see both and each other. The keys and values of
 the prefix are computed once per observation: with the vision-language model frozen, once per transition.
 
-How actions are drawn, and what their log-probability is: `agents/flow.py`. Actions and states are in the units of the
-data that the checkpoint was trained on (`statistics`); what goes to the environment is brought back.
+How actions are drawn, and what their log-probability is: `agents/flow.py`. Actions and states are in numbers of unit
+size, by the statistics of the data that the checkpoint was trained on (`statistics`); the world gets the data's units.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
 from agents import pi0_folder
 from agents.checkpoint_folder import fill_own_heads
 from agents.flow import Velocity
-from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA, Noise
+from agents.flow_vla import PREFIX_HIDDEN, READS, STEPS, FlowVLA, Noise
 from agents.gradient_checkpointing import Recomputed, checkpoint_layers
 from agents.normalisation import Kind
 from agents.prompts import behind_pictures, mean_of_seen, prompt_tokens
@@ -53,7 +53,7 @@ class Pi0VLA(FlowVLA):
         config: arguments of a `transformers.PI0Config`, over those of `pretrained`.
         tokenizer: a local folder with `tokenizer.json`; None: that of `pretrained`, or bytes for fresh weights.
         executed: control steps that are executed, of the `chunk_size` that the model denoises.
-        steps: K, denoising steps.
+        steps: K, denoising steps; None: as many as `pretrained` says, 4 for fresh weights.
         noise: a of `FlowSDE`, or two bounds of deviations, as [0.08, 0.16], for `FlowNoise`.
         statistics: file with the statistics of the data, see `agents.normalisation.read_statistics`; None: those that
             `export` wrote; without any, actions and states are used as they are.
@@ -78,7 +78,7 @@ class Pi0VLA(FlowVLA):
         config: dict | None = None,
         tokenizer: str | None = None,
         executed: int = 1,
-        steps: int = 4,
+        steps: int | None = None,
         noise: Noise = 0.5,
         statistics: str | None = None,
         dataset: str | None = None,
@@ -87,6 +87,7 @@ class Pi0VLA(FlowVLA):
     ):
         config = pi0_folder.pi0_config(pretrained, config)
         statistics = statistics or pi0_folder.statistics_in(pretrained)
+        steps = steps or (STEPS if pretrained is None else config.num_inference_steps)
         super().__init__(
             modalities, config.chunk_size, config.max_action_dim, config.max_state_dim,
             config.vlm_config.text_config.hidden_size, action_dim, proprio_dim, executed, steps, noise, statistics,

@@ -20,8 +20,10 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from agents.policy import VLAPolicy
 from research.action_map import ActionMap
-from research.errors import UserError
+from research.errors import UserError, describe_error
 from research.schema import ACTION, DEPTH, LANGUAGE, OBSERVATION, PROPRIO, RGB, base_modality, encode_text
+
+PADDING = 16  # bytes behind an instruction whose room is not known
 
 # What a robot gives, of one moment: kind -> (is of this dtype, dimensions, in words).
 _KINDS = {
@@ -41,10 +43,12 @@ def serve(
 
     Args:
         model: the VLA, wherever it lies; put in eval mode.
-        example: observations `[B]` as the model was trained on: others than of these shapes are then refused.
+        example: observations `[B]` as the model was trained on: others than of these shapes are then refused, and an
+            instruction has as many bytes as there.
         autocast: as in training, see `VLAPolicy`.
-        action_map: the environment's of training. None: actions are the model's own numbers, not clipped; those of a
-            model trained on bounded actions mean their bounds at -1 and 1.
+        action_map: the environment's of training. None: actions are the model's own numbers, not clipped; with
+            statistics of a robot's data they are in its units, and else those of a model trained on bounded actions
+            mean their bounds at -1 and 1.
     Returns:
         `act(observation, deterministic=True)`: the action, `[A]`, or `[H, A]` where H control steps are executed before
         the next look; float32, or with an `action_map` of its shape and dtype. The observation has, for each key that
@@ -54,17 +58,18 @@ def serve(
         another dtype or shape, or numbers that are not finite. What a model reads that has no `observation_keys` is
         found by leaving out one key of the example after the other; the others may be given.
     """
+    if action_map is not None and hasattr(model, "act_through"):
+        model.act_through(action_map)  # where its statistics are of what the world gets, it writes what becomes that
     policy = VLAPolicy(model.eval(), autocast=autocast)
-    device = next(model.parameters()).device
     keys = known = getattr(model, "observation_keys", None)
     if keys is None and example is not None:
-        keys, known = _keys_read(policy, example, device), sorted(example.keys())
+        keys, known = _keys_read(policy, example, _device_of(model)), sorted(example.keys())
 
     @torch.no_grad()
     def act(observation: Mapping[str, Any], deterministic: bool = True) -> np.ndarray:
         _check_keys(observation, keys, known)
         seen = {key: _as_tensor(key, value, example) for key, value in observation.items()}
-        step = TensorDict({OBSERVATION: {key: value[None] for key, value in seen.items()}}, [1]).to(device)
+        step = TensorDict({OBSERVATION: {key: value[None] for key, value in seen.items()}}, [1]).to(_device_of(model))
         with set_exploration_type(ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM):
             action = policy.act(step).get(ACTION)[0].float().cpu().numpy()
         return action if action_map is None else action_map(action)
@@ -72,11 +77,16 @@ def serve(
     return act
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model lies by now: whoever serves one may move it."""
+    return next(model.parameters()).device
+
+
 @torch.no_grad()
 def _keys_read(policy: VLAPolicy, example: TensorDictBase, device: torch.device) -> list[str]:
     """Keys of observations like these without which a model fails, or does something else."""
     with torch.random.fork_rng():
-        seen = {key: _anything_like(value[:1].cpu()) for key, value in sorted(example.items())}
+        seen = {key: _anything_like(key, value[:1].cpu()) for key, value in sorted(example.items())}
 
         def act(without: str | None = None) -> Tensor:
             torch.manual_seed(0)  # a flow draws what it denoises
@@ -84,7 +94,12 @@ def _keys_read(policy: VLAPolicy, example: TensorDictBase, device: torch.device)
             with set_exploration_type(ExplorationType.DETERMINISTIC):
                 return policy.act(TensorDict({OBSERVATION: given}, [1]).to(device)).get(ACTION)
 
-        whole, keys = act(), []
+        try:
+            whole, keys = act(), []
+        except Exception as error:  # whatever a model raises that these observations are not for
+            raise UserError(
+                f"the model cannot act on observations of {', '.join(seen)}: {describe_error(error)}"
+            ) from error
         for key in seen:
             try:
                 same = torch.equal(act(without=key), whole)
@@ -95,11 +110,11 @@ def _keys_read(policy: VLAPolicy, example: TensorDictBase, device: torch.device)
     return keys
 
 
-def _anything_like(value: Tensor) -> Tensor:
+def _anything_like(key: str, value: Tensor) -> Tensor:
     """An observation's entry of that shape and dtype, of numbers that a model tells from none."""
     if value.dtype.is_floating_point:
         return torch.rand(value.shape, dtype=value.dtype) + 0.1
-    low, high = (0, 256) if value.dtype == torch.uint8 else (97, 123)  # pixels, or letters of an instruction
+    low, high = (97, 123) if key == LANGUAGE else (0, 256)  # letters of an instruction, or pixels
     return torch.randint(low, high, value.shape, dtype=value.dtype)
 
 
@@ -120,7 +135,8 @@ def _as_tensor(key: str, value: Any, example: TensorDictBase | None) -> Tensor:
     if key == LANGUAGE:
         if not isinstance(value, str):
             raise UserError(f"observation: {key!r} should be a string, got {type(value).__name__}")
-        return encode_text(value, max(1, len(value.encode())) if shape is None else shape[0])
+        # With bytes of padding behind it, as in training: a model may see that a text ends.
+        return encode_text(value, len(value.encode()) + PADDING if shape is None else shape[0])
     is_kind, dimensions, words = _KINDS[base_modality(key)]
     if not isinstance(value, np.ndarray):
         raise UserError(f"observation: {key!r} should be a numpy array {words}, got {type(value).__name__}")

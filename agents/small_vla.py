@@ -37,7 +37,8 @@ class SmallVLA(StagedVLA):
         hidden_size: D.
         action_head: "gaussian", "tokens" or, for discrete actions, "categorical"; None takes what fits the environment.
         head: further arguments of the action head, see `agents/action_heads.py`.
-        random_shift: pixels by which the update shifts `rgb` at random, see `RandomShift`; 0 = not at all.
+        random_shift: pixels by which the update shifts every colour image at random, each by itself, see `RandomShift`;
+            0 = not at all.
         action_choices: how many choices each component of a discrete action has.
         horizon, executed: control steps that are planned, and those of them that are executed before the next look.
     """
@@ -66,7 +67,8 @@ class SmallVLA(StagedVLA):
         if self.images:
             channels = sum(3 if bases[image] == RGB else 1 for image in self.images)
             self.vision_encoder = VisionEncoder(channels, token_size)
-        self.random_shift = RandomShift(random_shift) if random_shift and RGB in self.images else None
+        in_colour = any(bases[image] == RGB for image in self.images)
+        self.random_shift = RandomShift(random_shift) if random_shift and in_colour else None
         if self.reads_language:
             self.language_encoder = LanguageEncoder(language_size)
         self.fusion = Fusion(
@@ -84,9 +86,11 @@ class SmallVLA(StagedVLA):
         if self.images:
             keys = [(OBSERVATION, image) for image in self.images]
             if self.random_shift is not None:
-                rgb = keys.index((OBSERVATION, RGB))
-                stages.append(TensorDictModule(self.random_shift, in_keys=[keys[rgb]], out_keys=["shifted_rgb"]))
-                keys[rgb] = "shifted_rgb"
+                for place, image in enumerate(self.images):
+                    if base_modality(image) == RGB:
+                        shifted = f"shifted_{image}"
+                        stages.append(TensorDictModule(self.random_shift, in_keys=[keys[place]], out_keys=[shifted]))
+                        keys[place] = shifted
             stages.append(TensorDictModule(self.vision_encoder, in_keys=keys, out_keys=["vision_features"]))
             features.append("vision_features")
         if self.reads_language:

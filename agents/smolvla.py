@@ -32,7 +32,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolV
 from agents import smolvla_folder
 from agents.checkpoint_folder import BYTES
 from agents.flow import Velocity
-from agents.flow_vla import PREFIX_HIDDEN, READS, FlowVLA, Noise
+from agents.flow_vla import PREFIX_HIDDEN, READS, STEPS, FlowVLA, Noise
 from agents.gradient_checkpointing import checkpoint_layers
 from agents.normalisation import Kind
 from agents.prompts import behind_pictures, mean_of_seen, prompt_tokens
@@ -59,7 +59,7 @@ class SmolVLA(FlowVLA):
             `transformers.SmolVLMConfig`; None: what `pretrained` has or names.
         tokenizer: a local folder with `tokenizer.json`; None: that of `vlm`, or bytes where `vlm` is sizes.
         executed: control steps that are executed, of the `chunk_size` that the model denoises.
-        steps: K, denoising steps.
+        steps: K, denoising steps; None: as many as `pretrained` says, 4 for fresh weights.
         noise: a of `FlowSDE`, or two bounds of deviations, as [0.08, 0.16], for `FlowNoise`.
         statistics: file with the statistics of the data, see `agents.normalisation.read_statistics`; None: those of
             `pretrained`; without any, actions and states are used as they are.
@@ -87,7 +87,7 @@ class SmolVLA(FlowVLA):
         vlm: str | dict | None = None,
         tokenizer: str | None = None,
         executed: int = 1,
-        steps: int = 4,
+        steps: int | None = None,
         noise: Noise = 0.5,
         statistics: str | None = None,
         dataset: str | None = None,
@@ -97,6 +97,7 @@ class SmolVLA(FlowVLA):
         sizes, written = read_sizes(pretrained, config)
         if statistics is None and pretrained is not None:
             statistics = smolvla_folder.statistics_in(pretrained, written, normalisation)
+        steps = steps or written.get("num_steps", STEPS)
         folder_of_vlm = vlm_folder(pretrained, vlm, written)
         vlm_config = read_vlm(folder_of_vlm, vlm)
         text = vlm_config.text_config

@@ -81,12 +81,17 @@ class Precision:
     """
 
     def __init__(self, model: nn.Module, autocast: str):
-        self.device_type = next(model.parameters()).device.type
+        self.model = model
         self.dtype = {"off": None, "bf16": torch.bfloat16}[autocast]
         capability = torch.backends.cpu.get_cpu_capability()
         if self.dtype is not None and self.device_type == "cpu" and not capability.startswith("AVX512"):
             # Measured with AVX2: matrix products 70 times slower than in float32.
             log.warning("trainer.autocast: this CPU (%s) has no bfloat16 instructions, bf16 will be slower", capability)
+
+    @property
+    def device_type(self) -> str:
+        """Where the model lies by now."""
+        return next(self.model.parameters()).device.type
 
     def __call__(self) -> AbstractContextManager:
         return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)

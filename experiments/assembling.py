@@ -126,8 +126,9 @@ def start_of(config: ExperimentConfig, device: torch.device, world: World = ALON
     observations = env.observation_spec[OBSERVATION].zero()
     check_observation(observations, f"env {trainer.env!r}")
     few, action_shape = observations[: min(2, trainer.num_envs)], env.action_spec.shape[1:]
-    choices = getattr(env, "action_choices", None)
-    return Start(env, make_model(config, few, action_shape, device, choices=choices), few, action_shape, choices)
+    choices, action_map = getattr(env, "action_choices", None), getattr(env, "action_map", None)
+    built = make_model(config, few, action_shape, device, choices=choices, action_map=action_map)
+    return Start(env, built, few, action_shape, choices)
 
 
 def share_of(config: ExperimentConfig, world: World) -> ExperimentConfig:

@@ -53,6 +53,7 @@ from agents.provided_weights import save_trained
 from envs import make_env
 from envs.demonstrating import Disturbance
 from envs.vector import VectorEnv
+from research.action_map import ActionMap
 from research.errors import NonFiniteError, SimulatorFailed, UserError
 from research.imitation.cloning import (
     can_imitate,
@@ -119,7 +120,12 @@ def action_shape_of(config: BCConfig, action_dim: int) -> tuple[int, ...]:
 
 
 def build_model(
-    config: BCConfig, observations: TensorDict, action_dim: int, choices: Any = None, load: Callable = load_vla_model
+    config: BCConfig,
+    observations: TensorDict,
+    action_dim: int,
+    choices: Any = None,
+    action_map: ActionMap | None = None,
+    load: Callable = load_vla_model,
 ) -> nn.Module:
     """The model as it starts; what follows from the observations need not be said."""
     named, shape = constructor_arguments(config.model_class), action_shape_of(config, action_dim)
@@ -127,6 +133,8 @@ def build_model(
     told = what_follows(observations, shape, choices, named, config.horizon) | with_files(config.model_config)
     torch.manual_seed(config.seed)
     model = load(where_it_is(config.model_path), config.model_class, told, config.device, expect_fresh=True)
+    if action_map is not None and hasattr(model, "act_through"):
+        model.act_through(action_map)
     if not can_imitate(model):
         raise UserError(
             "model_class: imitation needs stages, and action_distribution or imitation_loss, which "
@@ -203,10 +211,10 @@ def main(argv: list[str] | None = None) -> int:
         observations, action_dim = offered, offered_dim
     if not recorded and not getattr(env, "has_expert", False):
         raise UserError(f"env: {config.env} has no scripted expert to imitate")
+    action_map = getattr(env, "action_map", None)
     if recorded:
-        action_map = getattr(env, "action_map", None)
         recorded, facts = scale_actions(recorded, config.lerobot.action_stats, action_map)
-    build = partial(build_model, config, observations, action_dim, getattr(env, "action_choices", None))
+    build = partial(build_model, config, observations, action_dim, getattr(env, "action_choices", None), action_map)
     if dry:
         unknown = 0 if isinstance(env, VectorEnv) else config.samples  # before the expert has played nobody knows
         samples, shape = count_samples(recorded) or unknown, action_shape_of(config, action_dim)

@@ -109,7 +109,7 @@ def refuse_another_start(model: nn.Module, trained: Mapping[str, Any]) -> None:
         UserError: so it is.
     """
     try:
-        load_trained_state(model, {}, trained.get("audit", {}).get("hashes", {}))
+        load_trained_state(model, {}, trained.get("audit", {}))
     except UserError as error:
         raise UserError(
             "the policy that the run started from cannot be made here, as its file, its code or what draws its weights "

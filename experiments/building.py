@@ -21,6 +21,7 @@ from agents.feature_budget import FeatureBudget
 from agents.loading import import_model_class, load_vla_model
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
+from research.action_map import ActionMap
 from research.config import FREEZE_SWITCHES, ExperimentConfig, GRPOConfig, PolicyConfig, VLAConfig
 from research.errors import UserError, one_line
 from research.runs.checkpoint import frozen_weights, holds_all_weights, load_checkpoint
@@ -49,13 +50,9 @@ class BuiltModel(NamedTuple):
 
 
 def make_model(
-    config: ExperimentConfig,
-    observations: TensorDictBase,
-    action_shape: Sequence[int],
-    device: torch.device,
-    expect_fresh: bool = False,
-    choices: Sequence[int] | None = None,
-) -> BuiltModel:
+    config: ExperimentConfig, observations: TensorDictBase, action_shape: Sequence[int], device: torch.device,
+    expect_fresh: bool = False, choices: Sequence[int] | None = None, action_map: ActionMap | None = None,
+) -> BuiltModel:  # fmt: skip
     """The configured model, its checkpoint loaded, frozen as configured and in eval mode.
 
     Eval mode throughout (no dropout, fixed batch statistics): the policy that is trained is the one that acted.
@@ -67,10 +64,13 @@ def make_model(
         device: where the model lies.
         expect_fresh: do not warn of fresh weights; others replace them.
         choices: how many each component of an action has, where the environment takes choices.
+        action_map: of the environment; a model with statistics of a robot's own actions is told (`act_through`).
     """
     policy, vla = config.policy, config.policy.vla_config
     vla.model_path = where_it_is(vla.model_path)
     model = load_model(vla, model_arguments(config, observations, action_shape, choices), device, expect_fresh)
+    if action_map is not None and hasattr(model, "act_through"):
+        model.act_through(action_map)
     wanted, planned = policy.action_chunk.horizon, getattr(model, "horizon", None)
     if wanted is not None and "horizon" not in constructor_arguments(vla.model_class) and wanted != planned:
         plans = f" and plans {planned} control steps" if planned else ""
@@ -240,11 +240,11 @@ def load_trained(model: nn.Module, state: Mapping[str, Any]) -> None:
     Frozen weights, which a checkpoint does not hold, are compared with the hashes that it holds.
 
     Raises:
-        UserError: the weights do not fit, or the frozen ones are others.
+        UserError: the weights do not fit, or the frozen ones, or the statistics of the data, are others.
     """
     weights = {**(frozen_weights(state) or {}), **state["model_state_dict"]}
     try:
-        wrong = load_trained_state(model, weights, state.get("audit", {}).get("hashes", {}))
+        wrong = load_trained_state(model, weights, state.get("audit", {}))
     except RuntimeError as error:
         wrong = [one_line(error)[:200]]
     if wrong:

@@ -78,8 +78,8 @@ def run(argv: list[str]) -> int:
     first = next(iter(envs.values()))
     observations, action_shape = first.observation_spec[OBSERVATION].zero()[:2], first.action_spec.shape[1:]
     # Frozen as in training, where frozen stages run at other batch shapes and layers may have adapters.
-    choices = getattr(first, "action_choices", None)
-    model = make_model(config, observations, action_shape, device, trained is not None, choices).model
+    choices, action_map = getattr(first, "action_choices", None), getattr(first, "action_map", None)
+    model = make_model(config, observations, action_shape, device, trained is not None, choices, action_map).model
     if trained is not None:
         load_trained(model, trained)
     policy = make_policy(config, model, observations, action_shape, choices)

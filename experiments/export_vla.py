@@ -4,10 +4,11 @@
     python experiments/export_vla.py --checkpoint=runs/<run folder> --output=my_vla                 # a folder
 
 Low-rank adapters are folded into their layers, so that names and shapes are those of the model's class. The file (.pt,
-or .safetensors) is what policy.vla_config.model_path takes, and `load_state_dict` of the class. The folder is what the
-model's family has: transformers' of pi0, LeRobot's of SmolVLA, the public layout of OpenVLA; its library reads it, and
-here the option `pretrained` of the model. Of other models it is one of the Hugging Face hub, which `SharedPolicy` of
-agents/hub.py reads (`from_pretrained`) and uploads (`push_to_hub`).
+or .safetensors) is what policy.vla_config.model_path takes, and `load_state_dict` of the class; that of a run with
+policy.freeze=residual has the network that was added, too, for `add_residual` of agents/residual.py. The folder is what
+the model's family has: transformers' of pi0, LeRobot's of SmolVLA, the public layout of OpenVLA; its library reads it,
+and here the option `pretrained` of the model. Of other models it is one of the Hugging Face hub, which `SharedPolicy`
+of agents/hub.py reads (`from_pretrained`) and uploads (`push_to_hub`).
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def load_trained_model(checkpoint: str, trusted: bool = False, device: str = "cp
     where = choose_device(device)
     observations = observations.to(where)
     arguments = model_arguments(config, observations, action_shape, choices)
-    model = make_model(config, observations, action_shape, where, expect_fresh=True, choices=choices).model
+    model = make_model(config, observations, action_shape, where, True, choices, action_map).model
     load_trained(model, trained)
     return TrainedModel(model, config, observations, arguments, action_map)
 

@@ -49,10 +49,14 @@ class ActionMap:
         return action.reshape((*action.shape[:-1], *self.shape))[()]  # one of no dimension is a number
 
     def inverse(self, taken: np.ndarray) -> np.ndarray:
-        """The numbers float32 `[..., A]` that become these actions `[..., A]` of the environment, were none clipped."""
+        """The numbers float32 `[..., A]` that become these actions `[..., A]` of the environment, were none clipped.
+
+        One that does not move what it becomes, of bounds that are equal, is 0.
+        """
         if taken.shape[-1] != self.size:
             raise ValueError(f"an action has {self.size} numbers, got {taken.shape[-1]}")
-        return ((taken - self.offset) / self.scale).astype(np.float32)
+        locked = self.scale == 0  # whatever the policy writes becomes the offset
+        return np.where(locked, 0.0, (taken - self.offset) / np.where(locked, 1.0, self.scale)).astype(np.float32)
 
     def as_tensor(self, action: Tensor, device: torch.device) -> Tensor:
         """A batch of actions float32 `[N, A]` as an environment takes it that keeps its tensors on this device."""

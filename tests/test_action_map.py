@@ -54,6 +54,12 @@ def test_the_inverse_gives_what_a_policy_would_have_written():
         ActionMap.clipping(2).inverse(np.zeros((4, 3)))
 
 
+def test_a_number_that_moves_nothing_is_written_as_0():
+    actions = read_actions(Box(np.array([-2.0, 0.5], np.float32), np.array([2.0, 0.5], np.float32)), "locked")
+    np.testing.assert_allclose(actions.inverse(np.array([[1.0, 0.5]])), [[0.5, 0.0]])
+    np.testing.assert_allclose(actions(np.array([[0.5, 0.0]], np.float32)), [[1.0, 0.5]])
+
+
 def test_an_action_of_another_length_is_not_spread_over_all_components():
     with pytest.raises(ValueError, match="an action has 2 numbers, got 1"):
         read_actions(SPACES["half"], "half")(np.zeros((3, 1)))

@@ -54,6 +54,7 @@ class FreezeAudit:
             exercise()
         now = _hashes({name: tensor for name, tensor in tensors_by_name(model).items() if name in before})
         self._hashes = {n: h for n, h in before.items() if now.get(n) == h or n in saved}
+        self._statistics = _hashes(_statistics_of(model))
         self._start: dict[str, Tensor] = {}
         self._intact = True
         squares: dict[str, float] = defaultdict(float)
@@ -115,7 +116,9 @@ class FreezeAudit:
 
     def state_dict(self) -> dict[str, Any]:
         """The start of the run, for a checkpoint."""
-        return {"hashes": self._hashes, "start": self._start, "norms": self._norms}
+        return {
+            "hashes": self._hashes, "start": self._start, "norms": self._norms, "statistics": self._statistics,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Audit against the start of the run that is resumed.
@@ -147,19 +150,21 @@ class FreezeAudit:
         return {name: value for name, value in self.model.state_dict().items() if name not in trained}
 
 
-def load_trained_state(model: nn.Module, weights: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
-    """Give a model the weights of a checkpoint, and see that its frozen ones are those of the run.
+def load_trained_state(model: nn.Module, weights: Mapping[str, Any], audit: Mapping[str, Any]) -> list[str]:
+    """Give a model the weights of a checkpoint, and see that what was frozen, and its statistics, are the run's.
 
     Args:
         model: frozen as in that run, and holding the weights that the run started from.
         weights: `FreezeAudit.trained_state`, or all weights.
-        hashes: of the run's frozen tensors, from its checkpoint.
+        audit: `FreezeAudit.state_dict` of the run, from its checkpoint; of an earlier version, with less or nothing.
     Returns:
         names that do not belong in it, or are missing.
     Raises:
         RuntimeError: a weight has another shape.
-        UserError: the frozen weights are others.
+        UserError: the frozen weights, or the statistics of the data, are others.
     """
+    hashes = audit.get("hashes", {})
+    _refuse_other_statistics(model, audit.get("statistics", {}))
     found = model.load_state_dict(weights, strict=False)
     tensors = tensors_by_name(model)
     frozen = {id(tensors[name]) for name in hashes if name in tensors}
@@ -171,6 +176,23 @@ def load_trained_state(model: nn.Module, weights: Mapping[str, Any], hashes: Map
             f"frozen ({', '.join(changed[:SHOWN])}); name the file that it started from"
         )
     return found.unexpected_keys + [name for name in found.missing_keys if id(entries[name]) not in frozen]
+
+
+def _refuse_other_statistics(model: nn.Module, hashes: Mapping[str, str]) -> None:
+    """Refuse a model whose statistics of the data are not those that a run trained with, by their hashes."""
+    now = _hashes(_statistics_of(model))
+    if changed := [name for name, value in hashes.items() if now.get(name) != value]:
+        raise UserError(
+            f"policy.vla_config.model_config: the statistics of the data are not those that the run trained with "
+            f"({', '.join(changed[:SHOWN])}): the file that `statistics`, or `pretrained`, names has changed since, or "
+            "is another; name the one of then"
+        )
+
+
+def _statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    """What the normalisations of a model hold that are made of statistics (`agents.normalisation.Normalisation`)."""
+    normalisations = {name: module for name, module in model.named_modules() if getattr(module, "of_data", False)}
+    return {f"{name}.{of}": getattr(one, of) for name, one in normalisations.items() for of in ("middle", "scale")}
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:

@@ -354,3 +354,11 @@ def test_a_module_that_refuses_its_weights_is_quoted(tmp_path):
     model = Picky(2, 2)
     with pytest.raises(UserError, match="cannot be copied into Picky: KeyError: 'version 3'"):
         fill(model, [dict(model.state_dict())], tmp_path)
+
+
+def test_the_network_of_a_residual_run_is_told_and_not_left_out(tmp_path, weights):
+    """What would be loaded without it is the policy that the run started from."""
+    torch.save(weights | {"residual.network.0.weight": torch.zeros(2)}, tmp_path / "w.pt")
+    message = error(tmp_path / "w.pt")
+    assert "it has the network of a run with policy.freeze=residual (residual.network.0.weight" in message
+    assert "run's own folder" in message and "strict" not in message and "\n" not in message

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 
 from agents.flow_vla import FlowVLA
+from research.action_map import ActionMap
 from research.errors import UserError
 
 
@@ -93,6 +95,31 @@ def test_parts_of_a_decision_have_log_probabilities_of_their_own(level, parts, n
 def test_a_state_is_normalised_and_padded(statistics):
     state = Known(torch.zeros(1), statistics=statistics).padded_state(torch.tensor([[3.0, 2.0]]))
     assert state.tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+def test_statistics_are_of_what_the_world_gets_where_an_environment_scales_actions(statistics):
+    """The world makes 0.5, 2 and 1 of an action's 1s, around 1, 0 and -1, as the data are scaled: nothing is left."""
+    torch.manual_seed(0)
+    goal, one = torch.randn(8, 4, 6), np.ones(3)
+    world = ActionMap(-one, one, np.array([0.5, 2.0, 1.0]), np.array([1.0, 0.0, -1.0]), (3,), np.dtype(np.float32))
+    model = Known(goal, statistics=statistics)
+    before = model.decide(step(), deterministic=True)["action"]
+    model.act_through(world)
+    acted = model.decide(step(), deterministic=True)["action"]
+    torch.testing.assert_close(acted, goal[:, :2, :3], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(world.offset + world.scale * acted.numpy(), before, rtol=0, atol=1e-5)
+    whole = Known(torch.nn.functional.pad(goal[..., :3], (0, 3)), statistics=statistics)
+    whole.act_through(world)
+    assert whole.imitation_loss(step(), goal[..., :3]).max() < 1e-6
+    plain = Known(goal)
+    plain.act_through(world)  # no statistics: it speaks in the environment's terms
+    torch.testing.assert_close(plain.decide(step(), deterministic=True)["action"], goal[:, :2, :3], rtol=0, atol=1e-5)
+
+
+def test_a_state_of_another_size_is_refused(statistics):
+    for size in (1, 3):  # one number would be spread over both
+        with pytest.raises(UserError, match=f"Known: proprio has {size} numbers, and proprio_dim is 2"):
+            Known(torch.zeros(1), statistics=statistics).padded_state(torch.zeros(1, size))
 
 
 def test_imitation_costs_nothing_where_the_velocity_leads_to_the_experts_plan(statistics):

@@ -106,6 +106,22 @@ def test_any_subset_of_modalities(modalities):
     assert {n.split(".")[0] for n, p in model.named_parameters() if _reached(p)} == parts - {"action_head"}
 
 
+@pytest.mark.parametrize("cameras", [["rgb_front"], ["rgb", "rgb_wrist"]])
+def test_every_camera_is_read_by_one_encoder(cameras):
+    model, observations = tiny(modalities=[*cameras, "proprio"]), observe(3, modalities=["rgb", "proprio"])
+    seen = observations.select("proprio")
+    for turn, camera in enumerate(cameras):
+        seen[camera] = observations["rgb"].flip(turn + 1)
+    check_policy(VLAPolicy(model), seen, (3,))
+    hidden = model.encode(seen)
+    for camera in cameras:
+        changed = seen.copy().set(camera, seen[camera].roll(1, dims=0))
+        assert (model.encode(changed) - hidden).abs().amax(dim=1).min() > 1e-4, camera
+    assert set(part_names(model)) >= {"vision_encoder", "projector"}
+    tokens = model.vision_encoder(*(seen[camera] for camera in cameras))
+    assert tokens.shape[:2] == (3, 4 * len(cameras))
+
+
 def test_every_observation_matters():
     model, observations = tiny(), observe()
     hidden = model.encode(observations)

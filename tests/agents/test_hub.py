@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from test_families import looks
+from worlds import ThreeMethods, small_model
 
 from agents.hub import SharedPolicy
 from agents.small_vla import SmallVLA
@@ -70,6 +71,48 @@ def test_a_folder_that_names_other_code_imports_nothing(tmp_path):
     with pytest.raises(UserError, match="antigravity.Model is code of its own; look at it, and import antigravity"):
         SharedPolicy.from_pretrained(tmp_path)
     assert "antigravity" not in sys.modules
+
+
+class Words(ThreeMethods):
+    """A user's model, which names no observations and reads words."""
+
+    def __init__(self, action_dim: int):
+        super().__init__(small_model())
+
+
+def test_a_model_of_three_methods_that_reads_words_is_shared(tmp_path):
+    seen = looks().select("rgb", "proprio", "language")
+    ours = SharedPolicy.of(Words(3), f"{__name__}.Words", {"action_dim": 3}, seen, "off")
+    ours.save_pretrained(tmp_path / "vla")
+    theirs = SharedPolicy.from_pretrained(tmp_path / "vla")
+    observation = {key: seen[key][0].numpy() for key in ("rgb", "proprio")} | {"language": "go"}
+    actions = []
+    for policy in (ours, theirs):
+        torch.manual_seed(0)  # three methods draw
+        actions.append(policy.act(observation))
+    assert np.array_equal(*actions)
+    with pytest.raises(UserError, match="'language' is missing; the model reads language, proprio, rgb"):
+        theirs.act({key: observation[key] for key in ("rgb", "proprio")})
+
+
+def test_a_policy_that_is_moved_acts_where_it_lies():
+    """On a device without memory nothing comes of it, but it is asked there."""
+    policy, asked = shared(), []
+    encoder = policy.model.vision_encoder
+    encoder.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].device.type))
+    observation = {key: looks()[key][0].numpy() for key in ("rgb", "proprio")}
+    policy.act(observation)
+    policy.to("meta")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        policy.act(observation)
+    assert asked == ["cpu", "meta"]
+
+
+def test_words_that_happen_to_be_names_are_shared(tmp_path, monkeypatch):
+    (tmp_path / "gaussian").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG | {"action_head": "gaussian"}
+    assert SharedPolicy.of(SmallVLA(**config), CLASS, config, looks().select("rgb", "proprio"), "off").act
 
 
 def test_what_only_this_machine_has_is_not_shared(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from worlds import ROOT
 
 from agents.loading import load_vla_model
 from agents.openvla import OpenVLA
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import encode_text
 
@@ -82,6 +84,41 @@ def test_a_folder_is_read_and_written_as_it_was(folder, tmp_path):
     assert torch.equal(draws[0]["action"], draws[1]["action"]) and (draws[1]["state_value"] > 3).all()
     for name in ("config.json", "tokenizer.json", "dataset_statistics.json", "modeling_prismatic.py"):
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["min_max", "mean_std"])
+def test_an_export_acts_as_what_was_trained_by_the_percentiles_that_all_code_reads(folder, tmp_path, kind):
+    numbers = {"q01": [-9.0] * 3, "q99": [9.0] * 3, "min": [-1.0, 0.0, 0.0], "max": [1.0, 4.0, 1.0]}
+    numbers |= {"mean": [0.5, 1.0, 0.0], "std": [0.1, 2.0, 3.0], "mask": [True, True, False]}
+    (tmp_path / "stats.json").write_text(json.dumps({"action": numbers}))
+    trained = OpenVLA(3, pretrained=str(folder), statistics=str(tmp_path / "stats.json"), normalisation=kind)
+    trained.export(tmp_path / "again")
+    read = OpenVLA(3, pretrained=str(tmp_path / "again"))
+    for draw in (trained, read):
+        assert torch.allclose(draw.actions.unnormalise(torch.ones(3)), trained.actions.middle + trained.actions.scale)
+    assert trained.actions.scale.tolist() == pytest.approx([1.0, 2.0, 1.0] if kind == "min_max" else [0.1, 2.0, 1.0])
+
+
+def test_how_actions_are_decoded_is_in_the_folder(folder, tmp_path):
+    assert OpenVLA(3, pretrained=str(folder)).decoding == "autoregressive"
+    OpenVLA(3, pretrained=str(folder), decoding="parallel").export(tmp_path / "again")
+    assert OpenVLA(3, pretrained=str(tmp_path / "again")).decoding == "parallel"
+    named = OpenVLA(3, pretrained=str(tmp_path / "again"), decoding="autoregressive")
+    assert named.decoding == "autoregressive"
+    rewrite(tmp_path / "again", action_decoding="sideways")
+    with pytest.raises(UserError, match="decoding is one of autoregressive, parallel, got 'sideways'"):
+        OpenVLA(3, pretrained=str(tmp_path / "again"))
+
+
+@pytest.mark.parametrize(("gripper", "expected"), [("as_is", [0.5, 1.0, 0.0]), ("zero_one", [0.5, 1.0, 1.0])])
+def test_statistics_are_of_what_the_world_gets(folder, gripper, expected):
+    """Actions of [-1, 1] become [-2, 2], [0, 4] and [0, 2] there; the data's largest ones are 1, 4 and 1."""
+    model, one = OpenVLA(3, pretrained=str(folder), gripper=gripper), np.ones(3)
+    offset = np.array([0.0, 2.0, 1.0])
+    model.act_through(ActionMap(-one, one, np.array([2.0, 2.0, 1.0]), offset, (3,), np.dtype(np.float32)))
+    assert model.actions.unnormalise(torch.ones(3)).tolist() == pytest.approx(expected)
+    assert model.actions.normalise(torch.tensor(expected)).tolist() == pytest.approx([1.0, 1.0, 1.0])
 
 
 def test_the_layout_is_the_public_one(folder):

@@ -83,6 +83,14 @@ def test_what_was_learned_of_the_noise_is_exported_too(tmp_path):
     assert torch.equal(draws[0]["action_log_prob"], draws[1]["action_log_prob"])
 
 
+def test_denoising_steps_are_those_of_the_folder_unless_others_are_named(tmp_path):
+    make(steps=7).export(tmp_path / "out")
+    counted = [
+        len(make(pretrained=str(tmp_path / "out"), config=None, **options).flow.steps) for options in ({}, {"steps": 3})
+    ]
+    assert counted == [7, 3] and len(make().flow.steps) == 4
+
+
 @torch.no_grad()
 def test_an_export_keeps_the_units_of_the_data_and_the_tokenizer(tmp_path):
     numbers = {"q01": [0.0, -2.0, 0.3], "q99": [1.0, 2.0, 0.7], "mask": [True, True, False]}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from test_families import FAMILIES, fresh, looks, make, world
+from test_pi0 import TINY
 from torch import nn
 from worlds import ThreeMethods, small_model
 
+from agents.pi0 import Pi0VLA
 from agents.serving import serve
+from research.action_map import ActionMap
 from research.errors import UserError
 from research.schema import decode_text
 
@@ -53,6 +58,38 @@ def test_without_an_example_an_instruction_may_be_of_any_length():
     np.testing.assert_allclose(acted(act, told), acted(padded, told), rtol=0, atol=1e-5)
     assert np.abs(acted(act, "turn around and go " * 3) - acted(act, told)).max() > 1e-6
     assert acted(act, "").shape == (2, 3)
+
+
+def test_an_instruction_is_read_as_with_the_room_of_training():
+    """SmallVLA sees that a text ends, by the padding behind it."""
+    torch.manual_seed(0)
+    model, observation = small_model(), robot_sees(looks(), ("rgb", "proprio", "language"))
+    np.testing.assert_allclose(serve(model)(observation), serve(model, looks())(observation), rtol=0, atol=1e-6)
+
+
+def test_a_family_with_statistics_is_served_in_the_worlds_units(tmp_path):
+    """With the environment's map or without it: what the world gets is what the statistics say."""
+    numbers = {"mean": [0.0, 0.1, 0.0], "std": [0.05, 0.2, 1.0]}
+    (tmp_path / "stats.json").write_text(json.dumps({"action": numbers, "observation.state": numbers}))
+    torch.manual_seed(0)
+    model = Pi0VLA(3, proprio_dim=3, config=TINY, statistics=str(tmp_path)).eval()
+    one, seen, actions = np.ones(3), robot_sees(looks(), ("rgb", "proprio", "language")), []
+    scaling = ActionMap(-9 * one, 9 * one, np.array([0.5, 2.0, 1.0]), 0.1 * one, (3,), np.dtype(np.float32))
+    for action_map in (None, scaling):
+        torch.manual_seed(1)
+        actions.append(serve(model, action_map=action_map)(seen))
+    np.testing.assert_allclose(*actions, rtol=0, atol=1e-6)
+    assert np.abs(actions[0]).max() > 0.01
+
+
+def test_a_model_that_cannot_act_on_the_example_is_refused_in_one_line():
+    class Fails(ThreeMethods):
+        def forward(self, observations):
+            raise IndexError("no such token\nfor real")
+
+    with pytest.raises(UserError, match="the model cannot act on observations of .*rgb: .*no such token") as refused:
+        serve(Fails(small_model()), looks())
+    assert "\n" not in str(refused.value)
 
 
 def test_a_model_of_three_methods_is_served_too():

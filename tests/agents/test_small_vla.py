@@ -35,6 +35,24 @@ def test_channels_first_pixels_are_the_same_pixels():
     torch.testing.assert_close(model.encode(step), model.encode(flipped))
 
 
+@pytest.mark.parametrize("cameras", [["rgb"], ["rgb_front"], ["rgb", "rgb_wrist"]])
+def test_every_colour_image_is_shifted_by_itself(cameras):
+    torch.manual_seed(0)
+    model = SmallVLA(3, modalities=[*cameras, "depth"], random_shift=4)
+    step, seen = TabletopEnv(4).reset()["observation"], []
+    for camera in cameras:
+        step[camera] = step["rgb"]
+    model.vision_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    model.encode(step)
+    *shifted, depth = seen[0]
+    assert len(shifted) == len(cameras) and torch.equal(depth, step["depth"])
+    assert all(not torch.equal(image, step["rgb"]) for image in shifted)
+    assert len(cameras) == 1 or not torch.equal(*shifted)
+    with torch.no_grad():
+        model.encode(step)
+    assert all(torch.equal(image, step["rgb"]) for image in seen[1][:-1])
+
+
 def test_several_cameras_are_seen_in_their_order():
     """Colour before depth, and cameras of one kind in the order of the configuration."""
     torch.manual_seed(0)

@@ -94,6 +94,12 @@ def test_fresh_weights_are_exported_with_the_sizes_and_the_units_that_they_have(
     assert torch.equal(weights[LM_HEAD], model.language_model.embed_tokens.weight)
 
 
+def test_denoising_steps_are_those_of_the_folder_unless_others_are_named(tmp_path):
+    make(steps=7).export(tmp_path / "out")
+    counted = [len(recorded_policy(pretrained=str(tmp_path / "out"), steps=steps).flow.steps) for steps in (None, 3)]
+    assert counted == [7, 3] and len(make().flow.steps) == 4
+
+
 def test_statistics_are_the_policys_own_unless_others_are_named(tmp_path):
     std = torch.tensor(STATISTICS["action"]["std"])
     torch.testing.assert_close(recorded_policy().actions.scale, std)

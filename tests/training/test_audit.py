@@ -111,6 +111,38 @@ def test_the_hash_tells_starts_apart():
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+class OfData(nn.Module):
+    """Holds what `agents.normalisation.Normalisation` does."""
+
+    of_data = True
+
+    def __init__(self, middle: float):
+        super().__init__()
+        self.register_buffer("middle", torch.tensor([middle]), persistent=False)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+
+@pytest.mark.parametrize("scope", ["none", "backbone"])
+def test_statistics_of_the_data_are_the_runs_whatever_is_frozen(scope):
+    def built(middle: float) -> Model:
+        model = Model()
+        model.actions = OfData(middle)
+        freeze(model, scope)
+        return model
+
+    audit = FreezeAudit(built(0.5))
+    saved = checkpoint(model=audit.trained_state(), audit=audit.state_dict())
+    message = r"the statistics of the data are not those that the run trained with \(actions.middle\)"
+    with pytest.raises(UserError, match=message):
+        load_trained_state(built(0.6), saved["model"], saved["audit"])
+    same = built(0.5)
+    same.load_state_dict(audit.model.state_dict())
+    assert load_trained_state(same, saved["model"], saved["audit"]) == []
+    without = {name: value for name, value in saved["audit"].items() if name != "statistics"}
+    if scope == "none":  # an earlier version
+        assert load_trained_state(built(0.6), saved["model"], without) == []
+
+
 def checkpoint(**state):
     file = io.BytesIO()
     torch.save(state, file)
@@ -129,13 +161,13 @@ def test_a_resumed_run_is_audited_against_the_first_start():
     resumed = Model()
     freeze(resumed, "vision")
     with pytest.raises(UserError, match=r"model_path: \d of 11 frozen tensors are not what the run had frozen"):
-        load_trained_state(resumed, saved["model"], hashes)
+        load_trained_state(resumed, saved["model"], {"hashes": hashes})
     resumed.vision_encoder.load_state_dict(model.vision_encoder.state_dict())
-    assert load_trained_state(resumed, saved["model"], hashes) == []
-    assert load_trained_state(resumed, {"log_std": torch.zeros(2), "arm": torch.zeros(2)}, hashes)[:2] == [
+    assert load_trained_state(resumed, saved["model"], {"hashes": hashes}) == []
+    assert load_trained_state(resumed, {"log_std": torch.zeros(2), "arm": torch.zeros(2)}, {"hashes": hashes})[:2] == [
         "arm", "fusion.0.weight",
     ]  # fmt: skip
-    assert load_trained_state(resumed, saved["model"], hashes) == []
+    assert load_trained_state(resumed, saved["model"], {"hashes": hashes}) == []
     again = FreezeAudit(resumed)
     again.load_state_dict(saved["audit"])
     again.check("at the resumption")
