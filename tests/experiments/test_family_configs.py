@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 
+import bc_vla
 import evaluate_vla
 import ppo_vla
 import pytest
+import torch
+from assembling import start_of
 from worlds import ROOT, run_folder
 
+from envs import make_env
+from research.config import ExperimentConfig, PolicyConfig, TrainerConfig, VLAConfig
+from research.imitation.config import BCConfig
 from research.options import flatten_dict
 from research.runs.tracking import read_metrics
 
 SIZES = {"image_size", "chunk", "num_envs", "buffer_size", "iterations", "num_eval_envs", "num_eval_episodes"}
+SIZES_OF_PI0 = json.loads((ROOT / "experiments" / "configs" / "pi0_tiny.json").read_text())
+SIZES_OF_PI0 = SIZES_OF_PI0["policy"]["vla_config"]["model_config"]["config"]
 PATHS = {"pretrained", "statistics", "tokenizer"}
 TINY = sorted((ROOT / "experiments" / "configs").glob("*_tiny.json"))
 REACH = sorted((ROOT / "experiments" / "configs").glob("*_reach.json"))
@@ -76,3 +84,22 @@ def test_a_clone_that_ships_starts_as_its_facts_say(path, tmp_path, monkeypatch)
 def test_pi0_refuses_what_it_cannot_do(flag, message, tmp_path, capsys):
     assert start(ROOT / "experiments" / "configs" / "pi0_tiny.json", tmp_path, flag) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("make", ["run", "imitation"])
+def test_statistics_of_a_robot_are_not_scaled_again_by_its_environment(tmp_path, make):
+    """InvertedPendulum takes forces of [-3, 3] newtons, which are -1 and 1 for a policy; the data have newtons."""
+    (tmp_path / "stats.json").write_text(json.dumps({"action": {"mean": [0.0], "std": [1.5]}}))
+    env, options = "gym:InvertedPendulum-v5", {"render": [32, 32], "instruction": "balance"}
+    arguments = {"modalities": ["rgb", "language"], "config": SIZES_OF_PI0, "statistics": str(tmp_path)}
+    if make == "run":
+        vla = VLAConfig(model_class="agents.pi0.Pi0VLA", model_config=arguments)
+        trainer = TrainerConfig(env=env, env_config=options, num_envs=2, buffer_size=512, enable_eval=False)
+        model = start_of(ExperimentConfig(trainer, PolicyConfig(vla_config=vla)), torch.device("cpu")).built.model
+    else:
+        config = BCConfig(env=env, env_config=options, model_class="agents.pi0.Pi0VLA", model_config=arguments)
+        world = make_env(env, 2, options, "cpu")
+        seen = world.observation_spec["observation"].zero()
+        model = bc_vla.build_model(config, seen, 1, action_map=world.action_map)
+    assert model.actions.unnormalise(torch.ones(1)).tolist() == pytest.approx([0.5])  # which the world gets as 1.5 N
+    assert model.actions.normalise(torch.tensor([0.5])).tolist() == pytest.approx([1.0])
