@@ -174,7 +174,7 @@ def is_there(options: argparse.Namespace, algorithm: str, env: str, seed: int, e
 
 def train_ours(env: str, task: Task, seed: int, folder: Path) -> Trained:
     """A run of `ppo_vla.py`, in a process of its own; one that was killed goes on from its checkpoint."""
-    name, settings = f"{env}_{seed}", dict(task.settings)
+    name, settings = f"{env}_{task.env_steps}_{seed}", dict(task.settings)  # no run goes on from one of another length
     trainer = {
         "exp_name": name, "run_dir": folder, "resume": "auto", "env": f"gym:{env}", "seed": seed, "device": "cpu",
         "threads": 1, "num_envs": task.num_envs, "buffer_size": settings.pop("n_steps") * task.num_envs,

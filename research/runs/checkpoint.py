@@ -180,6 +180,10 @@ class CheckpointWriter:
             partial = best.with_name(f"{best.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
+            for copied in partial.iterdir():
+                with copied.open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(partial)
             os.rename(partial, best)
             sync_folder(best.parent)
 

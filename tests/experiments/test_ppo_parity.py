@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -119,3 +120,14 @@ def test_results_say_what_the_committed_rows_say():
     for line in lines:
         assert line in results
     assert not any("| Stable-Baselines3 |" in line for line in lines[2:])
+
+
+def test_no_run_goes_on_from_one_of_another_length(tmp_path, monkeypatch):
+    """Runs go on by their names, whatever table their rows go to."""
+    monkeypatch.setattr(ppo_parity.subprocess, "run", lambda words, **_: SimpleNamespace(returncode=1))
+    named = set()
+    for env_steps in (1024, 2048):
+        with pytest.raises(UserError, match="ended with exit code 1") as error:
+            ppo_parity.train_ours("Pendulum-v1", Task(env_steps), 3, tmp_path)
+        named |= {word for word in str(error.value).split() if word.startswith("--trainer.exp_name=")}
+    assert len(named) == 2
