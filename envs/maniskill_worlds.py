@@ -68,10 +68,7 @@ class Worlds:
         self.recipe, self.num_envs = recipe, num_envs
         self.env = _make(recipe, num_envs)
         self.device = self.env.device
-        actions = read_actions(self.env.single_action_space, f"maniskill {recipe.task}")
-        on_device = lambda bound: torch.as_tensor(bound, dtype=torch.float32, device=self.device)  # noqa: E731
-        self._low, self._high = on_device(actions.low), on_device(actions.high)
-        self._scale, self._offset = on_device(actions.scale), on_device(actions.offset)
+        self._actions = actions = read_actions(self.env.single_action_space, f"maniskill {recipe.task}")
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self._state = self.env.get_obs()
         instruction = torch.from_numpy(encode_instruction(recipe.instruction, recipe.instruction_length))
@@ -86,6 +83,7 @@ class Worlds:
             films=bool(self.env.scene.human_render_cameras),
             action_choices=actions.choices,
             task_names=(recipe.task,),
+            action_map=actions,
         )
 
     def _choose_cameras(self) -> dict[str, str]:
@@ -109,8 +107,7 @@ class Worlds:
 
     def step(self, action: Tensor) -> dict[str, Tensor]:
         """Take one control step, `[N, A]`; returns as `envs.simulator.Simulator.step`, each `[N, 1]`."""
-        native = (self._offset + self._scale * action.to(self.device)).clamp(self._low, self._high)
-        self._state, reward, _, _, info = self.env.step(native)
+        self._state, reward, _, _, info = self.env.step(self._actions.as_tensor(action, self.device))
         self._steps += 1
         none = torch.zeros_like(self._steps, dtype=torch.bool)
         success, fail = (info.get(name, none) for name in (SUCCESS, "fail"))

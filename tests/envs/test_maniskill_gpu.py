@@ -173,6 +173,18 @@ def test_a_chunk_is_its_steps_and_ends_with_the_episode_in_each_row(make):
     assert act(chunked, torch.zeros(N, 4, 2))["env_steps"][1] == 2  # of the six that the limit leaves
 
 
+def test_a_served_policy_acts_in_the_units_that_the_world_is_given(make):
+    """The world's bounds are -2 and 2: half of that is 1, for a robot, and for data that were recorded on it."""
+    env = make()
+    start(env, [3] * N)
+    points = env._worlds.env.points.clone()
+    act(env, [[0.5, -0.25]] * N)
+    given = 4 * (env._worlds.env.points - points)[0]  # a point moves by a quarter of what it is given
+    served = env.action_map(np.array([0.5, -0.25], np.float32))
+    assert torch.allclose(given, torch.tensor([1.0, -0.5])) and served.tolist() == [1.0, -0.5]
+    assert env.action_map.inverse(np.array([1.0, -2.0])).tolist() == [0.5, -1.0]
+
+
 def test_depth_is_in_metres_and_ends_where_its_numbers_do(make):
     depth = make().reset()["observation", "depth"]
     assert depth.shape == (N, 8, 2) and torch.allclose(depth[0, 0], torch.tensor([1.5, 32.767]))
