@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 
-from envs.failures import blame
+from envs.failures import blame, warn_once
 from envs.groups import STEP_S
 from envs.gym_info import as_success, look_up, names_of, never_reported, warn_of_unused
 from envs.gym_names import find_spec
@@ -54,8 +54,8 @@ from envs.gym_spaces import (
     read_source,
     to_rgb,
 )
-from envs.gym_state import from_bytes, read_state, to_bytes, write_state
-from envs.gym_trial import try_out
+from envs.gym_state import from_bytes, read_state, to_bytes, unsaved, write_state
+from envs.gym_trial import cannot_be_saved, try_out
 from envs.mujoco_rendering import take_over_gl
 from envs.pictures import resize
 from envs.simulator import Layout
@@ -168,6 +168,8 @@ class Recipe:
     """Whether `success_key` was reported when the environment was tried out: then no report means no success yet."""
     saves: bool = True
     """Whether its state can be saved."""
+    objects: frozenset[str] = frozenset()
+    """The objects that it has once it has been reset (`envs.gym_state.objects_in`)."""
     gl: str = ""
     """The value of MUJOCO_GL, where MuJoCo draws."""
 
@@ -262,11 +264,16 @@ class GymnasiumSimulator:
         """What can be seen of the environment's state (`envs.gym_state`), where that is enough."""
         if not self.recipe.saves:
             return None
+        if self._seen is not None and (lost := unsaved(self.env, self.recipe.objects)):
+            warn_once(cannot_be_saved(self.recipe.name, f"made in an episode: {', '.join(lost)}"))
+            return None
         return to_bytes({"world": read_state(self.env), "return": self._return, "language": self._language})
 
     def load(self, state: bytes) -> None:
         saved = from_bytes(state)
         with blame(f"{self.recipe.name}: loading a saved state"):
+            if self.recipe.objects:
+                self.env.reset(seed=0)  # makes the objects that are written into
             write_state(self.env, saved["world"])
         self._return, self._language = saved["return"], saved["language"]
 

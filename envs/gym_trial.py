@@ -17,7 +17,7 @@ from envs.chunks import execute
 from envs.failures import blame, refused, warn_once
 from envs.gym_info import as_success, look_up, never_reported, reported_key
 from envs.gym_spaces import check_one_text, map_observations
-from envs.gym_state import is_mujoco
+from envs.gym_state import is_mujoco, objects_in, unsaved
 from envs.mujoco_rendering import choose_gl
 from research.errors import SimulatorFailed, UserError
 from research.schema import RGB, base_modality
@@ -67,9 +67,9 @@ def try_out(
         finally:
             simulator.close()
         recipe = simulator.recipe
-        problem = _try_saving(make, recipe)
+        recipe, problem = _try_saving(make, recipe)
     if problem is not None:
-        warn_once(f"{recipe.name} cannot be saved ({problem}): a run that is resumed starts its episodes anew")
+        warn_once(cannot_be_saved(recipe.name, problem))
     return replace(recipe, saves=problem is None), distinct
 
 
@@ -139,25 +139,39 @@ def all_alike(name: str) -> str:
     return f"{name} starts every initial-state id from the same state: an evaluation is of one state"
 
 
-def _try_saving(make: Callable[..., GymnasiumSimulator], recipe: Recipe) -> str | None:
-    """Why a saved state does not bring the environment back, in itself and in another instance; None if it does."""
+def cannot_be_saved(name: str, problem: str) -> str:
+    """What is said of an environment whose episodes end with the run."""
+    return f"{name} cannot be saved ({problem}): a run that is resumed starts its episodes anew"
+
+
+def _try_saving(make: Callable[..., GymnasiumSimulator], recipe: Recipe) -> tuple[Recipe, str | None]:
+    """The recipe with the objects that are saved, and why a state does not bring the environment back, if it does not.
+
+    It is brought back in itself, and in another instance.
+    """
     simulator = make(recipe)
     try:
+        simulator.reset(0)
+        recipe = replace(recipe, objects=objects_in(simulator.env))
+        simulator.read_as(recipe)
         actions = simulator.actions.sample(np.random.default_rng(0), (_BEFORE + _AFTER,))
         simulator.reset(PROBED_IDS[1])
         start = time.monotonic()
         _play(simulator, actions[:_BEFORE])
         if time.monotonic() - start > _BEFORE * _SLOW_S:
             actions = actions[: _BEFORE + 2]
-        state = simulator.save()
+        lost = unsaved(simulator.env, recipe.objects)
+        state = None if lost else simulator.save()
         expected = _play(simulator, actions[_BEFORE:])
+        if lost := lost or unsaved(simulator.env, recipe.objects):
+            return recipe, f"what these attributes hold is not seen: {', '.join(lost)}"
         if problem := _try_loading(simulator, state, actions[_BEFORE:], expected):
-            return problem
+            return recipe, problem
     finally:
         simulator.close()
     other = make(recipe)
     try:
-        return _try_loading(other, state, actions[_BEFORE:], expected)
+        return recipe, _try_loading(other, state, actions[_BEFORE:], expected)
     finally:
         other.close()
 

@@ -268,11 +268,17 @@ class VectorEnv(InitialStateEnv):
             raise
 
     def state_dict(self, *args, **kwargs) -> dict:
-        """The stream's seed and place, and, if `resumes_exactly` and an episode has begun, the simulators' states."""
+        """The stream's seed and place, and, if `resumes_exactly` and an episode has begun, the simulators' states.
+
+        `resumes_exactly` is False from the time on when a simulator turns out to hold what it cannot save.
+        """
         state = super().state_dict()
         if self.resumes_exactly and self._current is not None:
             groups = self._ask("save", self._all())
             saved = [groups[group][place] for group, place in zip(self._group, self._place, strict=True)]
+            if any(one is None for one in saved):  # a simulator has got what it cannot save
+                self.resumes_exactly = False
+                return state
             # As tensors: checkpoints hold tensors and plain values, so that reading one never runs code.
             state["simulators"] = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in saved]
             state["current"] = {key: value.clone() for key, value in self._current.items()}

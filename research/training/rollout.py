@@ -141,9 +141,11 @@ class Rollouts:
 
     def state_dict(self) -> dict:
         """Where the environments and their episodes are."""
-        ahead = self.collector._ahead
+        ahead, environment = self.collector._ahead, self.env.state_dict()
+        if not self.env.resumes_exactly:  # which may have turned out just now
+            return {"environment": environment}
         return {
-            "environment": self.env.state_dict(),
+            "environment": environment,
             "carrier": self.collector._carrier.to_dict(),
             # Made of all rows at once: of fewer, a kernel may round otherwise.
             "ahead": None if ahead is None else ahead.to_dict(),

@@ -15,6 +15,7 @@ from envs_worlds import play
 from tensordict import TensorDict
 from worlds import rows_without_times, run_folder, write_config
 
+from envs.failures import warn_once
 from envs.gym import make_gym_env
 from envs.gym_state import from_bytes, read_state, to_bytes, write_state
 from research.runs.checkpoint import load_checkpoint
@@ -92,6 +93,65 @@ def test_where_that_is_not_enough_it_is_said(make, caplog, hidden, length):
     assert "starts its episodes anew" in caplog.text
     env.reset()
     assert set(env.state_dict()) == {"seed", "episodes"}
+
+
+HELPED = "user_package.habits:Helped"
+
+
+@pytest.mark.parametrize("helper", ["init", "reset", "list"])
+def test_objects_of_an_environment_go_on_where_they_were(make, helper):
+    """What they hold shows only after more steps than are tried; they refer to the environment and to each other."""
+    env, other, still = (make(HELPED, env_kwargs={"helper": helper}) for _ in range(3))
+    assert env.resumes_exactly
+    env.reset()
+    play(env, 20)
+    saved = through_a_file(env.state_dict())
+    expected = play(env, 25)
+    assert expected["done"].any(0).all() and expected["done"].nonzero()[0, 0] == 9
+    still.reset()
+    for one in (other, still):  # a fresh one, and one that is in use
+        one.load_state_dict(saved)
+        assert (play(one, 25) == expected).all()
+    world = other._groups[0].simulators[0].env.unwrapped
+    assert world.clock.owner is world and world.names["same"] is world.clock
+    assert world.clock.marks.maxlen == 3 and world.clock.marks[-1] == world.clock.count
+    if helper == "list":
+        assert world.others[1] is world.clock and world.others[0] is not world.clock
+
+
+@pytest.mark.parametrize(
+    ("helper", "named"), [("slots", r"clock \(Slotted\)"), ("world", r"clock\.world \((TimeLimit|OrderEnforcing)\)")]
+)
+def test_objects_that_cannot_be_saved_are_named(make, caplog, helper, named):
+    warn_once.cache_clear()
+    env = make(HELPED, env_kwargs={"helper": helper})
+    assert not env.resumes_exactly
+    assert re.search(rf"cannot be saved \(what these attributes hold is not seen: .*{named}.*anew", caplog.text)
+
+
+def test_an_object_that_is_made_in_mid_episode_ends_exact_resuming_and_no_run(make, caplog):
+    warn_once.cache_clear()
+    env, other = (make(HELPED, env_kwargs={"helper": "late"}) for _ in range(2))
+    assert env.resumes_exactly
+    env.reset()
+    play(env, 9)
+    early = through_a_file(env.state_dict())
+    play(env, 10)
+    late = through_a_file(env.state_dict())
+    assert not env.resumes_exactly and set(late) == {"seed", "episodes"}
+    assert "cannot be saved (made in an episode: late (Clock)): a run that is resumed starts its" in caplog.text
+    other.load_state_dict(early)
+    play(other, 20)
+
+
+def test_what_is_not_saved_of_an_environment_is_not_taken_away_from_it():
+    """Attributes and entries that were objects when it was saved and are plain where it is loaded."""
+    one, other = gymnasium.make("Pendulum-v1"), gymnasium.make("Pendulum-v1")
+    one.unwrapped.viewer, one.unwrapped.facts = print, {"call": print, "n": 1}
+    other.unwrapped.viewer, other.unwrapped.facts, other.unwrapped.since = None, {"call": None, "n": 2}, 3
+    write_state(other, from_bytes(to_bytes(read_state(one))))
+    assert other.unwrapped.viewer is None and other.unwrapped.facts == {"call": None, "n": 1}
+    assert not hasattr(other.unwrapped, "since")  # this one was not there at all
 
 
 def test_mujocos_state_is_all_of_it():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from enum import Enum
 from functools import partial
 from os import system
 from typing import ClassVar
@@ -153,6 +155,71 @@ class Stateful(Honest):
         self.history.append(self.state)
         self.facts["peak"] = max(self.facts["peak"], self.state)
         return self.observe(), *rest
+
+
+class Phase(Enum):
+    REST = 0
+    RUN = 1
+
+
+class Clock:
+    """Counts, and knows whose clock it is."""
+
+    def __init__(self, owner: gymnasium.Env):
+        self.owner, self.count, self.phase, self.marks = owner, 0, Phase.REST, deque([0], maxlen=3)
+
+    def tick(self) -> int:
+        self.count += 1
+        self.phase = Phase(self.count % 2)
+        self.marks.append(self.count)
+        return self.count
+
+
+class Slotted:
+    """Counts where no `vars` look."""
+
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+    def tick(self) -> int:
+        self.count += 1
+        return self.count
+
+
+class Helped(Honest):
+    """Its time limit of 30 steps is counted by an object, which shows in nothing but the end of an episode.
+
+    Args:
+        helper: "init" makes the object with the environment, "reset" with every episode, "list" has two of them in a
+            list, "late" makes another one in the sixth step, "slots" has one whose attributes cannot be seen, "world"
+            one that holds another environment.
+    """
+
+    def __init__(self, helper: str = "init", render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.helper, self.length, self.late = helper, 10**9, None
+        self.clock = Slotted() if helper == "slots" else Clock(self)
+        self.names = {"same": self.clock, "double": lambda x: 2 * x, "calls": 0}
+        if helper == "world":
+            self.clock.world = gymnasium.make("Pendulum-v1")
+
+    def reset(self, *, seed=None, options=None):
+        if self.helper in ("reset", "list"):
+            self.clock = Clock(self)
+        self.names["same"], self.clock.count = self.clock, 0
+        self.others, self.late = [Clock(self), self.clock] if self.helper == "list" else [], None
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        observation, reward, terminated, _, info = super().step(action)
+        self.names["calls"] = self.names["double"](self.names["calls"] + 1) % 64
+        if self.helper == "late" and self.t >= 16:
+            self.late = self.late or Clock(self)
+            self.late.tick()
+        limit = 30 if self.helper == "slots" or self.clock.phase is Phase(self.clock.count % 2) else 1
+        return observation, reward, terminated, self.names["same"].tick() >= limit, info
 
 
 CALLABLE = partial(system)
