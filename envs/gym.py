@@ -18,8 +18,8 @@ takes randomness from anywhere but its own `np_random` is not reproducible, and 
 
 A success is what the environment says it is, see `success_key`: an episode succeeds if any of its steps reports it.
 
-Where an environment's state can be seen from outside (MuJoCo's, and plain attributes), a run resumes in the middle of
-its episodes; this is tried when it is made, see envs/gym_state.py. Where pictures of a MuJoCo environment are asked for
+Where an environment's state can be seen from outside (MuJoCo's, and attributes), a run resumes in the middle of its
+episodes; this is tried when it is made, see envs/gym_state.py. Where pictures of a MuJoCo environment are asked for
 and MUJOCO_GL is not set, what can draw here is chosen (envs/mujoco_rendering.py).
 
 An environment that runs many worlds at once by itself is named `gym_vec:`; see envs/gym_vector.py.
@@ -48,8 +48,10 @@ from envs.gym_spaces import (
     check_numbers,
     encode_instruction,
     encode_observed,
+    metres_per_unit,
     observation_layout,
     picture_shape,
+    promised,
     read_actions,
     read_source,
     to_rgb,
@@ -83,7 +85,7 @@ def make_gym_env(
     workers: int = 0,
     worker_timeout: float = STEP_S,
     ids_reproducible: bool = True,
-    depth_unit: float | None = None,
+    depth_unit: float | dict[str, float] | None = None,
     chunk: int = 1,
     **unknown: Any,
 ) -> VectorEnv:
@@ -97,8 +99,8 @@ def make_gym_env(
         keys: observation key -> path in the environment's observation, "." walking into nested Dicts and "" (or null)
             meaning a whole Box: `{"proprio": ["arm.joints", "gripper"], "rgb": "images.front"}`. Several paths are
             concatenated, for `proprio` alone. More cameras are `rgb_<camera>` and `depth_<camera>`. By default a Box of
-            pixels is `rgb`, any other Box `proprio`, and of a Dict the entries named `rgb`, `depth`, `proprio` or
-            `language` are taken. `{}` takes nothing (for pixels from `render`). Pictures may have their channels first,
+            pixels is `rgb`, any other Box `proprio`, and of a Dict the entries with such names are taken; the log says
+            which are not. `{}` takes nothing (for pixels from `render`). Pictures may have their channels first,
             be grey, or hold floats whose space has the bounds 0 and 1: they become uint8 `[H, W, 3]`.
         instruction: the text under `language`, the same for every episode.
         instruction_key: take each episode's text from this entry of the info that reset returns ("." walks).
@@ -116,7 +118,8 @@ def make_gym_env(
         worker_timeout: seconds within which a worker has to answer; one that does not is killed, and the run stops.
         ids_reproducible: false says that one knows: the same id does not start from the same state here. Otherwise that
             is tried, and such an environment refused. Comparisons of runs are then not paired by initial state.
-        depth_unit: metres per unit of `depth` (0.001 where it is in millimetres); by default 1, for floats alone.
+        depth_unit: metres per unit of `depth` (0.001 where it is in millimetres); by default 1, for floats alone. Where
+            cameras have different units, an object: `{"depth_wrist": 0.001}`; what it does not name is in metres.
         chunk: H, actions that are executed per decision, without a look in between; see `envs.simulator.Environment`.
 
     Raises:
@@ -162,7 +165,7 @@ class Recipe:
     instruction_length: int
     success_key: str | None
     success_return: float | None
-    depth_unit: float | None = None
+    depth_unit: float | dict[str, float] | None = None
     sources: Sources = field(default_factory=dict)
     success_seen: bool = False
     """Whether `success_key` was reported when the environment was tried out: then no report means no success yet."""
@@ -313,8 +316,8 @@ class GymnasiumSimulator:
         if base == RGB:
             return self._picture(values[0], sources[0])
         if base == DEPTH:
-            unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
-            return (values[0].astype(np.float32) * np.float32(unit)).reshape(picture_shape(sources[0]))
+            unit = np.float32(metres_per_unit(key, self.recipe.depth_unit))
+            return (values[0].astype(np.float32) * unit).reshape(picture_shape(sources[0]))
         return np.concatenate([value.astype(np.float32).ravel() for value in values])
 
     def _picture(self, value: np.ndarray, source: Source) -> np.ndarray:
@@ -332,6 +335,6 @@ class GymnasiumSimulator:
         if value.shape != source.shape or (base_modality(key) == RGB and value.dtype != source.dtype):
             raise SimulatorFailed(
                 f"{self.recipe.name}: the observation for {key!r} is {value.dtype} {list(value.shape)}, "
-                f"but its space says {list(source.shape)}"
+                f"but its space says {promised(source, base_modality(key))}"
             )
         return value

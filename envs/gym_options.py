@@ -14,7 +14,7 @@ _TYPES = {
     "success_key": (str, "a text"),
     "success_return": ((int, float), "a number"),
     "env_kwargs": (dict, "an object"),
-    "depth_unit": ((int, float), "metres, a number above 0"),
+    "depth_unit": ((int, float, dict), "metres, a number above 0"),
     "worker_timeout": ((int, float), "seconds, a number above 0"),
     "ids_reproducible": (bool, "true or false"),
 }
@@ -22,6 +22,10 @@ _ABOVE_ZERO = ("depth_unit", "worker_timeout")
 _LEAST = {"num_envs": 1, "seed": 0, "instruction_length": 1, "workers": 0, "max_episode_steps": 1}
 _MOST = {"instruction_length": 2**16}  # bytes that every observation has, whatever its text
 _ONE_OF = (("instruction", "instruction_key"), ("success_key", "success_return"))
+
+
+def _is_above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def check_options(name: str, options: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
@@ -41,8 +45,12 @@ def check_options(name: str, options: Mapping[str, Any], unknown: Mapping[str, A
         raise UserError(f"trainer.env_config: {name} has no option {first!r}{hint}")
     for option, (types, kind) in _TYPES.items():
         value = options.get(option)
+        if value is None:
+            continue
         fits = isinstance(value, types) and (types is bool or not isinstance(value, bool))
-        if value is not None and not (fits and (option not in _ABOVE_ZERO or 0 < value < float("inf"))):
+        if fits and option in _ABOVE_ZERO:
+            fits = all(map(_is_above_zero, value.values() if isinstance(value, dict) else [value]))
+        if not fits:
             raise UserError(f"trainer.env_config.{option}: expected {kind}, got {value!r}")
     for option, least in _LEAST.items():
         value = options.get(option)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.failures import blame
+from envs.failures import blame, warn_once
 from research.action_map import ActionMap
 from research.errors import SimulatorFailed, UserError
 from research.schema import DEPTH, LANGUAGE, MODALITIES, PROPRIO, RGB, base_modality, encode_text
@@ -27,7 +27,7 @@ class Source(NamedTuple):
         channels: of a picture, which axis they are; None where there is none (grey `[H, W]`, or no picture at all).
     """
 
-    path: tuple[str, ...]
+    path: tuple[Any, ...]
     shape: tuple[int, ...]
     dtype: np.dtype | None = None
     channels: int | None = None
@@ -37,7 +37,10 @@ Sources = dict[str, tuple[Source, ...]]  # observation key -> its parts; several
 
 
 def map_observations(
-    space: gymnasium.Space, keys: Mapping[str, Any] | None, name: str, depth_unit: float | None = None
+    space: gymnasium.Space,
+    keys: Mapping[str, Any] | None,
+    name: str,
+    depth_unit: float | Mapping[str, float] | None = None,
 ) -> Sources:
     """Find the source of each observation key, and refuse what does not fit the schema.
 
@@ -45,9 +48,10 @@ def map_observations(
         space: of one environment, without a batch.
         keys: the option of that name (see `envs.gym.make_gym_env`); None takes what is named or shaped as the schema's.
         name: the environment's, for messages.
-        depth_unit: metres per unit of depth; None where it is in metres.
+        depth_unit: the option of that name.
     Raises:
-        UserError: a key that the schema does not know, a path that does not exist, or a space of the wrong kind.
+        UserError: a key that the schema does not know, a path that does not exist, a space of the wrong kind, or depth
+            whose unit is not known.
     """
     leaves = _leaves(space)
     listing = ", ".join(f"{path or 'the whole observation'}: {leaf}" for path, (_, leaf) in leaves.items())
@@ -55,11 +59,16 @@ def map_observations(
         if isinstance(space, gymnasium.spaces.Box):
             keys = {RGB if _looks_like_pictures(space) else PROPRIO: ""}
         else:
-            keys = {key: key for key in MODALITIES if key in leaves}
+            keys = {key: key for key in _known_names(leaves)}
             if not keys:
                 raise UserError(
                     f"trainer.env_config.keys: say which observations of {name} are {', '.join(MODALITIES)}; "
                     f"it has {listing}"
+                )
+            if unread := [path for path in leaves if path not in keys]:
+                warn_once(
+                    f"{name}: of its observations {', '.join(keys)} are read by their names, {', '.join(unread)} by "
+                    "nothing; trainer.env_config.keys names others"
                 )
     sources = {}
     for key, paths in keys.items():
@@ -79,13 +88,49 @@ def map_observations(
                 raise UserError(
                     f"{option}: should be {wanted}, got {leaves[path][1]} from {path or 'the observation'!r} of {name}"
                 )
-            if base == DEPTH and source.dtype.kind != "f" and depth_unit is None:
-                raise UserError(
-                    f"{option}: {leaves[path][1]} of {name} has whole numbers; say how many metres 1 is in "
-                    "trainer.env_config.depth_unit (0.001 for millimetres)"
-                )
             sources[key] = (*sources.get(key, ()), source)
+    _check_depth_units(sources, depth_unit, name)
     return sources
+
+
+def metres_per_unit(key: str, depth_unit: float | Mapping[str, float] | None) -> float:
+    """How many metres 1 is in the depth of an observation key, as the option `depth_unit` says."""
+    unit = depth_unit.get(key) if isinstance(depth_unit, Mapping) else depth_unit
+    return 1.0 if unit is None else float(unit)
+
+
+def _check_depth_units(sources: Sources, depth_unit: float | Mapping[str, float] | None, name: str) -> None:
+    """Refuse depth whose unit nobody says, and one unit for metres and for whole numbers alike."""
+    option = "trainer.env_config.depth_unit"
+    cameras = {key: parts[0] for key, parts in sources.items() if base_modality(key) == DEPTH}
+    whole = [key for key, source in cameras.items() if source.dtype.kind != "f"]
+    said = depth_unit if isinstance(depth_unit, Mapping) else dict.fromkeys(cameras, depth_unit)
+    if unknown := [key for key in said if key not in cameras]:
+        depths = ", ".join(cameras) or "none"
+        raise UserError(f"{option}: {unknown[0]!r} is no depth that is observed of {name}; those are {depths}")
+    for key in whole:
+        if said.get(key) is None:
+            source = cameras[key]
+            raise UserError(
+                f"trainer.env_config.keys.{key}: {source.dtype} {list(source.shape)} of {name} has whole numbers; say "
+                f"how many metres 1 is in {option} (0.001 for millimetres)"
+            )
+    if not isinstance(depth_unit, Mapping) and depth_unit is not None and 0 < len(whole) < len(cameras):
+        floats = [key for key in cameras if key not in whole]
+        raise UserError(
+            f"{option}: {', '.join(whole)} of {name} has whole numbers and {', '.join(floats)} floats, which one unit "
+            f'does not fit; give each its own, as {{"{whole[0]}": {depth_unit}}}, the others are in metres'
+        )
+
+
+def _known_names(leaves: Mapping[str, tuple[tuple, gymnasium.Space]]) -> list[str]:
+    """The observations that are called as the schema calls them, in its order.
+
+    One that is called as a camera's picture and is none, such as a number `depth_scale`, is left out.
+    """
+    named = [(path, base_modality(path), leaf) for path, leaf in leaves.items() if len(leaf[0]) == 1]
+    fits = [(path, base) for path, base, leaf in named if path == base or (base and _read_as(base, *leaf)[0])]
+    return [path for modality in MODALITIES for path, base in fits if base == modality]
 
 
 def check_one_text(sources: Sources, instructed: bool) -> None:
@@ -94,11 +139,16 @@ def check_one_text(sources: Sources, instructed: bool) -> None:
         raise UserError("trainer.env_config: language comes from keys or from an instruction, not from both")
 
 
-def _leaves(space: gymnasium.Space, path: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str, ...], gymnasium.Space]]:
+def _leaves(space: gymnasium.Space, path: tuple[Any, ...] = ()) -> dict[str, tuple[tuple[Any, ...], gymnasium.Space]]:
     """Every non-Dict space inside a space, under its dotted name ("" for a space that is not a Dict)."""
     if not isinstance(space, gymnasium.spaces.Dict):
-        return {".".join(path): (path, space)}
+        return {_dotted(path): (path, space)}
     return {name: leaf for key, inner in space.items() for name, leaf in _leaves(inner, (*path, key)).items()}
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    """The name of a place in nested Dicts, whose keys may be numbers."""
+    return ".".join(map(str, path))
 
 
 def _looks_like_pictures(space: gymnasium.spaces.Box) -> bool:
@@ -112,7 +162,7 @@ def _within_one(box: gymnasium.spaces.Box) -> bool:
     return box.dtype.kind == "f" and bool((box.low == 0).all() and (box.high == 1).all())
 
 
-def _read_as(base: str, path: tuple[str, ...], leaf: gymnasium.Space) -> tuple[Source | None, str]:
+def _read_as(base: str, path: tuple[Any, ...], leaf: gymnasium.Space) -> tuple[Source | None, str]:
     """How a space is read as that modality, None if it cannot be; and what such a space looks like."""
     box = leaf if isinstance(leaf, gymnasium.spaces.Box) else None
     source = Source(path, leaf.shape or (), leaf.dtype if box else None)
@@ -136,6 +186,12 @@ def _channel_axis(box: gymnasium.spaces.Box | None, counts: Sequence[int]) -> in
     if box is None or len(box.shape) != 3:
         return None
     return next((axis for count in counts for axis in (2, 0) if box.shape[axis] == count), None)
+
+
+def promised(source: Source, base: str, *batch: int) -> str:
+    """What the space of an observation of a modality says, as messages have it; a picture is told by its type, too."""
+    shape = str([*batch, *source.shape])
+    return f"{source.dtype} {shape}" if base == RGB else shape
 
 
 def picture_shape(source: Source) -> tuple[int, int]:
@@ -163,7 +219,7 @@ def to_rgb(values: Tensor, source: Source, name: str) -> Tensor:
         values = values.movedim(batch, -1)
     if values.is_floating_point():
         if not ((values >= 0) & (values <= 1)).all():
-            raise UserError(f"{name}: the picture {'.'.join(source.path)!r} has values beyond the 0 and 1 of its space")
+            raise UserError(f"{name}: the picture {_dotted(source.path)!r} has values beyond the 0 and 1 of its space")
         values = (values * 255).round().to(torch.uint8)
     return values if values.shape[-1] == 3 else values.expand(*values.shape[:-1], 3)
 
@@ -184,10 +240,10 @@ def observation_layout(sources: Sources, text_length: int) -> dict[str, tuple[tu
 
 def read_source(observation: Any, source: Source, name: str) -> Any:
     """What lies under a source's path in an observation of the environment `name`."""
-    with blame(f"{name}: an observation that should have {'.'.join(source.path)!r}"):
+    with blame(f"{name}: an observation that should have {_dotted(source.path)!r}"):
         for step in source.path:
             if step not in observation:
-                raise UserError(f"{name}: an observation lacks {'.'.join(source.path)!r}, which its space has")
+                raise UserError(f"{name}: an observation lacks {_dotted(source.path)!r}, which its space has")
             observation = observation[step]
     return observation
 

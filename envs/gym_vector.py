@@ -39,8 +39,10 @@ from envs.gym_spaces import (
     encode_instruction,
     encode_observed,
     map_observations,
+    metres_per_unit,
     observation_layout,
     picture_shape,
+    promised,
     read_actions,
     read_source,
     to_rgb,
@@ -70,7 +72,7 @@ def make_gym_vector_env(
     max_episode_steps: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
     ids_reproducible: bool = True,
-    depth_unit: float | None = None,
+    depth_unit: float | dict[str, float] | None = None,
     chunk: int = 1,
     **unknown: Any,
 ) -> GymVectorEnv:
@@ -280,17 +282,16 @@ class GymVectorEnv(VectorTrial, InitialStateEnv):
         tensors = [self._own(value, None if base == RGB else torch.float32) for value in values]
         for value, source in zip(tensors, sources, strict=True):
             # A picture's bytes and its floats are told apart by their type; all else becomes float32.
-            promised = torch.from_numpy(np.empty(0, source.dtype)).dtype if base == RGB else value.dtype
-            if value.shape != (n, *source.shape) or value.dtype != promised:
+            dtype = torch.from_numpy(np.empty(0, source.dtype)).dtype if base == RGB else value.dtype
+            if value.shape != (n, *source.shape) or value.dtype != dtype:
                 raise SimulatorFailed(
                     f"{self.name}: the observation for {key!r} is {value.dtype} {list(value.shape)}, "
-                    f"but its space says {[n, *source.shape]}"
+                    f"but its space says {promised(source, base, n)}"
                 )
         if base == RGB:
             return to_rgb(tensors[0], sources[0], self.name).contiguous()
         if base == DEPTH:
-            unit = 1.0 if self.recipe.depth_unit is None else self.recipe.depth_unit
-            return (tensors[0] * unit).reshape(n, *picture_shape(sources[0]))
+            return (tensors[0] * metres_per_unit(key, self.recipe.depth_unit)).reshape(n, *picture_shape(sources[0]))
         return torch.cat([value.reshape(n, -1) for value in tensors], dim=1)
 
     def _success(self, info: Mapping[str, Any], ended: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ Single environments and, where that makes a difference, Gymnasium's vector envir
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import gymnasium
@@ -18,7 +19,7 @@ from user_package import odd_envs
 from worlds import run_folder, write_config
 
 from envs import make_env
-from envs.failures import blame
+from envs.failures import blame, warn_once
 from research.errors import NonFiniteError, SimulatorFailed, UserError
 from research.runs.tracking import read_metrics
 from research.schema import check_observation, decode_text
@@ -186,6 +187,38 @@ def test_numbers_come_as_floats(make, prefix, name, config, key, expected):
     torch.testing.assert_close(value[0], torch.tensor(expected, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("prefix", BOTH)
+def test_every_entry_with_a_name_of_the_schema_is_read_and_the_others_are_named(make, prefix, caplog):
+    warn_once.cache_clear()
+    observation = start(make("NamedCameras", prefix))["observation"]
+    check_observation(observation, prefix)
+    assert set(observation.keys()) == {"rgb", "rgb_wrist", "depth_wrist", "proprio"}
+    assert torch.equal(observation["rgb_wrist"], observation["rgb"].flip(1))
+    said = r"are read by their names, (0|goal|depth_scale), (0|goal|depth_scale), (0|goal|depth_scale) by nothing; "
+    assert re.search(said, caplog.text) and caplog.text.count("by nothing") == 1
+    caplog.clear()
+    chosen = start(make("NamedCameras", prefix, keys={"proprio": ["goal", "0"]}))["observation", "proprio"]
+    assert chosen[0].tolist() == [1, 1, 6] and "by nothing" not in caplog.text
+
+
+@pytest.mark.parametrize("prefix", BOTH)
+def test_each_depth_camera_has_its_own_unit(make, prefix):
+    keys = {"depth_far": "far", "depth_near": "near"}
+    observation = start(make("TwoDepths", prefix, keys=keys, depth_unit={"depth_near": 0.001}))["observation"]
+    assert torch.allclose(observation["depth_far"], torch.tensor(2.5))
+    assert torch.allclose(observation["depth_near"], torch.tensor(0.8))
+    for unit, message in (
+        (0.001, r"env_config\.depth_unit: depth_near of .* has whole numbers and depth_far floats, which one unit"),
+        ({"depth_far": 1}, r"env_config\.keys\.depth_near: uint16 \[2, 3\] of .* whole numbers; .* \(0\.001 for milli"),
+        ({"near": 0.001}, r"depth_unit: 'near' is no depth that is observed of .*; those are depth_far, depth_near"),
+        ({"depth_near": True}, r"depth_unit: expected metres, a number above 0, got .*True"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make("TwoDepths", prefix, keys=keys, depth_unit=unit)
+    alike = make("TwoDepths", prefix, keys={"depth_near": "near"}, depth_unit=0.001)
+    assert torch.allclose(start(alike)["observation", "depth_near"], torch.tensor(0.8))
+
+
 def test_names_of_any_kind_can_be_mapped(make):
     keys = {"rgb_top": "observation.images.top", "rgb_wrist": "observation/wrist image", "proprio": "observation.state"}
     observation = start(make("LeRobotKeys", keys=keys))["observation"]
@@ -231,6 +264,7 @@ def test_instructions_of_any_length_and_script(make, prefix):
         ("TupleActions", {}, "takes actions from Tuple.*supported are Box, Discrete, MultiDiscrete and MultiBinary"),
         ("ManyIntActions", {}, "a Box of integers has at most 1024 per component"),
         ("FrameStack", {}, r"keys.rgb: should be uint8 \[H, W, 3\].* got Box.*4, 16, 24, 3"),
+        ("IntImage", {}, r"'rgb' is int64 \[16, 24, 3\], but its space says uint8 \[16, 24, 3\]"),
         ("FloatImageBeyond", {}, "the picture '' has values beyond the 0 and 1 of its space"),
         ("DepthMillimetres", {}, "keys.depth: .* whole numbers; .* trainer.env_config.depth_unit .0.001 for milli"),
         ("DepthMillimetres", {"depth_unit": 0}, "depth_unit: expected metres, a number above 0, got 0"),

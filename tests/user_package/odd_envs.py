@@ -289,6 +289,43 @@ class NestedCHW(ChannelsFirst):
         return {"agent": {"pos": np.ones(2)}, "pixels": super().observe()}
 
 
+class IntImage(Pictures):
+    """A picture of another type than its space says."""
+
+    def observe(self):
+        return self.picture().astype(np.int64)
+
+
+class NamedCameras(Pictures):
+    """A Dict with the schema's names for some of its entries, a number for one, and a name that only looks like one."""
+
+    observation_space = Dict(
+        {
+            "goal": Box(-9, 9, (2,), np.float32),
+            "proprio": Box(-9, 9, (2,), np.float32),
+            "rgb": Pictures.observation_space,
+            "rgb_wrist": Pictures.observation_space,
+            "depth_wrist": Box(0, 9, (16, 24), np.float32),
+            "depth_scale": Box(0, 9, (1,), np.float32),
+            0: Box(-9, 9, (1,), np.float32),
+        }
+    )
+
+    def observe(self):
+        numbers = {"goal": np.ones(2, np.float32), "proprio": np.ones(2, np.float32), 0: np.full(1, 6, np.float32)}
+        depths = {"depth_wrist": np.full((16, 24), 0.5, np.float32), "depth_scale": np.ones(1, np.float32)}
+        return {**numbers, **depths, "rgb": self.picture(), "rgb_wrist": self.picture()[::-1]}
+
+
+class TwoDepths(Truncates):
+    """One camera in metres, the other in millimetres."""
+
+    observation_space = Dict(far=Box(0, 10, (2, 3), np.float32), near=Box(0, 65535, (2, 3), np.uint16))
+
+    def observe(self):
+        return {"far": np.full((2, 3), 2.5, np.float32), "near": np.full((2, 3), 800, np.uint16)}
+
+
 class FloatImage(Pictures):
     observation_space = Box(0, 1, (16, 24, 3), np.float32)
 
