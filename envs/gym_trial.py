@@ -108,17 +108,19 @@ def _try_ids(simulator: GymnasiumSimulator, reproducible: bool) -> bool:
     """Refuse an environment whose ids do not decide the state, and say whether different ids differ in anything seen.
 
     Id 0 is started a second time, with other episodes and a step between: what an environment keeps from one episode to
-    the next, or draws from elsewhere than its own generator, shows then.
+    the next, or draws from elsewhere than its own generator, shows then, in what is observed or in the step's reward.
     """
     name, rest = simulator.recipe.name, np.zeros(simulator.layout.action_dim, dtype=np.float32)
-    starts = []
+    starts, rewards = [], []
     for state in (0, 1, 2, 0):
         simulator.reset(state)
         starts.append(_copied(simulator.observe()))
-        simulator.step(rest)
+        rewards.append(float(simulator.step(rest)["reward"][0]))
     first, *others, again = starts
     if reproducible and (key := _difference(first, again)):
         raise not_reproducible(name, key)
+    if reproducible and rewards_differ(rewards[0], rewards[-1]):
+        raise reward_not_reproducible(name, rewards[0], rewards[-1])
     distinct = any(_difference(first, other) for other in others)
     if not distinct:
         warn_once(all_alike(name))
@@ -131,6 +133,21 @@ def not_reproducible(name: str, key: str) -> UserError:
         f"trainer.env: {name} starts the same initial-state id from another state the second time ({key!r} "
         "differs), so that no two evaluations begin alike: let it draw from its own np_random only, and forget "
         "what was before; or say trainer.env_config.ids_reproducible: false"
+    )
+
+
+def rewards_differ(one: float, other: float) -> bool:
+    """Whether two rewards differ by more than rounding; a running scale moves by little, of rewards that are small."""
+    return not np.isclose(one, other, rtol=1e-5, atol=1e-8, equal_nan=True)
+
+
+def reward_not_reproducible(name: str, one: float, other: float) -> UserError:
+    """The same action in the state of the same id was given these two rewards."""
+    return UserError(
+        f"trainer.env: {name} gives the same action in the state of the same id a reward of {one:.6g} and, the second "
+        f"time, of {other:.6g}, so that no two evaluations measure alike: let it forget what was before (scaled by a "
+        "running deviation, as NormalizeReward does, rewards are by algorithm.cfg.normalize_reward instead); or say "
+        "trainer.env_config.ids_reproducible: false"
     )
 
 

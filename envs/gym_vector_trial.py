@@ -14,7 +14,15 @@ from torch import Tensor
 from envs.failures import blame, describe, warn_once
 from envs.gym_info import look_up, never_reported, reported_key
 from envs.gym_spaces import read_source
-from envs.gym_trial import PROBED_IDS, PROBED_S, PROBED_STEPS, all_alike, not_reproducible
+from envs.gym_trial import (
+    PROBED_IDS,
+    PROBED_S,
+    PROBED_STEPS,
+    all_alike,
+    not_reproducible,
+    reward_not_reproducible,
+    rewards_differ,
+)
 from research.errors import UserError
 
 
@@ -31,7 +39,8 @@ class VectorTrial:
         self._tensor_device = next((part.device for part in parts if isinstance(part, Tensor)), None)
         first = self._observe(observation)
         with blame(f"{self.name}: step()"):
-            observation, *_ = self.vector.step(self._native(torch.zeros(n, self._actions.size)))
+            observation, reward, *_ = self.vector.step(self._native(torch.zeros(n, self._actions.size)))
+            reward = self._own(reward, torch.float64).reshape(n)
         if n > 1:
             self._check_masks(self._observe(observation))
             others = {key: value[1:] for key, value in first.items()}
@@ -41,6 +50,12 @@ class VectorTrial:
         if ids_reproducible:
             if changed := _first_difference(first, again):
                 raise not_reproducible(self.name, changed)
+            with blame(f"{self.name}: step()"):
+                _, second, *_ = self.vector.step(self._native(torch.zeros(n, self._actions.size)))
+                second = self._own(second, torch.float64).reshape(n)
+            for one, other in zip(reward.tolist(), second.tolist(), strict=True):
+                if rewards_differ(one, other):
+                    raise reward_not_reproducible(self.name, one, other)
             changed = _first_difference(first, {key: v.flip(0) for key, v in self._started(seeds[::-1]).items()})
             if changed:
                 raise self._refusal(

@@ -161,6 +161,14 @@ def test_ids_that_do_not_decide_the_state_are_refused(make, habit, num_envs):
         make(env_id=f"user_package.habits:{habit}", ids_reproducible="no")
 
 
+def test_a_reward_that_depends_on_what_was_before_is_refused(make):
+    with pytest.raises(
+        UserError, match=r"same action .* a reward of [\d.]+ and, the second time .*algorithm\.cfg\.normalize_reward"
+    ):
+        make(env_id="user_package.habits:make_scaled")
+    make(env_id="user_package.habits:make_scaled", ids_reproducible=False).reset()  # one that knows
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_one_state_for_all_ids_is_named(make, num_envs, caplog):
     warn_once.cache_clear()

@@ -64,6 +64,11 @@ class Remembering(Honest):
         return Remembering.last
 
 
+def make_scaled(render_mode: str | None = None) -> gymnasium.Env:
+    """Divides its rewards by a running deviation of returns, which goes on from episode to episode."""
+    return gymnasium.wrappers.NormalizeReward(Honest(render_mode))
+
+
 class Returning(Honest):
     """Returns rewards and ends in a form of its own."""
 
