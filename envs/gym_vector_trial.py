@@ -74,9 +74,13 @@ class VectorTrial:
         return self._observe(observation)
 
     def _find_success(self) -> None:
-        """Complete the recipe by what reports success, as `envs.gym_trial` does for a single environment."""
+        """Complete the recipe by what reports success, as `envs.gym_trial` does for a single environment.
+
+        Where an episode ends, it is tried whether its row is left alone; Gymnasium's own loop does so.
+        """
         n, name, generator = self.batch_size[0], self.name, np.random.default_rng(0)
-        if self.recipe.success_return is not None:
+        tried, found = self.recipe.spec.vector_entry_point is None, self.recipe.success_return is not None
+        if tried and found:
             return
         states = iter(np.resize(PROBED_IDS, 2 * n * PROBED_STEPS).tolist())
         self._reset_rows(np.arange(n), [next(states) for _ in range(n)])
@@ -85,19 +89,52 @@ class VectorTrial:
             actions = torch.from_numpy(self._actions.sample(generator, (n,)))
             with blame(f"{name}: step()"):
                 *_, terminated, truncated, info = self.vector.step(self._native(actions))
-                done = self._own(terminated, torch.bool).reshape(n) | self._own(truncated, torch.bool).reshape(n)
+                truncated = self._own(truncated, torch.bool).reshape(n)
+                done = self._own(terminated, torch.bool).reshape(n) | truncated
             steps += 1
             key = self.recipe.success_key or reported_key(info)
-            if key is not None and look_up(info, key) is not None:
-                self.recipe = replace(self.recipe, success_key=key, success_seen=True)
+            if not found and key is not None and look_up(info, key) is not None:
+                self.recipe, found = replace(self.recipe, success_key=key, success_seen=True), True
                 self._reported_success(info)  # refuses what is no success
-                return
+                if tried:
+                    return
             if done.any():
                 rows, ended = done.nonzero()[:, 0].cpu().numpy(), info
                 episodes += len(rows)
+                if not tried:
+                    self._check_ended(done, truncated)
+                    tried, rows = bool(truncated.any()), np.arange(n)
+                if found:
+                    return
                 self._reset_rows(rows, [next(states) for _ in rows])
+        if found:
+            return
         if self.recipe.success_key is not None and ended is not None:
             raise never_reported(name, self.recipe.success_key, ended)
+
+    def _check_ended(self, done: Tensor, truncated: Tensor) -> None:
+        """Step once more: a row whose time was up, bool `[N]`, and whose episode goes on has begun anew by itself.
+
+        One that was left alone ends again, or refuses to be stepped. What ended for another reason (`done`) may go on
+        nevertheless, if it moves out of the state that ended it: that is said. All rows have to start afterwards.
+        """
+        n = self.batch_size[0]
+        try:
+            *_, one, other, _ = self.vector.step(self._native(torch.zeros(n, self._actions.size)))
+            again = self._own(one, torch.bool).reshape(n) | self._own(other, torch.bool).reshape(n)
+        except Exception:  # whatever it says to that, it did not begin anew
+            again = done
+        if (truncated & ~again).any():
+            raise UserError(
+                f"trainer.env: {self.name} resets its rows by itself, though its metadata say AutoresetMode.DISABLED: "
+                "a row that was truncated went on at the next step; it has to leave such rows alone until "
+                "reset(options={'reset_mask': ...}) names them"
+            )
+        if (done & ~again).any():
+            warn_once(
+                f"{self.name}: a row that was terminated went on at the next step; if it had been reset by then, what "
+                "is seen at the ends of episodes is wrong"
+            )
 
     def _first_reset(self, seeds: list[int]) -> tuple[Any, dict[str, Any]]:
         try:

@@ -474,7 +474,7 @@ def test_ids_that_do_not_decide_the_state_are_refused(make, habit):
 
 def test_a_reward_that_depends_on_what_was_before_is_refused(make):
     with pytest.raises(
-        UserError, match=r"same action .* a reward of [\d.]+ and, the second time .*algorithm\.cfg\.normalize_reward"
+        UserError, match=r"same action .* a reward of [\d.]+ and, the second time.*algorithm\.cfg\.normalize_reward"
     ):
         make(f"{HABITS}make_scaled")
     make(f"{HABITS}make_scaled", ids_reproducible=False).reset()  # one that knows

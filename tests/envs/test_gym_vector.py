@@ -111,6 +111,8 @@ def test_state_dict_continues_the_stream(make):
         ("user_package.habits:TupleActions", {}, r"TupleActions takes actions from Tuple"),
         ("NoSuchEnv-v3", {}, "'gym_vec:NoSuchEnv-v3' is not registered .* named 'gym_vec:module:EnvId-v0'"),
         (TWO, {"env_kwargs": {"wrong": "autoreset"}}, "resets its rows by itself .autoreset mode NextStep."),
+        (TWO, {"env_kwargs": {"wrong": "resets"}}, "resets its rows by itself, though its metadata say .*reset_mask"),
+        (TWO, {"env_kwargs": {"wrong": "resets"}, "success_return": -6.0}, "resets its rows by itself, though its"),
         (TWO, {"env_kwargs": {"wrong": "one_seed"}}, "cannot start every row from a seed of its own: .* steps single"),
         (TWO, {"env_kwargs": {"wrong": "reseeds"}}, "does not start a row from its own seed alone: 'proprio' differs"),
         (TWO, {"env_kwargs": {"wrong": "no_mask"}}, "cannot reset some rows .* 'proprio' changed in rows that"),
@@ -130,6 +132,15 @@ def test_bad_input(make, env_id, config, message):
     with pytest.raises(UserError, match=message) as caught:
         make(env_id=env_id, **config).reset()
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_goes_on_after_it_was_terminated_is_named(make, caplog):
+    """It may have moved out of the state that had ended its episode."""
+    warn_once.cache_clear()
+    make().reset()
+    assert "went on" not in caplog.text
+    make(env_kwargs={"wrong": "goes_on"}).reset()
+    assert "a row that was terminated went on at the next step; if it had been reset by then" in caplog.text
 
 
 def test_one_row_is_tried_out_too(make):
@@ -163,7 +174,7 @@ def test_ids_that_do_not_decide_the_state_are_refused(make, habit, num_envs):
 
 def test_a_reward_that_depends_on_what_was_before_is_refused(make):
     with pytest.raises(
-        UserError, match=r"same action .* a reward of [\d.]+ and, the second time .*algorithm\.cfg\.normalize_reward"
+        UserError, match=r"same action .* a reward of [\d.]+ and, the second time.*algorithm\.cfg\.normalize_reward"
     ):
         make(env_id="user_package.habits:make_scaled")
     make(env_id="user_package.habits:make_scaled", ids_reproducible=False).reset()  # one that knows

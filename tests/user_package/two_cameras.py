@@ -72,8 +72,9 @@ class TwoCamerasVectorEnv(VectorEnv):
         render_mode: "rgb_array" or None.
         tensors: return torch tensors, and insist on tensors as actions.
         wrong: "one_seed" takes no list of seeds; "reseeds" mixes the seeds of all rows; "no_mask" resets all rows
-            always; "mask_raises" knows no options; "autoreset" says that rows start again by themselves; "broken"
-            raises at every reset; "shape" returns a state that is not as promised, in training.
+            always; "mask_raises" knows no options; "autoreset" says that rows start again by themselves; "resets"
+            lets them do so and says otherwise, "goes_on" lets those go on that have succeeded; "broken" raises at every
+            reset; "shape" returns a state that is not as promised, in training.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.DISABLED}
@@ -113,7 +114,7 @@ class TwoCamerasVectorEnv(VectorEnv):
         return self._observe(), {"instruction": words, "_instruction": mask}
 
     def step(self, actions):
-        assert not self.ended.any(), "a row that has ended was not reset"
+        assert self.wrong in ("resets", "goes_on") or not self.ended.any(), "a row that has ended was not reset"
         if self.tensors:
             assert isinstance(actions, torch.Tensor) and actions.dtype == torch.float32
             actions = actions.numpy()
@@ -121,7 +122,11 @@ class TwoCamerasVectorEnv(VectorEnv):
         self.clock += 1
         self.point[:], reward, success = move(self.point, self.target, actions)
         truncated = self.clock >= self.limit
+        if self.wrong == "goes_on":
+            success = success | (self.clock == 2)
         self.ended = success | truncated
+        if self.wrong == "resets" and self.ended.any():
+            self.point[self.ended], self.clock[self.ended] = 0.5, 0
         facts = reward, success, truncated, success
         reward, terminated, truncated, success = map(torch.from_numpy, facts) if self.tensors else facts
         return self._observe(), reward, terminated, truncated, {"success": success}
