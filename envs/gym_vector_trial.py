@@ -82,6 +82,7 @@ class VectorTrial:
         tried, found = self.recipe.spec.vector_entry_point is None, self.recipe.success_return is not None
         if tried and found:
             return
+        terminations_tried = False
         states = iter(np.resize(PROBED_IDS, 2 * n * PROBED_STEPS).tolist())
         self._reset_rows(np.arange(n), [next(states) for _ in range(n)])
         until, steps, episodes, ended = time.monotonic() + PROBED_S, 0, 0, None
@@ -101,10 +102,10 @@ class VectorTrial:
             if done.any():
                 rows, ended = done.nonzero()[:, 0].cpu().numpy(), info
                 episodes += len(rows)
-                if not tried:
+                if not tried and (truncated.any() or not terminations_tried):
                     self._check_ended(done, truncated)
-                    tried, rows = bool(truncated.any()), np.arange(n)
-                if found:
+                    tried, terminations_tried, rows = bool(truncated.any()), True, np.arange(n)
+                if tried and found:
                     return
                 self._reset_rows(rows, [next(states) for _ in rows])
         if found:

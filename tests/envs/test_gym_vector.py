@@ -13,6 +13,7 @@ from research.errors import SimulatorFailed, UserError
 from research.schema import check_observation, decode_text
 
 TWO = "user_package:UserTwoCameras-v0"
+SHORT = {"max_episode_steps": 3}
 REACH = "user_package.reach_env:ReachEnv"
 KEYS = {
     TWO: {"proprio": "state", "rgb_front": "front", "rgb_wrist": "wrist.rgb", "depth_wrist": "wrist.depth"},
@@ -111,8 +112,8 @@ def test_state_dict_continues_the_stream(make):
         ("user_package.habits:TupleActions", {}, r"TupleActions takes actions from Tuple"),
         ("NoSuchEnv-v3", {}, "'gym_vec:NoSuchEnv-v3' is not registered .* named 'gym_vec:module:EnvId-v0'"),
         (TWO, {"env_kwargs": {"wrong": "autoreset"}}, "resets its rows by itself .autoreset mode NextStep."),
-        (TWO, {"env_kwargs": {"wrong": "resets"}}, "resets its rows by itself, though its metadata say .*reset_mask"),
-        (TWO, {"env_kwargs": {"wrong": "resets"}, "success_return": -6.0}, "resets its rows by itself, though its"),
+        (TWO, {"env_kwargs": {"wrong": "resets"}, **SHORT}, "resets its rows by itself, though its metadata .*mask"),
+        (TWO, {"env_kwargs": {"wrong": "resets"}, "success_return": -6.0, **SHORT}, "resets its rows by itself, thou"),
         (TWO, {"env_kwargs": {"wrong": "one_seed"}}, "cannot start every row from a seed of its own: .* steps single"),
         (TWO, {"env_kwargs": {"wrong": "reseeds"}}, "does not start a row from its own seed alone: 'proprio' differs"),
         (TWO, {"env_kwargs": {"wrong": "no_mask"}}, "cannot reset some rows .* 'proprio' changed in rows that"),
