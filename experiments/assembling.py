@@ -31,6 +31,7 @@ from research.schema import OBSERVATION, check_observation
 from research.training.algorithm import Algorithm, Collection
 from research.training.asynchronous import AsynchronousRollouts, ProcessWorkers, Workers
 from research.training.audit import FreezeAudit
+from research.training.evaluation import shares_of_tasks
 from research.training.group_episodes import GroupEpisodes
 from research.training.host_memory import keep_freed_memory
 from research.training.parallel import ALONE, World
@@ -92,6 +93,10 @@ def assemble(config: ExperimentConfig, world: World = ALONE) -> Assembly:
     rollouts = make_rollouts(config, env, policy, device, world)
     num_eval_envs = max(1, min(trainer.num_eval_envs, trainer.num_eval_episodes // world.size))
     eval_env = make_env(trainer.env, num_eval_envs, trainer.env_config, device, trainer.seed)
+    states = range(trainer.num_eval_episodes)
+    unequal = shares_of_tasks(getattr(eval_env, "task_names", ()), states, "trainer.num_eval_episodes")
+    if trainer.enable_eval and unequal and world.leads:
+        print(unequal)
     if world.size > 1:
         seed_everything(world.own_seed(trainer.seed))  # from here on ranks draw apart
     return Assembly(device, observations, policy, audit, algorithm, rollouts, eval_env, world)

@@ -72,7 +72,7 @@ from research.options import parse_config, to_dict
 from research.progress_bar import ProgressBar
 from research.runs.folder import replace_file, replace_rows, replacing
 from research.schema import OBSERVATION, Demonstration
-from research.training.evaluation import evaluate
+from research.training.evaluation import evaluate, shares_of_tasks
 from research.training.freezing import freeze
 from research.training.host_memory import keep_freed_memory
 
@@ -235,6 +235,9 @@ def main(argv: list[str] | None = None) -> int:
         scenes = open_env(config, config.batch_size, seed=config.seed + 1)
         learn_to_point(model, scenes, config.pointing_steps, config.learning_rate, config.schedule)
     data = with_frozen_features(policy, data)
+    unequal = shares_of_tasks(getattr(env, "task_names", ()), range(config.eval_episodes), "eval_episodes")
+    if unequal:
+        print(f"note: {unequal}")
     interrupted = False
     try:
         clone(model, policy.rest, data, config, stop_when_good_enough(env, policy, config))

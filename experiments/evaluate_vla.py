@@ -35,7 +35,7 @@ from research.progress_bar import ProgressBar
 from research.runs.folder import RunFolder, append_rows, write_json
 from research.runs.video import video_grid, write_video
 from research.schema import OBSERVATION
-from research.training.evaluation import Evaluation, evaluate
+from research.training.evaluation import Evaluation, evaluate, shares_of_tasks
 from research.training.host_memory import keep_freed_memory
 from research.training.threads import choose_threads
 
@@ -91,7 +91,10 @@ def run(argv: list[str]) -> int:
     states = range(config.first_state, config.first_state + trainer.num_eval_episodes)
     if states.stop > first.held_out:
         print(f"note: training draws initial states from {first.held_out} on; those evaluated end at {states.stop - 1}")
-    for old in (RunFolder(output).episodes, RunFolder(output).summary):  # one does not speak of the other's episodes
+    if unequal := shares_of_tasks(getattr(first, "task_names", ()), states, "trainer.num_eval_episodes"):
+        print(f"note: {unequal}")
+    written = RunFolder(output).episodes, RunFolder(output).summary, *output.glob("evaluation*.mp4")
+    for old in written:  # none of them speaks of the others' episodes
         old.unlink(missing_ok=True)
     metrics = {}
     for split, env in envs.items():

@@ -62,6 +62,28 @@ def success_by_task(episodes: Sequence[Episode]) -> dict[str, float]:
     return {task: float(np.mean([bool(e.success) for e in episodes if e.task == task])) for task in tasks}
 
 
+def shares_of_tasks(task_names: Sequence[str], states: Sequence[int], option: str) -> str | None:
+    """What to say where the tasks of an environment do not begin in equally many of these initial states.
+
+    Args:
+        task_names: the task of an id is `task_names[id % len(task_names)]` (`envs.simulator.Layout`).
+        states: ids of an evaluation.
+        option: which says how many they are.
+    Returns:
+        one line; None where all have as many, and where there are no tasks.
+    """
+    tasks = len(task_names)
+    counts = np.bincount([state % tasks for state in states], minlength=tasks) if tasks > 1 else np.zeros(1)
+    if counts.min() == counts.max():
+        return None
+    some = int((counts > 0).sum())
+    among = f"of {some} of the {tasks} tasks" if some < tasks else f"{counts.min()} or {counts.max()} of each task"
+    return (
+        f"{option}: {len(states)} evaluation episodes are {among}, so that rates are not those of all "
+        f"tasks alike; take a multiple of {tasks}"
+    )
+
+
 @dataclass
 class Evaluation:
     """Episodes in the order of their initial states, and frames uint8 `[T_i, H, W, 3]` of the first few."""

@@ -60,6 +60,22 @@ def test_states_that_training_draws_are_evaluated_with_a_note(tmp_path, capsys):
     assert "note" not in capsys.readouterr().out
 
 
+def test_nothing_of_an_earlier_evaluation_stays_beside_another(tmp_path):
+    """Its film would show other episodes than those that the numbers are of."""
+    mine = tmp_path / "film_of_mine.mp4"
+    for old in (tmp_path / "evaluation.mp4", tmp_path / "evaluation_vision.mp4", mine):
+        old.write_bytes(b"old")
+    assert evaluate_vla.main([*FEW, "--film=0", f"--output={tmp_path}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"episodes.jsonl", "summary.json", mine.name}
+
+
+def test_tasks_without_an_episode_are_noted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TabletopEnv, "task_names", tuple("abcdefgh"), raising=False)
+    assert evaluate_vla.main([*FEW, "--film=0", f"--output={tmp_path}"]) == 0
+    said = "note: trainer.num_eval_episodes: 6 evaluation episodes are of 6 of the 8 tasks, "
+    assert capsys.readouterr().out.startswith(said)
+
+
 def test_the_configurations_own_split_is_the_default(tmp_path):
     options = '--trainer.env_config={"modalities": ["rgb", "proprio", "language"], "split": "vision"}'
     assert evaluate_vla.main([*FEW, options, f"--output={tmp_path}"]) == 0

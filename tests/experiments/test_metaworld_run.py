@@ -24,7 +24,7 @@ TASKS = ["reach-v3", "push-v3", "coffee-pull-v3"]
 
 
 @pytest.mark.slow
-def test_ppo_goes_on_from_the_clone_that_ships(tmp_path):
+def test_ppo_goes_on_from_the_clone_that_ships(tmp_path, capsys):
     sizes = ["num_envs=4", "buffer_size=16", "max_env_steps=120", "num_eval_envs=3", "num_eval_episodes=3"]
     sizes += ["max_eval_steps=20", "use_wandb=false", "progress_bar=false", f"run_dir={tmp_path / 'runs'}"]
     argv = ["--config", str(CONFIGS / "metaworld.json"), *(f"--trainer.{size}" for size in sizes)]
@@ -35,6 +35,7 @@ def test_ppo_goes_on_from_the_clone_that_ships(tmp_path):
     assert rows[-1]["global_step"] >= 120 and rows[-1]["rollout/decisions"] == 16
     reported = {name.rpartition("/")[2] for row in rows for name in row if name.startswith("rollout/success_rate/")}
     assert reported <= set(TASKS) and reported
+    assert "evaluation episodes are" not in capsys.readouterr().out  # one of each task
     episodes = [json.loads(line) for line in run.episodes.read_text().splitlines()]
     assert {(episode["initial_state"], episode["task"]) for episode in episodes} == set(enumerate(TASKS))
     assert len({episode["instruction"] for episode in episodes}) == 3

@@ -11,7 +11,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from envs import make_env
 from envs.tabletop import TabletopEnv
 from research.errors import NonFiniteError
-from research.training.evaluation import Episode, Evaluation, evaluate, wilson_interval
+from research.training.evaluation import Episode, Evaluation, evaluate, shares_of_tasks, wilson_interval
 
 MODALITIES = ["proprio", "language"]
 
@@ -38,6 +38,15 @@ def test_episodes_are_those_of_the_states_whatever_the_number_of_environments():
     assert [episode.initial_state for episode in results[0]] == states
     assert all(episodes == results[0] for episodes in results)
     assert all(e.success and e.episode_return == 1.0 and 0 < e.length < 20 for e in results[0])
+
+
+def test_tasks_that_an_evaluation_leaves_out_or_weighs_otherwise_are_told_at_its_start():
+    tasks = [f"task-{i}" for i in range(10)]
+    few = shares_of_tasks(tasks, range(4), "eval_episodes")
+    assert few.startswith("eval_episodes: 4 evaluation episodes are of 4 of the 10 tasks, ") and "multiple of 10" in few
+    assert "32 evaluation episodes are 3 or 4 of each task" in shares_of_tasks(tasks, range(100, 132), "eval_episodes")
+    for names, states in ((tasks, range(20)), (tasks, range(7, 17)), (tasks[:1], range(3)), ((), range(3))):
+        assert shares_of_tasks(names, states, "eval_episodes") is None
 
 
 def test_an_episode_that_ends_by_its_own_limit_and_one_that_is_cut_off():
