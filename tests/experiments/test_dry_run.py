@@ -14,6 +14,7 @@ from accounting import model_of_shapes, parts_of
 from building import model_arguments
 from worlds import ROOT, write_config
 
+from envs.tabletop import TabletopEnv
 from research.errors import UserError
 from research.training.freezing import HEADS, freeze
 
@@ -45,6 +46,16 @@ def test_a_run_is_told_and_not_begun(elsewhere, capsys):
     iteration, step, minibatch = map(float, total.groups())
     assert iteration == pytest.approx(8 * step + 4 * minibatch, rel=0.02)
     assert sorted(elsewhere.iterdir()) == before
+
+
+def test_tasks_that_evaluations_leave_out_are_told_before_a_run_begins(elsewhere, capsys, monkeypatch):
+    monkeypatch.setattr(TabletopEnv, "task_names", tuple("abc"), raising=False)
+    argv = ["--config", str(write_config(elsewhere)), "--dry_run"]
+    assert ppo_vla.main([*argv, "--trainer.num_eval_episodes=2"]) == 0
+    said = "trainer.num_eval_episodes: 2 evaluation episodes are of 2 of the 3 tasks, "
+    assert said in capsys.readouterr().out
+    assert ppo_vla.main([*argv, "--trainer.num_eval_episodes=6"]) == 0
+    assert "evaluation episodes are" not in capsys.readouterr().out
 
 
 def _parts(path):
