@@ -37,6 +37,14 @@ def test_what_to_freeze_in_one_sentence():
     assert arms["lora"].learning_rate == arms["backbone"].learning_rate == 1.6e-3
 
 
+def test_what_to_freeze_on_meta_world():
+    arms = compare(read_table(RESULTS / "pretrained_scopes" / "runs.csv")).arms
+    ends, starts = [arm.mean.value for arm in arms], [arm.before for arm in arms]
+    assert len(arms) == 7 and not any(arm.separable_from for arm in arms)
+    told = f"({min(ends):.3f} to {max(ends):.3f}, from {min(starts):.2f} to {max(starts):.2f})"
+    assert f"no two of seven scopes can be told apart {told}, and none forgets" in TEXT
+
+
 def test_the_row_of_speed():
     with open(RESULTS / "throughput" / "resnet18-tabletop-cpu.csv") as file:
         rows = {row["row"]: row for row in csv.DictReader(file)}

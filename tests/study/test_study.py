@@ -263,7 +263,7 @@ def test_the_algorithms_at_equal_wall_time_are_those_of_the_committed_runs():
 
 def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_the_next_step():
     """Each scope's best mean is chosen, none at an end of its row, and the sweep of the answers takes those rates."""
-    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("never seen the task: rates")[1].split("\n## ")[0]
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("never seen the task: rates")[1].split("\n### ")[0]
     comparison = compare(read_table(STUDY.parent / "pretrained_scopes_rates" / "runs.csv"))
     chosen = {result.arm: result.learning_rate for result in comparison.arms}
     names = {scope: f"`{scope}`" for scope in chosen}
