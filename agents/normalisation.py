@@ -145,6 +145,17 @@ class Normalisation(nn.Module):
         return cls(middle, scale, mask)
 
 
+def tell_action_map(model: nn.Module, action_map: ActionMap | None) -> None:
+    """Let a model with statistics of a robot's own actions write what an environment makes those of, see `act_through`.
+
+    Args:
+        model: any; one without the method `act_through` speaks in the environment's terms.
+        action_map: of the environment; None: it takes what it is given.
+    """
+    if action_map is not None and hasattr(model, "act_through"):
+        model.act_through(action_map)
+
+
 class RunningNormalisation(RunningValueNorm):
     """Each number of an input to mean 0 and deviation 1, by the statistics of all inputs that `update` was shown.
 

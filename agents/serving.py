@@ -18,6 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from agents.normalisation import tell_action_map
 from agents.policy import VLAPolicy
 from research.action_map import ActionMap
 from research.errors import UserError, describe_error
@@ -58,8 +59,7 @@ def serve(
         another dtype or shape, or numbers that are not finite. What a model reads that has no `observation_keys` is
         found by leaving out one key of the example after the other; the others may be given.
     """
-    if action_map is not None and hasattr(model, "act_through"):
-        model.act_through(action_map)  # where its statistics are of what the world gets, it writes what becomes that
+    tell_action_map(model, action_map)
     policy = VLAPolicy(model.eval(), autocast=autocast)
     keys = known = getattr(model, "observation_keys", None)
     if keys is None and example is not None:

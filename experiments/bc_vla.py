@@ -48,6 +48,7 @@ from torchrl.envs import EnvBase
 
 from agents.checking import check_policy
 from agents.loading import load_vla_model
+from agents.normalisation import tell_action_map
 from agents.policy import VLAPolicy
 from agents.provided_weights import save_trained
 from envs import make_env
@@ -133,8 +134,7 @@ def build_model(
     told = what_follows(observations, shape, choices, named, config.horizon) | with_files(config.model_config)
     torch.manual_seed(config.seed)
     model = load(where_it_is(config.model_path), config.model_class, told, config.device, expect_fresh=True)
-    if action_map is not None and hasattr(model, "act_through"):
-        model.act_through(action_map)
+    tell_action_map(model, action_map)
     if not can_imitate(model):
         raise UserError(
             "model_class: imitation needs stages, and action_distribution or imitation_loss, which "

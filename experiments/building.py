@@ -19,6 +19,7 @@ from agents.constancy import check_constant
 from agents.critic import find_value_head
 from agents.feature_budget import FeatureBudget
 from agents.loading import import_model_class, load_vla_model
+from agents.normalisation import tell_action_map
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
 from research.action_map import ActionMap
@@ -69,8 +70,7 @@ def make_model(
     policy, vla = config.policy, config.policy.vla_config
     vla.model_path = where_it_is(vla.model_path)
     model = load_model(vla, model_arguments(config, observations, action_shape, choices), device, expect_fresh)
-    if action_map is not None and hasattr(model, "act_through"):
-        model.act_through(action_map)
+    tell_action_map(model, action_map)
     wanted, planned = policy.action_chunk.horizon, getattr(model, "horizon", None)
     if wanted is not None and "horizon" not in constructor_arguments(vla.model_class) and wanted != planned:
         plans = f" and plans {planned} control steps" if planned else ""

@@ -34,8 +34,8 @@ for all:
 Two seeds are too few: intervals of n = 2 cover 0.92 to 0.95 in the settings of the first table, and 0.89 to 0.91 in
 others, in which a difference between equal settings was found up to 0.115 of the time after Holm's correction.
 `comparison` gives no verdict below three, where they cover 0.93 to 0.95. Where one setting has many more seeds than the
-other, `difference_interval` finds a difference of equal settings (K = 100, 6,000 repetitions) 0.044 of the time with 3
-against 5 seeds, 0.06 with 3 against 10, 0.07 with 3 against 20, and 0.052 with 5 against 20.
+other, `difference_interval` finds a difference of equal settings (K = 100, 2,500 repetitions) 0.04 to 0.05 of the time
+with 3 against 5 seeds, 0.06 to 0.065 with 3 against 10, 0.06 to 0.08 with 3 against 20, 0.05 to 0.06 with 5 against 20.
 
 Not so where nearly all seeds reach 1 and a few fail (mean 0.94, standard deviation 0.048 between seeds): there
 `mean_interval` covers 0.92, as five seeds do not show such a tail.

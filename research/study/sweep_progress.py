@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from research.errors import UserError
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
-from research.study.run_settings import BECOMES, NOT_KEPT, RATE, SCOPE, SEED
+from research.study.run_settings import BECOMES, NOT_KEPT, RATE, SCOPE
 from research.study.trials import SweepTrials
 
 HOST = socket.gethostname()
@@ -144,7 +144,7 @@ class SweepProgress:
         if self.sweep.method != "grid":
             return "the best trials are proposals of one seed each: run them on several seeds to compare them"
         chosen = (RATE, *(name for name, other in BECOMES.items() if other == RATE))
-        no_arms = ("config", SEED, SCOPE, *NOT_KEPT)
+        no_arms = ("config", *NOT_KEPT)  # the scope, seed and rate among them
         others = [name for name in self.sweep.varied if name not in no_arms and not name.startswith(chosen)]
         by = f" --by {' '.join([*([SCOPE] if SCOPE in self.sweep.varied else []), *others])}" if others else ""
         return f"compare with: python experiments/compare_runs.py {self.folder}{by}"

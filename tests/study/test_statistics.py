@@ -157,6 +157,15 @@ def test_two_equal_settings_are_called_different_at_most_5_percent_of_the_time()
     assert 0.03 <= np.mean(difference_interval(first, second).p_value < 0.05) <= 0.06
 
 
+@pytest.mark.parametrize("setting", [(3.0, 0.3, 2.0), (1.2, 0.3, 0.5)])
+def test_unequal_numbers_of_seeds_find_differences_of_equal_settings_as_often_as_is_said(setting):
+    first, second = simulate(2500, *setting, seeds=20, settings=2, states=100)
+    most = {(3, 5): 0.05, (3, 10): 0.065, (3, 20): 0.08, (5, 20): 0.06}
+    for (few, many), rate in most.items():
+        found = np.mean(difference_interval(first[:, :few], second[:, :many]).p_value < 0.05)
+        assert 0.04 <= found <= rate, (few, many)
+
+
 def test_a_95_percent_interval_of_the_probability_of_improvement_covers_95_percent():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(2, 1000, SEEDS)) + np.array([0.8, 0]).reshape(2, 1, 1)
