@@ -43,7 +43,7 @@ from research.errors import UserError
 from research.options import parse_config
 from research.progress_bar import ProgressBar
 from research.runs.tracking import metric_names
-from research.study.sweep_file import Sweep, check_metric, check_options, load_sweep
+from research.study.sweep_file import Sweep, check_form, check_metric, check_options, load_sweep
 from research.study.sweep_locks import STOP_S, Lock
 from research.study.sweep_progress import HOST, STARTED_AT, VALUE_OF, SweepProgress
 from research.study.trials import STORAGE_LOST, SweepTrials, first_line
@@ -89,7 +89,8 @@ class LocalSweep:
                 "`wandb agent` runs any"
             )
         check_options(sweep, read)
-        if ours:  # others log what they like
+        if ours:  # others read and log what they like
+            check_form(sweep)
             check_metric(sweep, metric_names())
         self.folder = Path(read(sweep.flags(sweep.corners()[0])).trainer.run_dir) / sweep.name
         self.trials = SweepTrials(sweep, self.folder, most, storage, begin)

@@ -39,6 +39,7 @@ from research.study.sweep_parameters import Parameter, mapping, number, read_par
 METHODS = ("grid", "random", "bayes")
 COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 FORMS = ("${args}", "${args_no_equals}", "${args_no_hyphens}", "${args_no_boolean_flags}", "${args_json}")
+READ_HERE = FORMS[:2]  # by the scripts of this project
 MACROS = (*COMMAND[:3], *FORMS)
 _VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 LARGEST_GRID = 10_000  # points; each is tried on the script's own parser before the first run
@@ -184,6 +185,18 @@ def check_metric(sweep: Sweep, known: Sequence[str]) -> None:
     if sweep.metric is not None and known and not any(re.fullmatch(one, sweep.metric) for one in patterns):
         hint = did_you_mean(sweep.metric, known)
         raise UserError(f"{sweep.path}: metric: no run of {sweep.program} logs {sweep.metric!r}{hint}")
+
+
+def check_form(sweep: Sweep) -> None:
+    """Refuse a form of the parameters that scripts of this project do not read, before any run is started.
+
+    `${args_no_boolean_flags}` is the worst of them: it leaves out what is false, and the script's default, true, holds.
+
+    Raises:
+        UserError: so it is.
+    """
+    if (form := sweep.command[-1]) not in READ_HERE:
+        raise UserError(f"{sweep.path}: command: {sweep.program} does not read {form}; use {' or '.join(READ_HERE)}")
 
 
 def _sweep(path: Path, content: Any) -> Sweep:

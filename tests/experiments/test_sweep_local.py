@@ -356,6 +356,18 @@ def test_a_metric_that_no_run_logs_is_refused_where_that_is_known(capsys):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("form", ["${args_no_boolean_flags}", "${args_no_hyphens}", "${args_json}"])
+def test_a_form_that_this_projects_scripts_do_not_read_is_refused_before_the_first_run(form, capsys):
+    """Of a switch that is false the first one passes nothing, and the run would have it on."""
+    command = ["${interpreter}", "${program}", form]
+    switch = {"trainer.enable_eval": {"value": False}}
+    path = write_sweep(program="experiments/ppo_vla.py", command=command, parameters=switch, metric=None)
+    assert sweep_local.main([path]) == 2
+    told = capsys.readouterr().err
+    assert "s.yaml: command: " in told and f"does not read {form}; use ${{args}} or ${{args_no_equals}}" in told
+    assert not Path("runs").exists()
+
+
 def test_three_failures_in_a_row_end_the_sweep(capsys):
     path = write_sweep(rates=[13.0, 1.0], parameters={"trainer.seed": {"values": [1]}, "algorithm.cfg.gamma": {
         "values": [0.1, 0.2, 0.3, 0.4]}, "algorithm.cfg.learning_rate": {"values": [13.0]}})  # fmt: skip
