@@ -20,7 +20,7 @@ from torch import nn
 from agents.fitting import fill, renamed
 from agents.memory_guard import refuse_too_large
 from agents.provided_weights import add_left_out
-from agents.weights import read_weights, some
+from agents.weights import DIRECTORY_FILES, read_weights, some
 from research.errors import UserError, describe_error
 from research.own_packages import hidden_module
 
@@ -74,6 +74,7 @@ def load_vla_model(
             log.warning("%s starts from fresh weights%s: no policy.vla_config.model_path is given", model_class, but)
         return model.to(device)
     path = Path(model_path).expanduser()
+    _refuse_family_folder(cls, path)
     # The files before the model: a wrong path should not cost the construction of a large one.
     shards = renamed(read_weights(path, trust_checkpoint), path, strip_prefix, add_prefix)
     model = _construct(cls, model_config)
@@ -120,6 +121,18 @@ def import_model_class(model_class: str) -> type[nn.Module]:
         needs = ", ".join(REQUIRED_METHODS)
         raise UserError(f"model_class {model_class!r} lacks {', '.join(lacking)}; a VLA model defines {needs}")
     return cls
+
+
+def _refuse_family_folder(cls: type[nn.Module], path: Path) -> None:
+    """Refuse a family's folder as weights alone: without its statistics, actions would be in other units."""
+    folder = path.parent if path.name in DIRECTORY_FILES else path
+    reads_folders = hasattr(cls, "export") and "pretrained" in inspect.signature(cls).parameters
+    if reads_folders and (folder / "config.json").is_file():
+        raise UserError(
+            f"policy.vla_config.model_path: {folder} is a folder with a configuration, of which only the weights would "
+            f"be read; set policy.vla_config.model_config.pretrained to it, by which {cls.__name__} takes its sizes, "
+            "statistics and tokenizer, too, and leave model_path out"
+        )
 
 
 def _did_you_mean(class_name: str, module: ModuleType) -> str:

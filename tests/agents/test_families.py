@@ -16,6 +16,7 @@ from worlds import ROOT, freeze_with_residual, gae, total_loss
 
 from agents.dual_encoder_vla import DualEncoderVLA
 from agents.families import recognise, told_apart
+from agents.loading import load_vla_model
 from agents.openvla import OpenVLA
 from agents.pi0 import Pi0VLA
 from agents.policy import VLAPolicy
@@ -339,6 +340,18 @@ def test_exported_after_training_and_loaded_it_acts_and_values_the_same(family, 
     for one, other in zip(mode_and_value(model, looks()), mode_and_value(loaded, looks()), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(mode_and_value(fresh(family), looks())[1], mode_and_value(loaded, looks())[1])
+
+
+@pytest.mark.parametrize("family", ["pi0", "smolvla", "openvla"])
+def test_a_familys_folder_is_not_taken_for_weights_alone(family, tmp_path):
+    """Its statistics would be left out: with `strict: false` OpenVLA loaded, and acted in other units."""
+    model = fresh(family)
+    model.export(tmp_path / "out")
+    where, what = f"{type(model).__module__}.{type(model).__name__}", {"action_dim": 3, **arguments(family)}
+    for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        for strict in (True, False):
+            with pytest.raises(UserError, match=r"out is a folder .* set policy.vla_config.model_config.pretrained to"):
+                load_vla_model(path, where, what, strict=strict)
 
 
 @pytest.mark.parametrize("family", OWN_FOLDER)
