@@ -1,4 +1,4 @@
-"""What feature reuse takes for constant, tried; and that what trains is registered.
+"""What feature reuse takes for constant, tried; that what trains is registered; and that methods remember nothing.
 
 Which stages are frozen is told from the modules that they hold. What a stage reaches in another way (a list of modules,
 a closure, a hook) is not seen there, but its graph shows it, and running it twice shows what it keeps between runs.
@@ -18,22 +18,26 @@ from agents.stages import run_stage, stage_name
 from research.errors import UserError
 from research.schema import LANGUAGE, OBSERVATION
 
+METHODS = {"methods": "evaluate_actions", "fused": "evaluate"}  # interface without stages -> its method that scores
 TOLERANCE = 1e-5  # relative, of outputs of the same inputs: a GPU may add up in another order
 
 
 @torch.compiler.set_stance("force_eager")
 def check_constant(policy: VLAPolicy, observations: TensorDictBase) -> None:
-    """Refuse a model whose frozen stages are not constant, or that trains what it has not registered.
+    """Refuse a model whose frozen stages are not constant, whose methods remember, or that trains the unregistered.
 
     Args:
         policy: around the model, frozen as it will be.
         observations: a few, as the environment offers them, `[B]`.
     Raises:
-        UserError: names the stage, or the tensors, and what to do.
+        UserError: names the stage, the method or the tensors, and what to do.
     """
     model = policy.model
     with torch.random.fork_rng():
         _refuse_unregistered(model, parameters_behind(*scores(policy.contract, observations)))
+        if policy.interface in METHODS:
+            with torch.no_grad(), policy.precision():
+                _refuse_memory(policy, observations)
         if not policy.constant_stages:
             return
         with torch.enable_grad(), policy.precision():
@@ -57,6 +61,40 @@ def check_constant(policy: VLAPolicy, observations: TensorDictBase) -> None:
             )
 
 
+def _refuse_memory(policy: VLAPolicy, observations: TensorDictBase) -> None:
+    """Refuse `get_value` and what scores where they read what an earlier call left behind, such as its features.
+
+    Values of the states that rollouts end in are asked for alone, and minibatches have other rows than what was acted
+    on: such a model would give those of other observations.
+    """
+    contract, name, rows = policy.contract, type(policy.model).__name__, observations.batch_size
+    step = contract.decide(TensorDict({OBSERVATION: observations.copy()}, rows), False)
+    others = TensorDict({OBSERVATION: _others(observations)}, rows)
+    asked = {
+        "get_value": lambda: contract.state_value(step),
+        METHODS[policy.interface]: lambda: contract.score(step)[0],
+    }
+    for method, ask in asked.items():
+        first, again = ask(), ask()
+        for before in (others, others[:1]):
+            contract.decide(before.copy(), False)
+            try:
+                later = ask()
+            except Exception:  # whatever a model raises that computes with other rows than it was given
+                later = None
+            if later is None or later.shape != first.shape or (_close(first, again) and not _close(first, later)):
+                raise UserError(
+                    f"{name}.{method} depends on what the model did before: for the same observations it gives "
+                    "something else once the model has acted on others; let it compute all that it needs, features "
+                    "among it, from its arguments, as it is called by itself, too"
+                )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two answers are the same but for rounding, in half precision too."""
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 def _equal(one: Tensor, two: Tensor) -> bool:
     return torch.allclose(one, two, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
 
@@ -74,9 +112,9 @@ def _outputs(policy: VLAPolicy, observations: TensorDictBase) -> list[list[Tenso
 
 def _others(observations: TensorDictBase) -> TensorDictBase:
     """Other observations of the same kind: pictures and numbers differ, texts are as they were."""
-    return observations.apply(lambda value: value + 1, batch_size=observations.batch_size).update(
-        observations.select(LANGUAGE, strict=False)
-    )
+    return observations.apply(
+        lambda value: value + (100 if value.dtype == torch.uint8 else 1), batch_size=observations.batch_size
+    ).update(observations.select(LANGUAGE, strict=False))
 
 
 def _refuse_unregistered(model: nn.Module, trained: Iterable[Tensor]) -> None:

@@ -102,3 +102,64 @@ def test_a_frozen_stage_that_is_not_constant_is_refused_by_name(habit):
 def test_weights_that_are_used_and_not_registered_are_refused(scope):
     with pytest.raises(UserError, match=r"Model uses 2 tensors that require gradients .*nn\.ModuleList"):
         checked("unregistered", scope)
+
+
+class Remembering(nn.Module):
+    """Three methods, or the fused ones, and what is left from one call to the next is chosen by name."""
+
+    def __init__(self, habit: str):
+        super().__init__()
+        self.habit, self.seen = habit, None
+        self.trunk, self.action_head, self.value_head = nn.Linear(3, 8), nn.Linear(8, 2), nn.Linear(8, 1)
+        if habit == "zeros":  # as many value heads start: only the number of rows tells
+            nn.init.zeros_(self.value_head.weight)
+        if habit == "fused":
+            self.act, self.evaluate = self._act, self._evaluate
+
+    def features(self, observations):
+        self.seen = self.trunk(observations["proprio"])
+        return nn.functional.dropout(self.seen) if self.habit == "noise" else self.seen
+
+    def policy(self, observations, seen=None):
+        return Independent(Normal(self.action_head(self.features(observations) if seen is None else seen), 1.0), 1)
+
+    def forward(self, observations):
+        return self.policy(observations).sample()
+
+    def get_value(self, observations):
+        remembers = self.habit in ("value", "zeros", "fused")
+        if self.habit == "value of as many rows":
+            remembers = self.seen is not None and len(self.seen) == len(observations["proprio"])
+        return self.value_head(self.seen if remembers else self.features(observations))
+
+    def evaluate_actions(self, observations, actions):
+        policy = self.policy(observations, self.seen if self.habit == "scores" else None)
+        return policy.log_prob(actions), policy.entropy()
+
+    def _act(self, observations, deterministic=False):
+        action = self.forward(observations)
+        return action, self.policy(observations).log_prob(action), self.get_value(observations)
+
+    def _evaluate(self, observations, actions):
+        return *self.evaluate_actions(observations, actions), self.get_value(observations)
+
+
+def tried(habit: str) -> None:
+    check_constant(VLAPolicy(Remembering(habit)), TensorDict({"proprio": torch.zeros(2, 3)}, [2]))
+
+
+@pytest.mark.parametrize("habit", ["value", "value of as many rows", "zeros", "fused"])
+def test_a_value_of_what_was_seen_before_is_refused(habit):
+    """Of the states that rollouts end in, values are asked for alone: they were those of the states before."""
+    with pytest.raises(UserError, match=r"Remembering\.get_value depends on what the model did before"):
+        tried(habit)
+
+
+def test_scores_of_what_was_seen_before_are_refused():
+    with pytest.raises(UserError, match=r"Remembering\.evaluate_actions depends on what the model did before"):
+        tried("scores")
+
+
+@pytest.mark.parametrize("habit", ["none", "noise"])
+def test_methods_that_compute_what_they_need_pass_also_where_they_are_random(habit):
+    tried(habit)
