@@ -102,6 +102,7 @@ class Policy(Protocol):
     actor: TensorDictModuleBase
     critic: TensorDictModuleBase
     kept_keys: list
+    interface: str
     score_is_exact: bool
 
     def values(self, steps: TensorDictBase) -> Tensor:

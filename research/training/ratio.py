@@ -1,6 +1,8 @@
 """The first rollout, looked at before the first update: is the policy that is scored the one that acted?
 
-Then the probability ratio is 1, and no action of a continuous distribution comes twice.
+Then the probability ratio is 1, no action of a continuous distribution comes twice, and the log-probability of an
+action is minus the entropy in the mean. The last is for models that draw in one method and score in another: their
+ratio is 1 whatever they draw, as both sides of it are what the scoring method says.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from research.training.algorithm import Policy
 
 FEWEST, CLAMPED = 30, 0.01  # values between the extremes that tell anything; share of extremes that is worth a warning
 TOLERANCE = {"off": 1e-3, "bf16": 1e-2}  # of |log ratio|, by trainer.autocast
+OWN_DRAWS = ("methods", "fused")  # interfaces of models that draw in one method and score in another
+SURE, NOTICED = 6.0, 0.05  # standard errors, and nats, of log-probability over minus entropy that are worth a warning
 BEHAVIOUR_TOLERANCE = 0.01  # nats, of a first rollout that the weights of now collected
 
 
@@ -26,12 +30,20 @@ def score_again(policy: Policy, batch: TensorDictBase, micro_batch_size: int | N
         batch: flat, `[B]`.
         micro_batch_size: transitions per forward pass; None is all at once.
     """
-    log_probs, values = [], []
+    log_prob, _, value = _scored(policy, batch, micro_batch_size)
+    return log_prob, value
+
+
+def _scored(policy: Policy, batch: TensorDictBase, micro_batch_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `score_again`, with the entropies `[B]` between the two."""
+    log_probs, entropies, values = [], [], []
     for part in batch.split(micro_batch_size or len(batch)):
         step = part.copy()
-        log_probs.append(policy.actor.get_dist(step).log_prob(step[ACTION]))
+        distribution = policy.actor.get_dist(step)
+        log_probs.append(distribution.log_prob(step[ACTION]))
+        entropies.append(distribution.entropy())
         values.append(policy.critic(step)[VALUE])
-    return torch.cat(log_probs), torch.cat(values)
+    return torch.cat(log_probs), torch.cat(entropies), torch.cat(values)
 
 
 @torch.no_grad()
@@ -72,6 +84,7 @@ def _not_the_one_that_acted(distance: str) -> str:
     )
 
 
+@torch.no_grad()
 def doubts(policy: Policy, batch: TensorDictBase, rows: int, autocast: str, behaviour_kl: float) -> list[str]:
     """What is doubtful in the first batch, a line each.
 
@@ -80,9 +93,38 @@ def doubts(policy: Policy, batch: TensorDictBase, rows: int, autocast: str, beha
         autocast: `trainer.autocast`.
         behaviour_kl: where the batch's log-probabilities were computed anew, how far they are from those that acted.
     """
-    ratio, clamped = largest_log_ratio(policy, batch, rows), clamped_share(batch[ACTION])
-    told = [describe_ratio(ratio, autocast), describe_behaviour(behaviour_kl), describe_clamping(clamped)]
+    with torch.random.fork_rng():
+        log_prob, entropy, _ = _scored(policy, batch, rows)
+    ratio = (log_prob - batch[LOG_PROB]).abs().max().item()
+    told = [describe_ratio(ratio, autocast), describe_behaviour(behaviour_kl)]
+    told.append(describe_clamping(clamped_share(batch[ACTION])))
+    if policy.interface in OWN_DRAWS:
+        told.append(describe_draws(log_prob, entropy))
     return [line for line in told if line]
+
+
+def describe_draws(log_prob: Tensor, entropy: Tensor) -> str | None:
+    """A warning about actions that were drawn from another distribution than that which scores them, or None.
+
+    Over draws the log-probability is minus the entropy in the mean. A hotter or colder draw, a squashed one, or the
+    mode in place of a draw, is less or more likely than that.
+
+    Args:
+        log_prob, entropy: of the decisions of a first rollout, `[B]`; entropies of 0 are none that a model gave.
+    """
+    excess = (log_prob + entropy).double()
+    if len(excess) < FEWEST or not entropy.any():
+        return None
+    mean, error = excess.mean().item(), excess.std().item() / len(excess) ** 0.5
+    if not abs(mean) > max(SURE * error, NOTICED):
+        return None
+    return (
+        f"before the first update actions are {'more' if mean > 0 else 'less'} likely than draws from the distribution "
+        f"that scores them: log_prob is {log_prob.mean().item():.3g} in the mean, where its entropy says "
+        f"{-entropy.mean().item():.3g}; likely causes are a mean or mode in place of a draw, another temperature in "
+        "drawing than in scoring, an action that is squashed after it was drawn, or an entropy of something else (it "
+        "is the sum over the numbers of an action)"
+    )
 
 
 def clamped_share(action: Tensor) -> float:

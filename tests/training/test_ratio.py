@@ -9,7 +9,15 @@ from worlds import INTERFACES, WRAP, rollout_batch, small_model, write_config
 
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
-from research.training.ratio import clamped_share, describe_clamping, describe_jump, describe_ratio, largest_log_ratio
+from research.training.ratio import (
+    clamped_share,
+    describe_clamping,
+    describe_draws,
+    describe_jump,
+    describe_ratio,
+    doubts,
+    largest_log_ratio,
+)
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
@@ -81,6 +89,58 @@ def test_actions_that_were_clamped_after_they_were_drawn_are_seen():
     assert "31%" in describe_clamping(0.31) and "forward() clamped" in describe_clamping(0.31)
     assert clamped_share((drawn.clamp(-1, 1) * 16).round() / 16) == 0  # tokens repeat anywhere
     assert clamped_share(clamped[:16]) == 0  # too few to tell
+
+
+def drawing(habit: str, interface: str = "methods") -> torch.nn.Module:
+    """A model whose method that draws, and no other, has a habit: what it draws is not what it scores."""
+    torch.manual_seed(0)
+    model = WRAP[interface](small_model())
+    change = {
+        "none": lambda mean, action: action,
+        "cold": lambda mean, action: mean + 0.5 * (action - mean),
+        "hot": lambda mean, action: mean + 1.5 * (action - mean),
+        "mode": lambda mean, action: mean,
+        "squashed": lambda mean, action: (2 * action).tanh() / 2,
+    }[habit]
+
+    def draw(observations, deterministic=False):
+        policy = model.model.action_distribution(model.model.encode(observations))
+        return change(policy.mean, policy.sample())
+
+    def act(observations, deterministic=False):
+        action = draw(observations)
+        return action, *model.evaluate(observations, action)[::2]
+
+    model.forward = draw
+    if interface == "fused":
+        model.act = act
+    return model
+
+
+@pytest.mark.parametrize("interface", ["methods", "fused"])
+@pytest.mark.parametrize(
+    ("habit", "seen"),
+    [("none", None), ("cold", "more"), ("hot", "less"), ("mode", "more"), ("squashed", "more")],
+)
+def test_methods_that_draw_from_another_distribution_than_they_score_are_seen(habit, seen, interface):
+    """Their ratio is 1, as both sides of it are scored."""
+    policy = VLAPolicy(drawing(habit, interface))
+    batch = rollout_batch(policy, 64)
+    assert largest_log_ratio(policy, batch) < 1e-4
+    told = [line for line in doubts(policy, batch, 512, "off", 0.0) if "likely than draws" in line]
+    assert len(told) == (seen is not None) and (seen is None or f"actions are {seen} likely" in told[0])
+
+
+def test_draws_are_doubted_by_what_a_log_probability_is_in_the_mean():
+    """Of a standard normal it is minus its entropy, log(2 pi e) / 2 a number; few rows, or no entropy, tell nothing."""
+    draws = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    log_prob = lambda x: -(x.square() + torch.log(torch.tensor(2 * torch.pi))).sum(1) / 2  # noqa: E731
+    entropy = torch.full((4000,), torch.log(torch.tensor(2 * torch.pi * torch.e)).item())
+    assert describe_draws(log_prob(draws), entropy) is None
+    assert "log_prob is -2.2" in describe_draws(log_prob(0.6 * draws), entropy)
+    assert "says -1.42" in describe_draws(log_prob(draws), entropy / 2)  # the mean over the numbers of an action
+    assert describe_draws(log_prob(0.6 * draws)[:20], entropy[:20]) is None
+    assert describe_draws(log_prob(draws), torch.zeros(4000)) is None
 
 
 def test_an_update_that_moved_the_policy_far_is_told():
