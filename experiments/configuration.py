@@ -23,11 +23,11 @@ class EvaluationConfig(ExperimentConfig):
     """An evaluation: the configuration of a training run, and where to read and write."""
 
     checkpoint: str | None = None
-    """Run folder, training checkpoint or weights; none = policy.vla_config.model_path of the configuration."""
+    """Run folder, training checkpoint or weights; null = policy.vla_config.model_path of the configuration."""
     output: str = "evaluation"
     """Folder for episodes.jsonl, summary.json and evaluation.mp4 (with all splits, evaluation_<split>.mp4)."""
     split: str | None = None
-    """train, vision, semantics or execution (what changes: envs/tabletop.py), or all; none = trainer.env_config's."""
+    """train, vision, semantics or execution (what changes: envs/tabletop.py), or all; null = trainer.env_config's."""
     first_state: int = 0
     """Id of the first initial state; below 10000 no training run has seen it (LIBERO: below 10 times its tasks)."""
     film: int = 16

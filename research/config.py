@@ -67,7 +67,7 @@ class TrainerConfig:
     what a file says by the other, and a file what its base says."""
     max_env_steps: PositiveInt | None = None
     """Control steps over all environments: the run ends with the iteration that reaches them. Where actions are chunks,
-    runs of one budget have equal numbers of env steps so, and not of iterations. none = iterations decides."""
+    runs of one budget have equal numbers of env steps so, and not of iterations. null = iterations decides."""
     save_freq: NonNegativeInt = 20000
     """Environment steps between checkpoints; 0 = only at the end."""
     keep_checkpoints: PositiveInt = 2
@@ -89,9 +89,9 @@ class TrainerConfig:
     """Processes that collect (buffer_type vla); they share num_envs."""
     collector: Literal["local", "processes", "ray"] | None = None
     """Where is collected: in the main process (local; what buffer_type standard does), in other processes of this
-    machine (processes), or on machines of a Ray cluster (ray), both for buffer_type vla. none = local or processes."""
+    machine (processes), or on machines of a Ray cluster (ray), both for buffer_type vla. null = local or processes."""
     ray_address: str | None = None
-    """Ray cluster that collector ray joins: auto (the one of this machine) or host:port; none = Ray is started here."""
+    """Ray cluster that collector ray joins: auto (the one of this machine) or host:port; null = Ray is started here."""
     max_staleness: NonNegativeInt = 2
     """Updates that a transition's weights may lag behind (buffer_type vla); older ones are thrown away."""
     worker_timeout: PositiveFloat = 60.0
@@ -100,7 +100,7 @@ class TrainerConfig:
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
     threads: PositiveInt | None = None
-    """Threads that torch computes with; none = OMP_NUM_THREADS, or else the cores that are free at the start. A run
+    """Threads that torch computes with; null = OMP_NUM_THREADS, or else the cores that are free at the start. A run
     repeats bit for bit on the same number."""
     autocast: Literal["off", "bf16"] = "off"
     """bf16: run the model's layers in bfloat16; log-probabilities, advantages and losses stay in float32."""
@@ -128,7 +128,7 @@ class TrainerConfig:
     wandb_project_name: str = "vla-rl"
     """W&B project; inside a sweep the sweep's own project is used."""
     wandb_entity: str | None = None
-    """W&B user or team; none = the account's own."""
+    """W&B user or team; null = the account's own."""
     wandb_name: str | None = None
     """Name of the run on W&B; by default made from exp_name, freeze scope, learning rate and seed."""
     wandb_notes: str | None = None
@@ -193,7 +193,7 @@ class VLAConfig:
     }  # fmt: skip
 
     model_path: str | None = None
-    """Checkpoint to start from: .pt, .pth, .safetensors, a folder of shards, or wandb:entity/project/name:alias; none =
+    """Checkpoint to start from: .pt, .pth, .safetensors, a folder of shards, or wandb:entity/project/name:alias; null =
     fresh weights."""
     model_class: str = "agents.small_vla.SmallVLA"
     """Dotted path of the model's class."""
@@ -246,9 +246,9 @@ class ActionChunk:
     """Several actions per decision."""
 
     horizon: PositiveInt | None = None
-    """Control steps that the model plans; none = those that are executed."""
+    """Control steps that the model plans; null = those that are executed."""
     executed: PositiveInt | None = None
-    """Control steps that are executed before the next look, the same as trainer.env_config.chunk; none = that one, or
+    """Control steps that are executed before the next look, the same as trainer.env_config.chunk; null = that one, or
     the horizon."""
 
     def __post_init__(self) -> None:
@@ -264,7 +264,7 @@ class PolicyConfig:
     name: Literal["vla"] = "vla"
     """Kind of policy."""
     action_dim: PositiveInt | None = None
-    """Numbers per action; none = the environment's, which it must equal."""
+    """Numbers per action; null = the environment's, which it must equal."""
     action_chunk: ActionChunk = field(default_factory=ActionChunk)
     freeze: str | list[str] = "none"
     """none, vision, language, backbone (all but the heads), lora (backbone, with low-rank adapters in it), residual
@@ -282,7 +282,7 @@ class PolicyConfig:
     critic_gradient: Literal["head", "trunk"] = "head"
     """How far the value loss reaches: only into the value head, or through the trunk too."""
     value_head: str | None = None
-    """Name of the model's value-head part; none = found: what the value depends on and the log-probability does not."""
+    """Name of the model's value-head part; null = found: what the value depends on and the log-probability does not."""
     ratio_level: Literal["chunk", "action", "token"] = "chunk"
     """What has a probability ratio that is clipped: the whole decision, each action of its chunk, or each number of
     each; the loss and train/approx_kl sum over them."""
@@ -290,7 +290,7 @@ class PolicyConfig:
     """auto: keep the frozen parts' outputs in the rollout and never run those parts in the update."""
     feature_memory: NonNegativeFloat | None = None
     """GiB of a rollout for those outputs: kept are those that spare the most FLOPs per byte, the others are computed
-    again in the update. none = all are kept."""
+    again in the update. null = all are kept."""
     vla_config: VLAConfig = field(default_factory=VLAConfig)
 
     def __post_init__(self) -> None:
@@ -300,6 +300,8 @@ class PolicyConfig:
                 f"freeze: {self.freeze!r} is none of the presets {', '.join(FREEZE_PRESETS)}; "
                 f"name parts of the model in a list, as in [{self.freeze}]"
             )
+        if not isinstance(self.freeze, str):  # one name for one scope, by which runs are compared
+            self.freeze = [name for name in dict.fromkeys(self.freeze) if name != "none"] or "none"
         scopes = [self.freeze] if isinstance(self.freeze, str) else self.freeze
         if "residual" in scopes and self.freeze != "residual":
             raise UserError(f"freeze: residual freezes all there is by itself; give it alone, not {self.freeze!r}")
@@ -330,14 +332,14 @@ class PolicyGradientConfig:
     batch_size: PositiveInt = 512
     """Most transitions per minibatch; a rollout is divided evenly."""
     micro_batch_size: PositiveInt | None = None
-    """Transitions per forward and backward pass; gradients accumulate over a minibatch. none = all at once."""
+    """Transitions per forward and backward pass; gradients accumulate over a minibatch. null = all at once."""
     ent_coef: NonNegativeFloat = 0.001
     """Weight of the entropy bonus."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest norm of the gradient; a larger one is scaled down."""
     target_kl: PositiveFloat | None = None
     """Stop an update before a step from where the policy has moved further than this (KL of a minibatch, in nats);
-    none = never."""
+    null = never."""
 
     def __post_init__(self) -> None:
         _refuse_beyond(self, n_epochs=10**6)
@@ -359,12 +361,12 @@ class PPOConfig(PolicyGradientConfig):
     """Weight of the value loss."""
     dual_clip: PositiveFloat | None = None
     """Bound the loss of a bad action at this many times its advantage, however likely it has become (3 in dual-clip
-    PPO); above 1. none = unbounded."""
+    PPO); above 1. null = unbounded."""
     clip_value: PositiveFloat | None = None
     """How far a value may leave the one it had while collecting before its loss stops falling; in units of the return
-    (scaled, with normalize_reward). none = any distance."""
+    (scaled, with normalize_reward). null = any distance."""
     huber_delta: PositiveFloat | None = None
-    """Value errors from which the value loss is linear (Huber); below them it is half the squared error. none = the
+    """Value errors from which the value loss is linear (Huber); below them it is half the squared error. null = the
     squared error."""
     normalize_advantage: bool = True
     """Give the advantages mean 0 and standard deviation 1."""

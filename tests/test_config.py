@@ -98,11 +98,17 @@ def test_flags_of_wandb_agent() -> None:
         ("['vision_encoder', 'fusion']", ["vision_encoder", "fusion"]),
         ('["vision_encoder"]', ["vision_encoder"]),
         ("[*.norm, encoder.layers.1*]", ["*.norm", "encoder.layers.1*"]),
-        ("[]", []),
+        ("[]", "none"),  # one name for one scope, by which runs are compared
+        ("[none]", "none"),
+        ("[none, vision, fusion, vision]", ["vision", "fusion"]),
     ],
 )
 def test_freeze_is_a_preset_or_a_list(text: str, value: object) -> None:
     assert parse(f"--policy.freeze={text}").policy.freeze == value
+
+
+def test_what_is_appended_to_no_freezing_is_frozen_alone() -> None:
+    assert parse("--policy.freeze+=vision", "--policy.freeze+=fusion").policy.scope == "vision+fusion"
 
 
 def test_value_as_a_word_of_its_own_and_the_last_flag_wins() -> None:
@@ -491,6 +497,17 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         assert re.search(f"--{re.escape(key)},? ", text) or key.startswith("trainer.env_config."), key
     undocumented = [line for line in lines if line.partition("(type:")[0].endswith("  ")]
     assert not undocumented
+
+
+def test_what_the_help_says_of_no_value_is_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """It said "none = fresh weights", and that flag looked for a file of this name."""
+    with pytest.raises(SystemExit):
+        parse_config(ExperimentConfig, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "null = fresh weights" in text and "none =" not in text
+    for option in ("policy.vla_config.model_path", "trainer.max_env_steps", "trainer.wandb_entity"):
+        config = flatten(parse(f"--{option}=1", f"--{option}=null"))
+        assert config[option] is None
 
 
 def test_a_sweeps_rate_is_the_scopes_reference_times_the_factor(tmp_path: Path) -> None:

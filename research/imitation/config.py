@@ -47,9 +47,9 @@ class LeRobotConfig:
     """How a LeRobot data set is read."""
 
     keys: dict[str, str] = field(default_factory=dict)
-    """Feature -> observation key; none = observation.state is proprio, pictures are rgb and then rgb_<camera>."""
+    """Feature -> observation key; null = observation.state is proprio, pictures are rgb and then rgb_<camera>."""
     image_size: PositiveInt | None = None
-    """Pixels a side to which pictures are scaled, whatever their proportions; none = as they are."""
+    """Pixels a side to which pictures are scaled, whatever their proportions; null = as they are."""
     every: PositiveInt = 1
     """Control steps from one sample to the next."""
     instruction_length: PositiveInt = 64
@@ -76,17 +76,17 @@ class BCConfig(CloningConfig):
     model_config: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model's class, free-form."""
     model_path: str | None = None
-    """Checkpoint to start from, as of policy.vla_config.model_path; none = fresh weights."""
+    """Checkpoint to start from, as of policy.vla_config.model_path; null = fresh weights."""
     freeze: str | list[str] = "none"
     """Parts whose weights stay, as of policy.freeze; what they make of the data is computed once."""
     horizon: PositiveInt | None = None
-    """Control steps that the model plans; none = those that it executes."""
+    """Control steps that the model plans; null = those that it executes."""
     executed: PositiveInt = 1
     """Control steps that it executes before the next look: the environment's chunk."""
     seed: NonNegativeInt = 0
     """Seed of the data, the weights and the order of the minibatches."""
     demonstrations: str | None = None
-    """Folder of a LeRobot data set to imitate; none = the environment's expert."""
+    """Folder of a LeRobot data set to imitate; null = the environment's expert."""
     lerobot: LeRobotConfig = field(default_factory=LeRobotConfig)
     episodes: PositiveInt = 40
     """Episodes of each task that the expert plays, where the environment's simulators are stepped one by one."""
