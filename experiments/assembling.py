@@ -132,7 +132,8 @@ def start_of(config: ExperimentConfig, device: torch.device, world: World = ALON
     check_observation(observations, f"env {trainer.env!r}")
     few, action_shape = observations[: min(2, trainer.num_envs)], env.action_spec.shape[1:]
     choices, action_map = getattr(env, "action_choices", None), getattr(env, "action_map", None)
-    built = make_model(config, few, action_shape, device, choices=choices, action_map=action_map)
+    goes_on = trainer.resume is not None  # then the checkpoint's weights replace those it starts from
+    built = make_model(config, few, action_shape, device, goes_on, choices, action_map)
     return Start(env, built, few, action_shape, choices)
 
 

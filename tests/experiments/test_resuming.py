@@ -46,6 +46,15 @@ def test_a_finished_run_that_is_resumed_evaluates_nothing_again(finished, capsys
     }
 
 
+def test_a_run_that_goes_on_does_not_say_that_it_starts_from_fresh_weights(tmp_path, caplog):
+    fresh = "starts from fresh weights"
+    assert ppo_vla.main(["--config", str(write_config(tmp_path)), "--trainer.enable_eval=false"]) == 0
+    assert fresh in caplog.text
+    caplog.clear()
+    assert ppo_vla.main([f"--trainer.resume={run_folder(tmp_path)}", "--trainer.iterations=4"]) == 0
+    assert fresh not in caplog.text
+
+
 def test_the_best_checkpoint_of_a_finished_run_outlives_worse_evaluations(tmp_path, monkeypatch):
     """It is written with the last evaluation, after the checkpoint that the run goes on from."""
     left = succeeding(monkeypatch, 0, 6, 3, 4)
