@@ -300,8 +300,6 @@ class PolicyConfig:
                 f"freeze: {self.freeze!r} is none of the presets {', '.join(FREEZE_PRESETS)}; "
                 f"name parts of the model in a list, as in [{self.freeze}]"
             )
-        if not isinstance(self.freeze, str):  # one name for one scope, by which runs are compared
-            self.freeze = [name for name in dict.fromkeys(self.freeze) if name != "none"] or "none"
         scopes = [self.freeze] if isinstance(self.freeze, str) else self.freeze
         if "residual" in scopes and self.freeze != "residual":
             raise UserError(f"freeze: residual freezes all there is by itself; give it alone, not {self.freeze!r}")
@@ -515,6 +513,8 @@ def split_switches(
     Returns:
         the scope for `policy.freeze`, and the rest of the model's configuration.
     """
+    if not isinstance(scope, str):  # one name for one scope, by which runs are compared
+        scope = [name for name in dict.fromkeys(scope) if name != "none"] or "none"
     kept = {key: value for key, value in model_config.items() if key not in FREEZE_SWITCHES}
     wanted = [preset for switch, preset in FREEZE_SWITCHES.items() if model_config.get(switch)]
     if not wanted or scope in ("backbone", "residual"):

@@ -12,15 +12,17 @@ import ppo_vla
 import pytest
 import torch
 import training_run
-from resuming import drop_rows_after, evaluation_at, newest_run
+from resuming import changes_of_resuming, drop_rows_after, evaluation_at, newest_run
 from worlds import rows_without_times, run_folder, write_config
 
 from agents.small_vla import SmallVLA
-from research.config import TrainerConfig
+from research.config import ExperimentConfig, TrainerConfig
 from research.errors import SimulatorFailed
+from research.options import parse_config, to_dict
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder, append_rows, read_rows
 from research.training import evaluation
+from research.training.algorithm import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +55,14 @@ def test_a_run_that_goes_on_does_not_say_that_it_starts_from_fresh_weights(tmp_p
     caplog.clear()
     assert ppo_vla.main([f"--trainer.resume={run_folder(tmp_path)}", "--trainer.iterations=4"]) == 0
     assert fresh not in caplog.text
+
+
+@pytest.mark.parametrize("written", [[], ["none"], ["none", "vision"], ["vision", "vision"]])
+def test_a_run_whose_scope_was_written_in_another_way_goes_on(written):
+    config = parse_config(ExperimentConfig, [f"--policy.freeze={written}"])
+    stored = to_dict(config)
+    stored["policy"]["freeze"] = written  # as earlier runs have it
+    assert changes_of_resuming(stored, config, Progress(5)) == []
 
 
 def test_the_best_checkpoint_of_a_finished_run_outlives_worse_evaluations(tmp_path, monkeypatch):
