@@ -18,7 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from tensordict import TensorDict
 from torch import nn
 
-from agents.loading import load_vla_model
+from agents.loading import in_eval_mode, load_vla_model
 from agents.serving import serve
 from research.action_map import ActionMap
 from research.errors import UserError
@@ -64,7 +64,7 @@ class SharedPolicy(
         module = model_class.replace(":", ".").rpartition(".")[0]
         if not module.startswith("agents.") and module not in sys.modules:  # a folder from elsewhere names it
             raise UserError(f"model_class: {model_class} is code of its own; look at it, and import {module} before")
-        self.model = load_vla_model(None, model_class, model_config, expect_fresh=True).eval()
+        self.model = in_eval_mode(load_vla_model(None, model_class, model_config, expect_fresh=True))
         dtypes = {RGB: torch.uint8, LANGUAGE: torch.int64}
         seen = {
             key: torch.zeros(2, *shape, dtype=dtypes.get(base_modality(key), torch.float32))

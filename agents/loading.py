@@ -83,6 +83,12 @@ def load_vla_model(
     return model.to(device)
 
 
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """The model, put in eval mode; not what its `eval` returns, as a `train` of a user's own may return nothing."""
+    model.eval()
+    return model
+
+
 def import_model_class(model_class: str) -> type[nn.Module]:
     """The class at a dotted path, checked to be an `nn.Module` with `forward`, `get_value` and `evaluate_actions`.
 

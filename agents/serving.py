@@ -18,6 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from agents.loading import in_eval_mode
 from agents.normalisation import tell_action_map
 from agents.policy import VLAPolicy
 from research.action_map import ActionMap
@@ -60,7 +61,7 @@ def serve(
         found by leaving out one key of the example after the other; the others may be given.
     """
     tell_action_map(model, action_map)
-    policy = VLAPolicy(model.eval(), autocast=autocast)
+    policy = VLAPolicy(in_eval_mode(model), autocast=autocast)
     keys = known = getattr(model, "observation_keys", None)
     if keys is None and example is not None:
         keys, known = _keys_read(policy, example, _device_of(model)), sorted(example.keys())

@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 
 from agents.critic import find_value_head
 from agents.live_bytes import LiveBytes, bytes_of
-from agents.loading import construct_on_meta, load_vla_model
+from agents.loading import construct_on_meta, in_eval_mode, load_vla_model
 from agents.policy import VLAPolicy
 from agents.residual import policy_at
 from agents.shapes_only import look_nothing_up, rows_like, shapes_only, without_values
@@ -32,7 +32,7 @@ from envs import make_env
 from research.config import ExperimentConfig
 from research.errors import UserError
 from research.schema import ACTION, LOG_PROB, OBSERVATION, VALUE, with_text_as
-from research.training.freezing import part_names
+from research.training.freezing import listed_heads, part_names
 from research.training.grpo import REFERENCE
 from research.training.rollout import KEPT_AFTER
 
@@ -205,11 +205,11 @@ def model_of_shapes(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")  # there is nothing
-            return construct_on_meta(model_class, arguments).eval()
+            return in_eval_mode(construct_on_meta(model_class, arguments))
     except UserError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
-    return load_vla_model(None, model_class, arguments, expect_fresh=True).eval()
+    return in_eval_mode(load_vla_model(None, model_class, arguments, expect_fresh=True))
 
 
 def value_head_of(model: nn.Module, named: str | None, observations: TensorDictBase) -> list[str]:
@@ -217,7 +217,7 @@ def value_head_of(model: nn.Module, named: str | None, observations: TensorDictB
 
     That is asked of a copy, as adapters are put into a model without a device.
     """
-    if named or VALUE_HEAD in (getattr(model, "heads", None) or ()):
+    if named or VALUE_HEAD in (listed_heads(model) or ()):
         return [named or VALUE_HEAD]
     return _of_a_copy(find_value_head, model, observations)
 

@@ -18,7 +18,7 @@ from agents.checking import check_model, check_policy
 from agents.constancy import check_constant
 from agents.critic import find_value_head
 from agents.feature_budget import FeatureBudget
-from agents.loading import import_model_class, load_vla_model
+from agents.loading import import_model_class, in_eval_mode, load_vla_model
 from agents.normalisation import tell_action_map
 from agents.policy import VLAPolicy
 from agents.residual import RESIDUAL, add_residual, policy_at
@@ -31,7 +31,7 @@ from research.runs.wandb_checkpoints import SCHEME
 from research.runs.wandb_models import fetch
 from research.schema import PROPRIO, RGB, base_modality
 from research.training.audit import load_trained_state
-from research.training.freezing import HEADS, freeze, part_of
+from research.training.freezing import freeze, heads_of, part_of
 
 HERE = Path(__file__).resolve().parent
 # Arguments of a model's constructor that name files.
@@ -76,13 +76,13 @@ def make_model(
         plans = f" and plans {planned} control steps" if planned else ""
         raise UserError(f"policy.action_chunk.horizon is {wanted}, but {vla.model_class} takes no horizon{plans}")
     with torch.random.fork_rng():
-        check_model(model.eval(), observations, action_shape, choices)
+        check_model(in_eval_mode(model), observations, action_shape, choices)
     value_head = [policy.value_head] if policy.value_head else find_value_head(model, observations)
     heads, frozen = freeze_as_configured(model, policy, value_head, lambda: policy_at(model, observations))
     if vla.adapter_path:
         load_adapters(model, vla.adapter_path, policy.lora.rank, policy.lora.alpha, vla.trust_checkpoint)
     refuse_half_precision(model)
-    return BuiltModel(model.eval(), value_head, heads, frozen)
+    return BuiltModel(in_eval_mode(model), value_head, heads, frozen)
 
 
 def load_model(vla: VLAConfig, arguments: dict[str, Any], device: torch.device, expect_fresh: bool) -> nn.Module:
@@ -133,7 +133,7 @@ def freeze_as_configured(
     if policy.freeze == "residual":
         add_residual(model, *try_out(), policy.residual.units)
         return [RESIDUAL, *value_head], freeze(model, policy.freeze, heads=value_head)
-    heads = getattr(model, "heads", None) or list(dict.fromkeys([*HEADS, *value_head]))
+    heads = heads_of(model, value_head)
     return heads, freeze(model, policy.freeze, heads=heads, lora=policy.lora)
 
 

@@ -35,6 +35,34 @@ def part_names(model: nn.Module) -> list[str]:
     return own + [name for name, child in model.named_children() if any(True for _ in child.parameters())]
 
 
+def heads_of(model: nn.Module, value_head: Sequence[str]) -> list[str]:
+    """Names of the parts that "backbone" leaves.
+
+    Args:
+        model: the model.
+        value_head: what its value alone depends on.
+    Returns:
+        what it lists (`listed_heads`); else `HEADS`, a part that is called `heads`, and the value head.
+    Raises:
+        UserError: it lists what it does not have.
+    """
+    if (listed := listed_heads(model)) is None:
+        own = ["heads"] if isinstance(getattr(model, "heads", None), nn.Module) else []
+        return list(dict.fromkeys([*HEADS, *own, *value_head]))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if unknown := [head for head in listed if not any(within(name, [head]) for name in names)]:
+        raise UserError(f"{type(model).__name__}.heads: there is no part {unknown[0]!r}; {_parts_line(model)}")
+    return listed
+
+
+def listed_heads(model: nn.Module) -> list[str] | None:
+    """The dotted names in a model's attribute `heads`; None where that is nothing, or something else of the model's."""
+    listed = getattr(model, "heads", None)
+    listed = [listed] if isinstance(listed, str) else listed
+    named = isinstance(listed, list | tuple) and listed and all(isinstance(head, str) for head in listed)
+    return list(listed) if named else None
+
+
 def part_of(parameter_name: str) -> str:
     """The part that a parameter belongs to: the first component of its dotted name."""
     return parameter_name.split(".", 1)[0]
@@ -129,6 +157,7 @@ def _adapted_layers(model: nn.Module, lora: LoRAConfig, backbone: set[nn.Paramet
     layers = {name: m for name, m in adaptable_layers(model).items() if m.weight in backbone}
     if lora.targets == "auto":
         meant = getattr(model, "lora_targets", None) or ("*",)
+        meant = [meant] if isinstance(meant, str) else meant
         layers = {n: m for n, m in layers.items() if m.weight.requires_grad and not isinstance(m, nn.Embedding)}
         chosen = [name for name in layers if any(_matches(name, target) for target in meant)]
         if not chosen:

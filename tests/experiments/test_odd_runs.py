@@ -27,7 +27,9 @@ def run(tmp_path, model: str, *flags: str) -> int:
     return ppo_vla.main(["--config", str(config), *flags])
 
 
-@pytest.mark.parametrize("model", ["Plain", "WithDropout", "BatchNormEncoder"])
+@pytest.mark.parametrize(
+    "model", ["Plain", "WithDropout", "BatchNormEncoder", "ReturnsNothingFromTrain", "CountsItsHeads"]
+)
 @pytest.mark.parametrize("scope", ["none", "vision"])
 def test_these_train_and_nothing_is_said_of_them(tmp_path, caplog, model, scope):
     assert run(tmp_path, model, f"--policy.freeze={scope}", "--algorithm.cfg.learning_rate=1e-5") == 0
@@ -48,6 +50,7 @@ def test_these_train_and_nothing_is_said_of_them(tmp_path, caplog, model, scope)
     [
         ("ForcesTrain", "the policy that is scored is not the one that acted"),
         ("ClampsBeforeScoring", "as if forward() clamped what it drew"),
+        ("DrawsColdly", "actions are more likely than draws from the distribution that scores them"),
     ],
 )
 def test_these_are_warned_of_before_the_first_update(tmp_path, caplog, model, said):
@@ -57,7 +60,11 @@ def test_these_are_warned_of_before_the_first_update(tmp_path, caplog, model, sa
 
 @pytest.mark.parametrize(
     ("model", "said"),
-    [("BFloat16", "in half precision"), ("KeepsTheLastDimension", "(log_prob): expected a float tensor [2], got")],
+    [
+        ("BFloat16", "in half precision"),
+        ("KeepsTheLastDimension", "(log_prob): expected a float tensor [2], got"),
+        ("KeepsFeatures", "KeepsFeatures.get_value depends on what the model did before"),
+    ],
 )
 def test_these_are_refused(tmp_path, capsys, model, said):
     assert run(tmp_path, model) == 2

@@ -9,7 +9,7 @@ from torch import nn
 from agents.small_vla import SmallVLA
 from research.config import FREEZE_PRESETS, PolicyConfig, VLAConfig, split_switches
 from research.errors import UserError
-from research.training.freezing import PRESETS, freeze, parameter_groups, part_names
+from research.training.freezing import PRESETS, freeze, heads_of, parameter_groups, part_names
 
 
 def frozen_parts(model: nn.Module) -> set[str]:
@@ -35,6 +35,32 @@ def test_scopes(scope, parts):
     assert frozen_parts(model) == parts
     for name, child in model.named_children():
         assert child.training == (name not in parts)
+
+
+def with_heads(heads) -> nn.Module:
+    model = nn.Module()
+    model.fusion, model.action_head, model.value_head = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1)
+    model.heads = heads
+    return model
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [
+        (("fusion", "action_head"), ["fusion", "action_head"]),
+        ("action_head", ["action_head"]),
+        (8, ["action_head", "value_head", "critic"]),
+        (None, ["action_head", "value_head", "critic"]),
+        (nn.ModuleDict({"arm": nn.Linear(2, 2)}), ["action_head", "value_head", "heads", "critic"]),
+    ],
+)
+def test_heads_are_those_that_a_model_lists_by_name_and_nothing_else_that_it_calls_so(heads, expected):
+    assert heads_of(with_heads(heads), ["critic"]) == expected
+
+
+def test_a_head_that_is_listed_and_not_there_is_refused():
+    with pytest.raises(UserError, match=r"Module\.heads: there is no part 'acton_head'; Module has the parts fusion, "):
+        heads_of(with_heads(("acton_head", "value_head")), [])
 
 
 def test_residual_leaves_what_was_added_and_the_value_head_and_no_part_of_its_name_further_down():

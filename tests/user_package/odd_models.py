@@ -83,3 +83,36 @@ class KeepsTheLastDimension(Plain):
 class ClampsBeforeScoring(Plain):
     def forward(self, observations, deterministic=False):
         return super().forward(observations, deterministic).clamp(-0.1, 0.1)
+
+
+class ReturnsNothingFromTrain(Plain):
+    """Keeps a part in eval mode, as backbones of other libraries do, and forgets that `train` returns the model."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.vision_encoder.eval()
+
+
+class CountsItsHeads(Plain):
+    """A transformer's number of heads has the name of an option of this project."""
+
+    heads = 8
+
+
+class DrawsColdly(Plain):
+    """Half the deviation in drawing that it scores with."""
+
+    def forward(self, observations, deterministic=False):
+        mean = self.policy(observations).mean
+        return mean if deterministic else mean + (self.policy(observations).sample() - mean) / 2
+
+
+class KeepsFeatures(Plain):
+    """The value is of the features that another method has left."""
+
+    def hidden(self, observations):
+        self.kept = super().hidden(observations)
+        return self.kept
+
+    def get_value(self, observations):
+        return self.value_head(self.kept.detach())
