@@ -16,7 +16,7 @@ from agents.critic import parameters_behind, scores
 from agents.policy import VLAPolicy
 from agents.stages import run_stage, stage_name
 from research.errors import UserError
-from research.schema import LANGUAGE, OBSERVATION
+from research.schema import OBSERVATION
 
 METHODS = {"methods": "evaluate_actions", "fused": "evaluate"}  # interface without stages -> its method that scores
 TOLERANCE = 1e-5  # relative, of outputs of the same inputs: a GPU may add up in another order
@@ -111,10 +111,14 @@ def _outputs(policy: VLAPolicy, observations: TensorDictBase) -> list[list[Tenso
 
 
 def _others(observations: TensorDictBase) -> TensorDictBase:
-    """Other observations of the same kind: pictures and numbers differ, texts are as they were."""
-    return observations.apply(
-        lambda value: value + (100 if value.dtype == torch.uint8 else 1), batch_size=observations.batch_size
-    ).update(observations.select(LANGUAGE, strict=False))
+    """Other observations of the same kind: pictures and numbers differ; texts, and whatever else counts, stay."""
+    return observations.apply(_other, batch_size=observations.batch_size)
+
+
+def _other(value: Tensor) -> Tensor:
+    if value.dtype == torch.uint8:
+        return value + 100
+    return value + 1 if value.is_floating_point() else value  # an index may be the last that there is
 
 
 def _refuse_unregistered(model: nn.Module, trained: Iterable[Tensor]) -> None:

@@ -163,3 +163,22 @@ def test_scores_of_what_was_seen_before_are_refused():
 @pytest.mark.parametrize("habit", ["none", "noise"])
 def test_methods_that_compute_what_they_need_pass_also_where_they_are_random(habit):
     tried(habit)
+
+
+class Counting(Remembering):
+    """Looks up a number that is the last of its table."""
+
+    def __init__(self, habit: str):
+        super().__init__(habit)
+        self.trunk = nn.Embedding(4, 8)
+
+    def features(self, observations):
+        self.seen = self.trunk(observations["phase"])
+        return self.seen
+
+
+def test_other_observations_have_no_numbers_that_a_table_does_not():
+    phases = TensorDict({"phase": torch.tensor([0, 3]), "proprio": torch.zeros(2, 3)}, [2])
+    check_constant(VLAPolicy(Counting("none")), phases)
+    with pytest.raises(UserError, match=r"Counting\.get_value depends on"):
+        check_constant(VLAPolicy(Counting("zeros")), phases)
