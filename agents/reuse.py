@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from agents.stages import is_opaque, is_random, run_stage, trains
+from agents.stages import is_opaque, is_random, module_of, run_stage, trains
 from research.schema import OBSERVATION
 
 
@@ -88,7 +88,7 @@ class OncePerInstruction(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         tokens = tensordict.get(self.in_keys[0])
-        version = sum(p._version for p in self.stage.parameters())
+        version = sum(p._version for p in module_of(self.stage).parameters())
         if version != self._weights_version:
             self._forget()
             self._weights_version = version

@@ -162,6 +162,7 @@ def stage_name(model: nn.Module, stage: TensorDictModuleBase) -> str:
 def module_of(stage: TensorDictModuleBase) -> nn.Module:
     """The module that a stage runs, or whose method it runs; a function's stage itself."""
     inner = getattr(stage, "module", stage)
+    inner = inner.method if isinstance(inner, Compiled) else inner
     owner = getattr(inner, "__self__", inner)
     return owner if isinstance(owner, nn.Module) else stage
 

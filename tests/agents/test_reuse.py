@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from worlds import (
     LOSS_KEYS,
@@ -151,6 +152,16 @@ def test_a_batch_with_more_instructions_than_are_kept_is_encoded_all_the_same():
     for rows in (tokens[:5], tokens, tokens[4:8], tokens[:0]):
         torch.testing.assert_close(look_up(table, rows), encoder(rows))
     assert look_up(table, tokens[:, :20]).shape == (12, 64)  # instructions of another length
+
+
+def test_other_weights_empty_the_table_of_a_stage_that_is_a_method():
+    """Such a stage lists no parameters of its own."""
+    table, encoder = language_table()
+    table = OncePerInstruction(TensorDictModule(encoder.forward, table.in_keys, table.out_keys))
+    tokens = torch.randint(1, 256, (2, 64))
+    look_up(table, tokens)
+    encoder.load_state_dict(small_model(seed=5).language_encoder.state_dict())
+    torch.testing.assert_close(look_up(table, tokens), encoder(tokens))
 
 
 def test_instructions_whose_hashes_are_equal_get_each_its_own_features(monkeypatch):

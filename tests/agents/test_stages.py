@@ -13,6 +13,7 @@ from worlds import (
 
 from agents.policy import VLAPolicy
 from agents.small_vla import SmallVLA
+from agents.stages import compile_stage, module_of
 
 
 @pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
@@ -51,6 +52,15 @@ def test_a_stage_that_is_a_method_or_function_can_be_compiled(function):
         gradients.append(gradients_of(policy, rollout_batch(policy)))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_whose_method_a_stage_is(compiled):
+    model = MethodStage(3, token_size=8, hidden_size=32)
+    stage = model.stages()[0]
+    if compiled:
+        compile_stage(stage, graphs=False)
+    assert module_of(stage) is model
 
 
 @pytest.mark.parametrize("function", [False, True])
