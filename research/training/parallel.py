@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from research.errors import UserError
+from research.errors import UserError, one_line
 
 BUCKET = 2**24  # numbers that are reduced at once: a copy of them is all the memory that averaging takes
 TIMEOUT = timedelta(hours=1)  # of one rank waiting for another: an evaluation, a checkpoint or a compilation
@@ -64,7 +64,7 @@ class World:
 
     def own_seed(self, seed: int) -> int:
         """This rank's seed, of a run's: that of another rank is none that a user gives next to it."""
-        return seed + 1_000_003 * self.rank
+        return (seed + 1_000_003 * self.rank) % 2**32  # NumPy takes none above
 
     def shares(self, items: Sequence[Value]) -> Sequence[Value]:
         """This rank's of some items, in a row; those of all ranks, one after the other, are the items."""
@@ -77,8 +77,18 @@ class World:
         """Give all ranks the weights and buffers of rank 0."""
         if self.size > 1:
             with _together():
-                for tensor in model.state_dict().values():
-                    dist.broadcast(tensor, src=0)
+                for entry in model.state_dict().values():
+                    if isinstance(entry, Tensor):  # what else modules keep there, all ranks have made alike
+                        self._take_over(entry)
+
+    @staticmethod
+    def _take_over(tensor: Tensor) -> None:
+        # In a row and as bytes: gloo writes past the end of an expanded buffer and knows few dtypes, and NCCL takes no
+        # axes in another order.
+        sent = tensor.contiguous()
+        dist.broadcast(sent.flatten().view(torch.uint8), src=0)
+        if sent is not tensor and not torch.equal(sent, tensor):
+            tensor.copy_(sent)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], measured: Tensor) -> Tensor:
         """Replace gradients by their means over the ranks; returns the mean of `measured` `[M]`.
@@ -168,6 +178,8 @@ def join(device: str) -> World:
 
     Args:
         device: `trainer.device`; on GPUs each rank of a machine takes its own.
+    Raises:
+        UserError: a machine has fewer GPUs than processes, or the processes do not find each other.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "MASTER_ADDR" not in os.environ:
@@ -175,11 +187,23 @@ def join(device: str) -> World:
     if device.partition(":")[2]:
         raise UserError(f"trainer.device: {device!r} is one GPU, and torchrun has started {size} processes; say cuda")
     if device != "cpu" and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if own >= there:
+            raise UserError(
+                f"trainer.device: each process takes a GPU of its own, and this machine has {there}; start as many by "
+                "torchrun --nproc-per-node, or say cpu"
+            )
+        device = f"cuda:{own}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"WORLD_SIZE is {size}, but the processes of the run do not find each other ({one_line(error)[:120]}); "
+                "start the script by torchrun, or unset WORLD_SIZE"
+            ) from error
     world = World(dist.get_rank(), dist.get_world_size(), device)
     if not world.leads:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from research.training.episodes import EpisodeStatistics
 from research.training.freezing import HEADS, freeze, named_parameters_within, parameter_groups
 from research.training.loss import make_loss
 from research.training.minibatches import minibatches
-from research.training.parallel import ALONE, PeerEnded, World
+from research.training.parallel import ALONE, PeerEnded, World, join
 from research.training.ppo import PPO, PolicyUpdate
 from research.training.sharding import Sharding, blocks_that_run
 
@@ -47,6 +48,20 @@ CASES = {
     "unequal_rows": ("none", {}, 33),
     "trunk": ("none", {"critic_gradient": "trunk"}, 24),
 }
+
+
+class OddEntries(nn.Module):
+    """Entries of a `state_dict` that no message takes as they are."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 4), 1.0 + rank).t())
+        self.register_buffer("mask", torch.ones(1, 3).expand(500, 3))
+        self.register_buffer("short", torch.full((2,), rank, dtype=torch.int16))
+        self.register_buffer("scalar", torch.tensor(1.0 + rank))
+
+    def get_extra_state(self) -> dict:
+        return {"version": 1}
 
 
 class Blocks(nn.Module):
@@ -168,6 +183,9 @@ def everything(rank: int, folder: str) -> None:
     model.running_mean += rank
     world.start_alike(model)
     found["alike"] = world.gather([model.weight.tolist(), model.running_mean.tolist()])
+    odd = OddEntries(rank)
+    world.start_alike(odd)
+    found["odd"] = world.gather([odd.weight.unique().tolist(), odd.short.tolist(), odd.scalar.item()])
     torch.save(found, f"{folder}/found_{rank}.pt")
     if rank == 1:
         return  # gone without a word
@@ -235,6 +253,7 @@ def test_what_ranks_tell_each_other(found):
         assert found[rank]["reductions"] == [3, 0, 0]
         assert found[rank]["statistics"] == episodes_of(ALONE) != [{}, {}]
         assert found[rank]["alike"] == [[[1.0, 1.0], [0.0, 0.0]]] * 2
+        assert found[rank]["odd"] == [[[1.0], [0, 0], 1.0]] * 2
 
 
 def test_ranks_with_unequal_rows_have_as_many_minibatches(found):
@@ -261,6 +280,26 @@ def test_rows_that_collectors_of_several_processes_cannot_share_are_refused():
         UserError, match=r"trainer.num_envs: 6 cannot be shared among 2 processes with .*collectors = 2"
     ):
         share_of(config, World(rank=0, size=2))
+
+
+def test_seeds_of_ranks_differ_and_are_such_as_all_generators_take():
+    for seed in (0, 1, 2**32 - 1):
+        seeds = [World(rank, 4).own_seed(seed) for rank in range(4)]
+        assert seeds[0] == seed and len(set(seeds)) == 4 and not {seed - 1, seed + 1} & set(seeds)
+        for own in seeds:
+            np.random.default_rng(own), np.random.seed(own), torch.manual_seed(own)
+
+
+def test_processes_without_a_gpu_or_without_each_other_are_told_so_in_a_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"trainer\.device: each process takes a GPU of its own, .* has 2; start"):
+        join("auto")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 3, but .* do not find each other .*RANK.* by torchrun"):
+        join("cpu")
 
 
 def test_what_cannot_be_divided_is_named():
