@@ -79,7 +79,7 @@ def make_ppo(
     if config.trainer.buffer_type == "standard":
         advantages = GAEAdvantages(policy, cfg.gamma, cfg.gae_lambda, rows)
     else:
-        advantages = VTraceAdvantages(policy, cfg.gamma, cfg.gae_lambda, rows)
+        advantages = VTraceAdvantages(policy, cfg.gamma, cfg.gae_lambda, rows, world)
     scaling, proprio = make_reward_scaling(config, world), make_proprio_statistics(config, policy, world)
     return PPO(advantages, step, cfg, scaling, proprio)
 

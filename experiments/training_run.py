@@ -168,13 +168,13 @@ class TrainingRun:
             log.warning(doubt)
 
     def log(self, metrics: dict[str, float], decisions: int, collect_s: float, update_s: float) -> None:
-        """Record an iteration that has just ended: its metrics, its times, and the share of the device's speed."""
-        seconds, env_steps = collect_s + update_s, self.progress.last_steps
+        """Record an iteration that has just ended; `decisions` are those that this process learned from."""
+        seconds, env_steps, learned = collect_s + update_s, self.progress.last_steps, self.world.total(decisions)
         self._iteration_s = seconds
         metrics = metrics | {"time/collect_s": collect_s, "time/update_s": update_s}
         metrics["time/env_steps_per_second"] = env_steps / seconds
-        if env_steps != decisions * self.world.size:
-            metrics["rollout/decisions"] = float(decisions * self.world.size)
+        if env_steps != learned:
+            metrics["rollout/decisions"] = float(learned)
         metrics["time/threads"] = float(self.trainer.threads)
         if self.progress.iteration > self.config.algorithm.cfg.value_warmup_iterations:
             metrics["time/mfu"] = self._utilisation.of(decisions, metrics["train/epochs"], seconds)

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from tensordict import TensorDict
 from worlds import reach_env
 
 from agents.policy import VLAPolicy
 from envs.tabletop import TabletopEnv
 from research.errors import SimulatorFailed, UserError
 from research.training.asynchronous import AsynchronousRollouts
+from research.training.collecting_policy import POLICY_VERSION
+from research.training.rollout import WORKER
 
 
 def env_whose_second_worker(worker: int, does: Callable[[], None]) -> TabletopEnv:
@@ -59,6 +62,38 @@ def working_env(worker: int, seconds: float) -> TabletopEnv:
 
     env._step = stepped
     return env
+
+
+class Delivering:
+    """Workers that deliver parts of two rows and three control steps, of weights of a version each."""
+
+    def __init__(self, make_env, policy, count, share, steps, seed, timeout):
+        self.seeds, self.parts = [seed], []
+
+    def receive(self):
+        return self.parts.pop(0), False
+
+    def part(self, worker: int, version: int, states: list[int]) -> TensorDict:
+        """Episodes from even states succeed."""
+        shape, whole = [2, 3], torch.zeros(2, 3, 1, dtype=torch.bool)
+        done = whole.clone()
+        done[:, -1] = True
+        after = {
+            "reward": torch.zeros(2, 3, 1), "done": done, "terminated": done.clone(), "truncated": whole,
+            "initial_state": torch.tensor(states)[:, None, None].expand(2, 3, 1),
+        }  # fmt: skip
+        after["success"] = done & (after["initial_state"] % 2 == 0)
+        told = {WORKER: torch.full(shape, worker), POLICY_VERSION: torch.full(shape, version)}
+        return TensorDict({**told, "next": TensorDict(after, shape)}, shape)
+
+    def post(self, policy):
+        pass
+
+    def reseed(self, seed):
+        self.seeds.append(seed)
+
+    def metrics(self):
+        return {}
 
 
 def prove_versions(asynchronous: AsynchronousRollouts, policy: VLAPolicy) -> None:

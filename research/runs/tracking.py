@@ -13,7 +13,7 @@ Metrics, the same names in every script, all against `global_step`:
 | `rollout/return`                        | reward    | mean undiscounted return of those episodes                   |
 | `rollout/episode_length`                | env steps | their mean length                                            |
 | `rollout/episodes`                      | –         | how many these are                                           |
-| `rollout/decisions`                     | –         | of the rollout, where each is several control steps          |
+| `rollout/decisions`                     | –         | that were learned from, where they are not the control steps |
 | `rollout/staleness_mean`                | updates   | how far the weights that collected lag behind, mean          |
 | `rollout/staleness_max`                 | updates   | the same, at most                                            |
 | `rollout/discarded`                     | –         | transitions thrown away meanwhile, as they lag too far       |

@@ -171,7 +171,8 @@ class AsynchronousRollouts:
         seed: workers draw from streams that differ by worker and by seed.
         timeout: seconds in which a worker that is waited for has to take a step.
         start: makes the workers.
-        world: the processes of the run, each with workers of its own; episodes are reported together.
+        world: the processes of the run, each with workers of its own, which report for themselves; all else is reported
+            together.
         task_names: of the environments, whose success is reported of each where there are several.
     Attributes:
         env_steps: control steps that arrived for the last rollout, those of what was thrown away among them.
@@ -222,11 +223,12 @@ class AsynchronousRollouts:
         return rollout
 
     def metrics(self) -> dict[str, float]:
-        """Of the episodes that ended since this was last asked, of workers, and how stale the last rollout is."""
+        """Of the episodes that ended since this was last asked, of workers, and how stale the last rollouts are."""
+        staleness, world = self._staleness, self.world
         return self.episodes.metrics() | {
-            "rollout/staleness_mean": self._staleness.mean().item(),
-            "rollout/staleness_max": self._staleness.max().item(),
-            "rollout/discarded": float(self._discarded),
+            "rollout/staleness_mean": world.moments(staleness)[0].item(),
+            "rollout/staleness_max": float(world.largest(int(staleness.max()))),
+            "rollout/discarded": float(world.total(self._discarded)),
             **self.workers.metrics(),
         }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from research.schema import ACTION, LOG_PROB, VALUE, check_finite
 from research.training.advantages import next_values
 from research.training.algorithm import Policy
+from research.training.parallel import ALONE, World
 from research.training.ratio import score_again
 
 RHO_BAR, C_BAR = 1.0, 1.0  # where importance weights are cut off, as in the paper
@@ -25,10 +26,19 @@ class VTraceAdvantages:
         policy: the current policy, as the loss uses it.
         gamma, gae_lambda: discount per decision, and lambda.
         micro_batch_size: transitions per forward pass; None is all at once.
+        world: the processes of the run, over which metrics are means.
     """
 
-    def __init__(self, policy: Policy, gamma: float, gae_lambda: float, micro_batch_size: int | None = None):
+    def __init__(
+        self,
+        policy: Policy,
+        gamma: float,
+        gae_lambda: float,
+        micro_batch_size: int | None = None,
+        world: World = ALONE,
+    ):
         self.policy, self.gamma, self.gae_lambda, self.micro_batch_size = policy, gamma, gae_lambda, micro_batch_size
+        self.world = world
 
     @torch.no_grad()
     def __call__(self, rollout: TensorDictBase) -> tuple[TensorDictBase, dict[str, float]]:
@@ -50,10 +60,11 @@ class VTraceAdvantages:
         flat.update({LOG_PROB: log_prob, VALUE: value, "advantage": advantage.reshape(-1, 1)})
         flat.set("value_target", flat["advantage"] + value)
         ratio = log_ratio.exp()
-        return flat, {
-            "rollout/importance_weight": ratio.clamp(max=RHO_BAR).mean().item(),
-            "rollout/behaviour_kl": (ratio - 1 - log_ratio).mean().item(),
+        measured = {
+            "rollout/importance_weight": ratio.clamp(max=RHO_BAR),
+            "rollout/behaviour_kl": ratio - 1 - log_ratio,
         }
+        return flat, {name: self.world.moments(values)[0].item() for name, values in measured.items()}
 
 
 def vtrace(

@@ -1,4 +1,4 @@
-"""experiments/grpo_vla.py: a run from end to end, resumed bit for bit, in two processes, and refused."""
+"""experiments/grpo_vla.py: a run from end to end, resumed bit for bit, and refused."""
 
 from __future__ import annotations
 

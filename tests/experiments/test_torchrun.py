@@ -24,11 +24,12 @@ SCRIPT = ROOT / "experiments" / "ppo_vla.py"
 
 @pytest.fixture
 def torchrun(start_process):
-    """Starts the main job in so many processes."""
+    """Starts the main job, or another script, in so many processes."""
 
-    def start(processes: int, *words: str) -> subprocess.Popen:
+    def start(processes: int, *words: str, script: Path = SCRIPT) -> subprocess.Popen:
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-        return start_process(*launcher, str(SCRIPT), *words, PYTHONPATH=str(ROOT / "tests"))
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        return start_process(*launcher, str(script), *words, PYTHONPATH=path)
 
     return start
 
@@ -134,6 +135,21 @@ def test_the_error_of_one_rank_is_said_once_and_ends_all(tmp_path, torchrun):
     assert process.returncode != 0
     assert err.count("process 1: error: gym:user_package.breaking:BreaksInRank1") == 1 and "the gripper is loose" in err
     assert err.count("error: another process of this run has ended") == 1
+
+
+def test_groups_of_unequal_episodes_in_two_processes_are_counted_in_both(tmp_path, torchrun):
+    """Rewards are distances, so that no group is left out, and all control steps are learned from."""
+    config = write_config(
+        tmp_path, trainer__env="gym:user_package.reach_env:ReachEnv", trainer__enable_eval=False,
+        trainer__env_config={"keys": {"proprio": "state"}}, policy__action_dim=2,
+        policy__vla_config={"model_config": {"modalities": ["proprio"], "hidden_size": 16}},
+        algorithm={"name": "grpo", "cfg": {"groups": 4, "group_size": 4, "batch_size": 64, "max_steps": 15}},
+    )  # fmt: skip
+    finished(torchrun(2, "--config", str(config), script=SCRIPT.with_name("grpo_vla.py")))
+    rows = [row for row in rows_without_times(run_folder(tmp_path)) if "train/groups" in row]
+    assert len(rows) == 3 and all(row["train/groups"] == 4 and row["rollout/episodes"] == 16 for row in rows)
+    assert all(row["rollout/groups_left_out"] == 0 and "rollout/decisions" not in row for row in rows)
+    assert len({row["rollout/episode_length"] for row in rows}) > 1
 
 
 def test_what_does_not_fit_is_one_line(tmp_path, torchrun):

@@ -9,15 +9,14 @@ import ppo_vla
 import pytest
 import torch
 from assembling import make_worker_env
-from collecting_worlds import prove_versions
-from tensordict import TensorDict, assert_close
+from collecting_worlds import Delivering, prove_versions
+from tensordict import assert_close
 from worlds import reach_env, reach_policy, run_folder, write_config
 
 from research.config import TrainerConfig
 from research.runs.tracking import read_metrics
 from research.training.asynchronous import AsynchronousRollouts
-from research.training.collecting_policy import POLICY_VERSION
-from research.training.rollout import WORKER, Rollouts
+from research.training.rollout import Rollouts
 
 pytestmark = pytest.mark.slow
 
@@ -83,38 +82,6 @@ def test_the_main_job_collects_while_it_updates(tmp_path):
     assert ppo_vla.main(argv) == 0
     rows = [row for row in read_metrics(run) if "train/approx_kl" in row]
     assert [row["global_step"] for row in rows] == [64, 128, 192, 256, 320]
-
-
-class Delivering:
-    """Workers that deliver parts of two rows and three control steps, of weights of a version each."""
-
-    def __init__(self, make_env, policy, count, share, steps, seed, timeout):
-        self.seeds, self.parts = [seed], []
-
-    def receive(self):
-        return self.parts.pop(0), False
-
-    def part(self, worker: int, version: int, states: list[int]) -> TensorDict:
-        """Episodes from even states succeed."""
-        shape, whole = [2, 3], torch.zeros(2, 3, 1, dtype=torch.bool)
-        done = whole.clone()
-        done[:, -1] = True
-        after = {
-            "reward": torch.zeros(2, 3, 1), "done": done, "terminated": done.clone(), "truncated": whole,
-            "initial_state": torch.tensor(states)[:, None, None].expand(2, 3, 1),
-        }  # fmt: skip
-        after["success"] = done & (after["initial_state"] % 2 == 0)
-        told = {WORKER: torch.full(shape, worker), POLICY_VERSION: torch.full(shape, version)}
-        return TensorDict({**told, "next": TensorDict(after, shape)}, shape)
-
-    def post(self, policy):
-        pass
-
-    def reseed(self, seed):
-        self.seeds.append(seed)
-
-    def metrics(self):
-        return {}
 
 
 def test_what_is_thrown_away_was_taken_and_each_task_has_its_success():

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from assembling import share_of
+from collecting_worlds import Delivering
 from tensordict import TensorDict
 from torch import nn
-from worlds import freeze_with_residual
+from worlds import freeze_with_residual, reach_env, reach_policy
 
 from agents.critic import detach_value_head, find_value_head, scores
 from agents.policy import VLAPolicy
@@ -23,6 +24,7 @@ from agents.small_vla import SmallVLA
 from research.config import AlgorithmConfig, ExperimentConfig, LoRAConfig, PPOConfig, TrainerConfig
 from research.errors import UserError
 from research.training.algorithm import Progress
+from research.training.asynchronous import AsynchronousRollouts
 from research.training.audit import FreezeAudit
 from research.training.episodes import EpisodeStatistics
 from research.training.freezing import HEADS, freeze, named_parameters_within, parameter_groups
@@ -30,7 +32,9 @@ from research.training.loss import make_loss
 from research.training.minibatches import minibatches
 from research.training.parallel import ALONE, PeerEnded, World, join
 from research.training.ppo import PPO, PolicyUpdate
+from research.training.rollout import Rollouts
 from research.training.sharding import Sharding, blocks_that_run
+from research.training.vtrace import VTraceAdvantages
 
 pytestmark = pytest.mark.slow
 
@@ -175,6 +179,7 @@ def everything(rank: int, folder: str) -> None:
     found["shares"] = world.gather(list(world.shares(range(5))))
     found["reductions"] = [world.total(rank + 1), world.largest(-rank), world.leaders(rank)]
     found["statistics"] = episodes_of(world)
+    found["staleness"], found["behaviour"] = staleness_of(world), behaviour_of(world)
     found["minibatches"] = world.gather([len(m) for m, _ in minibatches(make_rows(9 if rank else 4), 3, world)])
     few = make_rows(7 if rank else 1)
     found["few"] = world.gather([(len(m), weight) for m, weight in minibatches(few, 3, world, normalise=True)])
@@ -210,6 +215,32 @@ def episodes_of(world: World) -> list[dict]:
         statistics.observe(TensorDict({"next": after}, [rows.stop - rows.start, 2]))
         told.append(statistics.metrics())
     return told
+
+
+def staleness_of(world: World) -> dict[str, float]:
+    """Rank 0 throws a part away, and rank 1 learns from one of earlier weights."""
+    options = {"max_staleness": 1, "seed": 3, "start": Delivering, "world": world}
+    rollouts = AsynchronousRollouts(reach_env, 2, reach_policy(), 1, 2 * 3, **options)
+    rollouts.policy.version += 2
+    versions = [1] if world.rank else [0, 2]
+    rollouts.workers.parts = [rollouts.workers.part(0, version, [0, 1]) for version in versions]
+    rollouts.next()
+    return {name: value for name, value in rollouts.metrics().items() if name.startswith(("rollout/st", "rollout/di"))}
+
+
+def behaviour_of(world: World) -> list[dict[str, float]]:
+    """Of rollouts of two sizes that older weights collected: this rank's, and of both together."""
+    policy = reach_policy()
+    parts = []
+    for steps in (4, 8):
+        torch.manual_seed(steps)
+        parts.append(Rollouts(reach_env(), policy, 4 * steps).next())
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    both = torch.cat(parts, dim=1)
+    prepared = [(parts[world.rank], world), (both, ALONE)]
+    return [VTraceAdvantages(policy, 0.9, 0.8, world=of)(rollout)[1] for rollout, of in prepared]
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +285,14 @@ def test_what_ranks_tell_each_other(found):
         assert found[rank]["statistics"] == episodes_of(ALONE) != [{}, {}]
         assert found[rank]["alike"] == [[[1.0, 1.0], [0.0, 0.0]]] * 2
         assert found[rank]["odd"] == [[[1.0], [0, 0], 1.0]] * 2
+
+
+def test_what_is_told_of_stale_rollouts_is_of_all_ranks(found):
+    for rank in range(2):
+        told = {"rollout/staleness_mean": 0.5, "rollout/staleness_max": 1.0, "rollout/discarded": 6.0}
+        assert found[rank]["staleness"] == told
+        shared, expected = found[rank]["behaviour"]
+        assert shared == pytest.approx(expected, rel=1e-4) and expected["rollout/behaviour_kl"] > 1e-4
 
 
 def test_ranks_with_unequal_rows_have_as_many_minibatches(found):
