@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from agents.critic import scores
 from agents.policy import VLAPolicy
 from agents.vla import Contract, DecidingVLA, contract_of, for_model, run_stages
 from research.errors import UserError, one_line
@@ -24,11 +25,21 @@ def check_policy(
     """As `check_model`, and refuse a policy with nothing to learn.
 
     Raises:
-        UserError: also where the log-probability depends on no parameter that trains.
+        UserError: also where the log-probability depends on no parameter that trains, or is rounded in the precision in
+            which the policy runs.
     """
     what, log_prob = check_model(policy.model, observations, action_shape, choices, policy.contract)
     if any(p.requires_grad for p in policy.model.parameters()) and not log_prob.requires_grad:
         raise UserError(f"{what}: log_prob depends on no trainable parameter, so nothing would be learned")
+    if policy.precision.dtype is not None:
+        with policy.precision():
+            log_prob, *_ = _call(what, scores, policy.contract, observations)
+    if log_prob.dtype in (torch.bfloat16, torch.float16):
+        kind = str(log_prob.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{what}: log_prob is {kind}, whose numbers near -5 are {4 * torch.finfo(log_prob.dtype).eps:.2g} apart: "
+            "small steps are lost; compute the distribution in float32, as in Categorical(logits=logits.float())"
+        )
 
 
 @torch.compiler.set_stance("force_eager")

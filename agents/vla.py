@@ -180,8 +180,9 @@ class StagedVLA(DecidingVLA):
             action = mode_of(distribution)
         else:
             action = distribution.rsample() if distribution.has_rsample else distribution.sample()
-        # Choices are drawn as integers; an action is float32 for every environment, and whole numbers are exact in it.
-        step.set(ACTION, action if action.is_floating_point() else action.float())
+        # An action is float32 for every environment, and is scored as it is kept. Whole numbers are exact in it.
+        action = action.float()
+        step.set(ACTION, action)
         log_prob = log_prob_at(distribution, action, self.ratio_level)
         return step.set(LOG_PROB, log_prob).set(VALUE, self.state_value(step))
 

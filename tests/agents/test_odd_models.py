@@ -93,6 +93,38 @@ def test_it_acts_by_one_mode_and_learns_with_an_entropy(kind):
     assert model.action_head.weight.grad.isfinite().all() and model.action_head.weight.grad.abs().max() > 0
 
 
+class InBetween(Odd):
+    """Its distribution is in the dtype of its numbers: bfloat16 under autocast, or float64."""
+
+    dtype = torch.bfloat16
+
+    def action_distribution(self, hidden):
+        x = self.action_head(hidden).to(self.dtype)
+        return Independent(Normal(x, self.log_std.exp().to(self.dtype)), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_action_is_float32_and_scored_as_it_is_kept_whatever_its_distribution_has(dtype):
+    torch.manual_seed(0)
+    model = InBetween("normal").eval()
+    model.dtype = dtype
+    policy = VLAPolicy(model, autocast="bf16" if dtype == torch.bfloat16 else "off")
+    check_policy(policy, step()["observation"], (2,))
+    acted = policy.act(step(64))
+    assert acted["action"].dtype == torch.float32
+    assert acted["action_log_prob"].dtype in (torch.float32, torch.float64)
+    scored, *_ = policy.actor.score.evaluate(acted.select("observation", "action"))
+    assert torch.equal(scored, acted["action_log_prob"])
+
+
+def test_log_probabilities_that_autocast_rounds_are_refused():
+    observations = step()["observation"]
+    with pytest.raises(UserError, match=r"Odd.score: log_prob is bfloat16, .* near -5 are 0.031 apart.*logits.float"):
+        check_policy(VLAPolicy(Odd("token").eval(), autocast="bf16"), observations, (2,), (6, 6))
+    with pytest.raises(UserError, match=r"Odd.score failed .*not implemented for 'BFloat16'"):
+        check_policy(VLAPolicy(Odd("beta").eval(), autocast="bf16"), observations, (2,))
+
+
 def test_one_without_an_event_dimension_is_refused():
     with pytest.raises(UserError, match=r"log_prob.*\[4\].*\[4, 2\]"):
         check_policy(VLAPolicy(Odd("normal without an event")), step()["observation"], (2,))
