@@ -379,6 +379,8 @@ class PPOConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.clip_coef > 1:
+            raise UserError(f"clip_coef: {self.clip_coef:g} would let the ratio fall below 0, where none is; at most 1")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError(f"dual_clip: {self.dual_clip:g} would bound actions that are as likely as before; above 1")
         for name in ("clip_value", "huber_delta"):
@@ -421,6 +423,8 @@ class GRPOConfig(PolicyGradientConfig):
         super().__post_init__()
         if self.group_size < 2:
             raise UserError(f"group_size: {self.group_size} episode has nothing to be compared with; at least 2")
+        if self.clip_low >= 1:
+            raise UserError(f"clip_low: {self.clip_low:g} would let the ratio fall to 0, where none is; below 1")
         _refuse_beyond(self, group_size=10**6, groups=10**6, most_draws=10**4, max_steps=10**7)
 
 

@@ -263,6 +263,8 @@ BAD_FLAGS = [
     (["--trainer.collector=ray"], "trainer.collector: ray", "buffer_type = standard, which is local"),
     (["--trainer.collector=local", "--trainer.buffer_type=vla"], "trainer.collector: local", "processes or ray"),
     (["--trainer.ray_address=auto"], "trainer.ray_address", "collector = ray"),
+    (["--algorithm.cfg.clip_coef=1.5"], "algorithm.cfg.clip_coef: 1.5 would let the ratio fall below 0", "at most 1"),
+    (["--algorithm.name=grpo", "--algorithm.cfg.clip_low=1"], "algorithm.cfg.clip_low: 1 would let", "below 1"),
     (["--algorithm.cfg.dual_clip=1"], "algorithm.cfg.dual_clip: 1 would bound", "above 1"),
     *[
         ([f"--algorithm.cfg.{n}=1", "--algorithm.cfg.vf_coef=0"], f"algorithm.cfg.{n}: is of the value loss", "vf_coef")
