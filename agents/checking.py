@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def check_model(
 ) -> tuple[str, Tensor]:
     """Run the model once on a few observations and refuse wrong shapes and dtypes, and what writes into observations.
 
+    Also refused is extra state that a checkpoint would hold, and nobody could read again.
+
     The methods that a run will call are tried, as they are written, whatever a policy compiles.
 
     Args:
@@ -73,6 +76,7 @@ def check_model(
             f"{', '.join(sorted(observations.keys()))}; tell the model in policy.vla_config.model_config which "
             "modalities there are"
         )
+    _refuse_unreadable(model)
     contract = contract or contract_of(model)
     versions = {key: value._version for key, value in observations.items()}
     if getattr(contract, "interface", "deciding") == "methods":
@@ -85,6 +89,21 @@ def check_model(
             "work on a copy, as in x = x / 255 instead of x /= 255"
         )
     return tried
+
+
+def _refuse_unreadable(model: nn.Module) -> None:
+    for name, entry in model.state_dict().items():
+        if isinstance(entry, Tensor):
+            continue
+        try:
+            torch.save(entry, written := BytesIO())
+            written.seek(0)
+            torch.load(written, weights_only=True)
+        except Exception as error:  # pickle raises nearly any
+            raise UserError(
+                f"{_name(model)}.state_dict: {name} holds what no checkpoint would give back ({type(entry).__name__}); "
+                "let get_extra_state return tensors, numbers and texts alone, in lists and dicts if need be"
+            ) from error
 
 
 def _check_methods(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -138,6 +140,27 @@ def test_stages_get_no_strings():
     model.language_format = "strings"
     with pytest.raises(UserError, match="^SmallVLA.language_format: stages read the instruction as bytes"):
         check_policy(VLAPolicy(model), observations(), (3,))
+
+
+class Remembering(nn.Identity):
+    """A part whose state is more than its weights."""
+
+    def __init__(self, state: object):
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+
+def test_extra_state_that_no_checkpoint_gives_back_is_refused():
+    model = small_model()
+    model.memory = Remembering({"version": 1, "seen": [torch.ones(2)]})
+    check_policy(VLAPolicy(model), observations(), (3,))
+    for state in (io.BytesIO(b"1"), lambda: 1):
+        model.memory = Remembering(state)
+        with pytest.raises(UserError, match=r"SmallVLA.state_dict: memory._extra_state holds what no .*; let get_"):
+            check_policy(VLAPolicy(model), observations(), (3,))
 
 
 def test_a_modality_the_environment_lacks_is_named():
