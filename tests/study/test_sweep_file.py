@@ -41,7 +41,7 @@ def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
         "metaworld_ppo_rates": 6,
         "metaworld_group_rates": 12,
         "metaworld_ppo_rates_ends": 2,
-        "metaworld_group_rates_ends": 2,
+        "metaworld_group_rates_ends": 4,
     }
     runs |= {"pretrained_scopes_rates": 42, "pretrained_scopes_rates_ends": 6, "pretrained_scopes": 35}
     assert (sweep.run_cap or len(sweep.grid())) == runs[path.stem]
