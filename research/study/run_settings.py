@@ -84,8 +84,9 @@ def keep_what_tells(runs: list[Run]) -> list[Run]:
     starts = {run.settings[START] for run in known if isinstance(run.settings.get(START), str)}
     names, scopes = Counter(map(_name, starts)), {}
     for run in known:
-        if run.settings.get(START) in starts and names[_name(run.settings[START])] == 1:
-            run.settings[START] = _name(run.settings[START])
+        start = run.settings.get(START)
+        if isinstance(start, str) and names[_name(start)] == 1:
+            run.settings[START] = _name(start)
         run.scope = scopes.setdefault(frozenset(run.scope.split("+")), run.scope)
     texts: dict[str, set[str]] = defaultdict(set)
     for key in {key for run in known for key in run.settings}:

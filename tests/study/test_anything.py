@@ -211,6 +211,7 @@ def with_one_bad_folder(runs: Path, change) -> None:
 @given(st.sampled_from(KEYS), VALUES)
 @example("trainer__num_eval_episodes", 10**9)
 @example("algorithm__cfg__learning_rate", 10**400)
+@example("policy__vla_config__model_path", [])
 def test_any_value_in_a_configuration(runs, key, value):
     def change(bad: Path) -> None:
         (bad / "config.json").write_text(json.dumps(config_of(seed=9, **{"trainer__num_eval_episodes": 6, key: value})))
