@@ -261,6 +261,35 @@ def test_the_algorithms_at_equal_wall_time_are_those_of_the_committed_runs():
         assert told in " ".join(text.split()) and shown_estimate(arm.mean) in page and better in page
 
 
+def test_the_rates_of_the_algorithms_on_metaworld_are_those_of_the_committed_runs_and_of_the_next_step():
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("### On push-v3 of Meta-World: rates")[1]
+    text = text.split("\n## ")[0]
+    folder = STUDY.parent / "metaworld_algorithms_rates"
+    comparison = compare(read_table(folder / "runs.csv"), by=["algorithm", "algorithm.cfg.advantage"])
+    means = {cell: np.mean([run.eval_scores[-1] for run in runs]) for cell, runs in comparison.cells.items()}
+    assert all([run.seed for run in runs] == [1, 2] for runs in comparison.cells.values())
+    columns = sorted({rate for _, rate in means})
+    assert f"| | {' | '.join(f'{rate:g}' for rate in columns)} |" in text
+    sweeps = {"ppo": "metaworld_ppo", "grpo, grpo": "metaworld_grpo", "grpo, rloo": "metaworld_rloo"}
+    for arm in comparison.arms:
+        rates = sorted(rate for name, rate in means if name == arm.arm)
+        assert rates[0] < arm.learning_rate < rates[-1]
+        shown = {rate: f"{means[arm.arm, rate]:.3f}" for rate in rates}
+        shown[arm.learning_rate] = f"**{shown[arm.learning_rate]}**"
+        name = arm.arm.rpartition(" ")[2].upper()
+        assert f"| {name} | {' | '.join(shown.get(rate, '') for rate in columns)} |" in text
+        near = ", ".join(f"{runner_up.learning_rate:g}" for runner_up in arm.runners_up)
+        assert f"{near} for {name}" in " ".join(text.split())
+        sweep = load_sweep(ROOT / "sweeps" / f"{sweeps[arm.arm]}.yaml")
+        configs = [sweep_local.config_of(sweep.flags(point), sweep.program) for point in sweep.grid()]
+        assert {config.algorithm.cfg.learning_rate for config in configs} == {arm.learning_rate}
+        assert [config.trainer.seed for config in configs] == [11, 12, 13, 14, 15]
+    seconds = [run.eval_seconds[-1] for run in comparison.runs]
+    assert f"{min(seconds):.0f} to {max(seconds):.0f} s a run" in text
+    start = json.loads((folder / "start.json").read_text())
+    assert f"the start solves {start['eval/success_rate']:.2f} of them" in text
+
+
 def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_the_next_step():
     """Each scope's best mean is chosen, none at an end of its row, and the sweep of the answers takes those rates."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("never seen the task: rates")[1].split("\n### ")[0]
