@@ -55,9 +55,14 @@ def largest_log_ratio(policy: Policy, batch: TensorDictBase, micro_batch_size: i
         batch: flat, `[B]`.
         micro_batch_size: transitions per forward pass; None is all at once.
     """
+    return _first_look(policy, batch, micro_batch_size)[0]
+
+
+def _first_look(policy: Policy, batch: TensorDictBase, rows: int | None) -> tuple[float, Tensor, Tensor]:
+    """`largest_log_ratio`, and the log-probabilities and entropies that were computed for it."""
     with torch.random.fork_rng():  # a run draws the same numbers, whether or not anyone looks
-        log_prob, _ = score_again(policy, batch, micro_batch_size)
-    return (log_prob - batch[LOG_PROB]).abs().max().item()
+        log_prob, entropy, _ = _scored(policy, batch, rows)
+    return (log_prob - batch[LOG_PROB]).abs().max().item(), log_prob, entropy
 
 
 def describe_ratio(log_ratio: float, autocast: str) -> str | None:
@@ -93,9 +98,7 @@ def doubts(policy: Policy, batch: TensorDictBase, rows: int, autocast: str, beha
         autocast: `trainer.autocast`.
         behaviour_kl: where the batch's log-probabilities were computed anew, how far they are from those that acted.
     """
-    with torch.random.fork_rng():
-        log_prob, entropy, _ = _scored(policy, batch, rows)
-    ratio = (log_prob - batch[LOG_PROB]).abs().max().item()
+    ratio, log_prob, entropy = _first_look(policy, batch, rows)
     told = [describe_ratio(ratio, autocast), describe_behaviour(behaviour_kl)]
     told.append(describe_clamping(clamped_share(batch[ACTION])))
     if policy.interface in OWN_DRAWS:
