@@ -16,21 +16,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import packages  # noqa: F401
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
-from trained_policy import load_trained_model
-
-from agents.checkpoint_folder import refuse_taken
-from agents.hub import SharedPolicy
-from agents.weights import untied
 from research.errors import UserError
 from research.runs.folder import replacing
-from research.training.lora import merge_lora
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FILES = (".pt", ".safetensors")
 EPILOG = """to act with a run, in a robot's own loop (experiments/ on PYTHONPATH):
@@ -64,6 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(checkpoint: str, output: Path, trusted: bool = False) -> int:
     """Write the merged weights, to a file or a folder by `output`'s ending; returns how many tensors the model has."""
+    # Seconds, for which --help does not wait.
+    from safetensors import SafetensorError
+    from trained_policy import load_trained_model
+
+    from agents.checkpoint_folder import refuse_taken
+    from agents.hub import SharedPolicy
+    from research.training.lora import merge_lora
+
     if output.suffix not in ("", *FILES) and not output.is_dir():
         raise UserError(f"--output: {output} ends in {output.suffix!r}; use .pt or .safetensors, or none for a folder")
     as_file = output.suffix in FILES and not output.is_dir()
@@ -92,6 +94,11 @@ def export(checkpoint: str, output: Path, trusted: bool = False) -> int:
 
 def write_file(model: nn.Module, path: Path) -> None:
     """Write a model's state dict."""
+    import torch
+    from safetensors.torch import save_file
+
+    from agents.weights import untied
+
     weights = model.state_dict()
     if path.suffix == ".pt":
         weights = {name: weight.contiguous() for name, weight in weights.items()}

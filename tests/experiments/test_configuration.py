@@ -43,6 +43,7 @@ def test_the_plain_command_says_its_own_defaults(capsys):
         ("grpo_vla.py", "--trainer.seed SEED", "--trainer.seed=x"),
         ("evaluate_vla.py", "--first_state FIRST_STATE", "--trainer.seed=x"),
         ("bc_vla.py", "--pointing_steps POINTING_STEPS", "--trainer.seed=x"),
+        ("export_vla.py", "--checkpoint CHECKPOINT", None),
         ("sweep_local.py", "--workers WORKERS", None),
         ("compare_runs.py", "--choosing_seeds SEED", None),
     ],

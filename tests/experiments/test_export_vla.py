@@ -185,7 +185,7 @@ def test_an_export_into_a_run_folder_is_refused(openvla_run, run, family, monkey
     run = openvla_run[0] if family else run
     before = sorted((path, path.stat().st_mtime_ns) for path in Path(run).rglob("*"))
     monkeypatch.chdir(run)
-    monkeypatch.setattr(export_vla, "load_trained_model", None)  # it is said before anything is read
+    monkeypatch.setattr("trained_policy.load_trained_model", None)  # it is said before anything is read
     for output in (str(run), "."):
         assert export_vla.main([f"--checkpoint={run}", f"--output={output}"]) == 2
         assert "--output: " in (error := capsys.readouterr().err) and error.count("\n") == 1
