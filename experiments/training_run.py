@@ -21,11 +21,12 @@ from research.progress_bar import ProgressBar
 from research.runs.checkpoint import CheckpointWriter, generators, snapshot
 from research.runs.folder import RunFolder, append_rows
 from research.runs.machine import machine
-from research.runs.reporting import last_checkpoint, postfix, summarise
+from research.runs.reporting import Doubts, last_checkpoint, postfix, summarise
 from research.runs.tracking import Tracker
 from research.runs.video import video_grid, write_video
 from research.schema import check_finite
 from research.training.algorithm import Progress
+from research.training.episodes import EpisodeStatistics
 from research.training.evaluation import Evaluation, evaluate
 from research.training.interruption import Interruption
 from research.training.parallel import PeerEnded
@@ -74,7 +75,7 @@ class TrainingRun:
         self.folder, self.tracker, self.writer, self.world = folder, tracker, writer, parts.world
         self.progress, self.resumed = progress, resumed
         self.code, self.result, self.evaluated_at = 0, None, -1
-        self._ratio_is_known = self._jumped = False
+        self._ratio_is_known, self._doubts = False, Doubts()
         self._held: dict | None = None
         self._holding_s = self._held_at = self._iteration_s = 0.0
         self._at_exit = ExitStack()
@@ -179,9 +180,9 @@ class TrainingRun:
         if self.progress.iteration > self.config.algorithm.cfg.value_warmup_iterations:
             metrics["time/mfu"] = self._utilisation.of(decisions, metrics["train/epochs"], seconds)
         self.tracker.log(metrics, self.progress.env_steps)
-        if not self._jumped and (jump := describe_jump(metrics.get("train/approx_kl", 0.0), self.progress.env_steps)):
-            self._jumped = True
-            log.warning(jump)
+        self._doubts.say("jump", describe_jump(metrics.get("train/approx_kl", 0.0), self.progress.env_steps))
+        if isinstance(episodes := self.parts.rollouts.episodes, EpisodeStatistics):  # groups are of whole episodes
+            self._doubts.say("endless", episodes.describe_endless(self.trainer.max_eval_steps))
         self._bar.set_postfix(postfix(metrics, self.result))
         self._bar.update(env_steps)
         self._bar.set_description_str("training")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 
 import imageio.v3 as iio
@@ -11,6 +12,21 @@ from research.runs.folder import RunFolder
 from research.runs.tracking import Tracker
 from research.runs.video import frame_strip
 from research.training.evaluation import Evaluation
+
+log = logging.getLogger(__name__)
+
+
+class Doubts:
+    """Warnings of a run, each kind of which is said once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, kind: str, doubt: str | None) -> None:
+        """Log a warning of this kind, unless there is none, or one was."""
+        if doubt is not None and kind not in self._said:
+            self._said.add(kind)
+            log.warning(doubt)
 
 
 def postfix(metrics: dict[str, float], result: Evaluation | None) -> dict[str, str]:

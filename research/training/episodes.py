@@ -114,6 +114,20 @@ class EpisodeStatistics:
             metrics["rollout/success_at_end"] = success_at_end
         return metrics
 
+    def describe_endless(self, limit: int) -> str | None:
+        """A warning that all episodes under way are longer than `limit` control steps, or None where one is not.
+
+        Where none ends, none begins: the worlds that a run started in are all that it trains on.
+        """
+        if not (shortest := int(self.running_length.min())) > limit:
+            return None
+        return (
+            f"no episode has ended in the last {shortest:,} control steps of each environment, where an evaluation "
+            f"cuts its episodes off after {limit:,} (trainer.max_eval_steps): a run then trains in the worlds that it "
+            "started in alone, and has no rollout/return and rollout/success_rate; give the environment a time limit "
+            "(gym: has env_config.max_episode_steps), or raise trainer.max_eval_steps if its episodes are so long"
+        )
+
     def _add_up(self) -> None:
         """Add the episodes that have ended to the sums of the rollouts that they began in."""
         if not self._ended:

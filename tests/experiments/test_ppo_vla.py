@@ -541,3 +541,13 @@ def test_an_update_that_moves_the_policy_far_is_told_once(tmp_path, caplog):
     rows = [row["train/approx_kl"] for row in read_metrics(run_folder(tmp_path)) if "train/approx_kl" in row]
     assert sum(kl > 1 for kl in rows) > 1
     assert [r.message.count("moved the policy by a KL of") for r in caplog.records].count(1) == 1
+
+
+@pytest.mark.parametrize(("limit", "said"), [(6, 1), (1000, 0)])
+def test_episodes_that_never_end_are_told_once(tmp_path, caplog, limit, said):
+    """24 control steps of each environment, which cuts no episode off."""
+    config = write_config(tmp_path, trainer__use_wandb=False, trainer__enable_eval=False)
+    flags = ["--trainer.env_config.max_steps=100000", f"--trainer.max_eval_steps={limit}"]
+    assert ppo_vla.main(["--config", str(config), *flags]) == 0
+    assert not any("rollout/episodes" in row for row in read_metrics(run_folder(tmp_path)))
+    assert [r.message.count("no episode has ended in the last ") for r in caplog.records].count(1) == said

@@ -152,3 +152,12 @@ def test_an_episode_that_never_ends_is_not_waited_for(monkeypatch):
         reports.append(statistics.metrics())
     assert reports[:3] == [{}] * 3
     assert all(report["rollout/episodes"] == 1 and report["rollout/return"] == 2 for report in reports[3:])
+
+
+def test_episodes_are_endless_where_the_shortest_under_way_is_too_long():
+    statistics = EpisodeStatistics(2)
+    statistics.observe(rollout([[0, 0, 0], [0, 0, 0]], [[0, 0, 0], [1, 0, 0]]))
+    assert statistics.describe_endless(1).startswith("no episode has ended in the last 2 control steps")
+    assert statistics.describe_endless(2) is None
+    statistics.observe(rollout([[0, 0], [0, 0]], [[0, 0], [0, 1]]))
+    assert statistics.describe_endless(0) is None
