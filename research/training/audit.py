@@ -61,8 +61,8 @@ class FreezeAudit:
         for name, parameter in model.named_parameters():
             if not is_adapter(name):
                 squares[part_of(name)] += _square_norm(parameter.detach())
-                if parameter.requires_grad:
-                    self._start[name] = parameter.detach().to("cpu", copy=True)
+            if parameter.requires_grad:
+                self._start[name] = parameter.detach().to("cpu", copy=True)
         self._norms = {part: square**0.5 for part, square in squares.items()}  # of each part's weights at the start
 
     def check(self, when: str) -> None:
@@ -89,14 +89,15 @@ class FreezeAudit:
     def drift(self) -> dict[str, float]:
         """`audit/drift/<part>`: ||w - w0|| / ||w0|| over all weights of a part, 0 for a frozen one.
 
-        A low-rank adapter counts as the change it makes to its layer's weight, so that "lora" compares with the other
-        scopes. A part that started at zero reports ||w||.
+        A low-rank adapter counts as the change it makes to its layer's weight since the start, so that "lora" compares
+        with the other scopes. A part that started at zero reports ||w||.
         """
         squares, parameters = dict.fromkeys(self._norms, 0.0), dict(self.model.named_parameters())
         for name, start in self._start.items():
-            now = parameters[name].detach()
-            squares[part_of(name)] += _square_norm(now.float() - start.to(now.device).float())
-        for name, change in adapter_changes(self.model):
+            if not is_adapter(name):
+                now = parameters[name].detach()
+                squares[part_of(name)] += _square_norm(now.float() - start.to(now.device).float())
+        for name, change in adapter_changes(self.model, self._start):
             squares[part_of(name)] += _square_norm(change)
         return {f"audit/drift/{part}": square**0.5 / (self._norms[part] or 1.0) for part, square in squares.items()}
 
@@ -111,7 +112,7 @@ class FreezeAudit:
 
     @property
     def start(self) -> Mapping[str, Tensor]:
-        """What trains, but for adapters, as it was at the start of the run."""
+        """What trains, as it was at the start of the run."""
         return self._start
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class FreezeAudit:
                 "policy.feature_reuse, which holds what it reuses to be frozen"
             )
         self._hashes = self._hashes | hashes
-        self._start, self._norms = state["start"], state["norms"]
+        self._start, self._norms = self._start | state["start"], state["norms"]  # earlier versions left out adapters
 
     def trained_state(self) -> dict[str, Any]:
         """What a checkpoint holds of the model: the entries of its `state_dict` that are not frozen."""

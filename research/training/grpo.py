@@ -81,7 +81,7 @@ class GRPO(PolicyGradient):
 class StartingPolicy:
     """The policy at the start of a run: the same model, with the weights that train as they were then.
 
-    Of a model with low-rank adapters that is the model without them, heads included.
+    Of a model with fresh low-rank adapters, which add nothing, that is the model without them, heads included.
 
     Args:
         policy: see `algorithm.Policy`, and with its `model`.
@@ -95,7 +95,7 @@ class StartingPolicy:
         """Take the weights that a resumed run started from, whatever this process began with.
 
         Args:
-            weights: of what trains; without those of adapters, which change nothing at the start.
+            weights: of what trains.
         """
         for name, weight in weights.items():
             self.start[name].copy_(weight)

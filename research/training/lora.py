@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from research.errors import UserError
@@ -89,10 +90,27 @@ def is_adapter(parameter_name: str) -> bool:
     return any(part.startswith("lora_") for part in parameter_name.split("."))
 
 
-def adapter_changes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name of the layer, what its adapter adds to its weight, of the weight's shape) for every adapter."""
+@torch.no_grad()
+def adapter_changes(model: nn.Module, start: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name of the layer, what its adapter adds to its weight, of the weight's shape) for every adapter.
+
+    Args:
+        start: A and B of each by name, as they were; then it is what they add more than those did.
+    """
     for name, layer in _adapted(model):
-        yield name, layer.get_delta_weight("default")
+        change = layer.get_delta_weight("default")
+        factors = {n: p for n, p in layer.named_parameters(prefix=name) if n in (start or {})}
+        if factors and all(start[n].any() for n in factors):  # a factor of zeros, as in a fresh one, adds nothing
+            now = {n: p.clone() for n, p in factors.items()}
+            _set(factors, start)
+            change = change - layer.get_delta_weight("default")
+            _set(factors, now)
+        yield name, change
+
+
+def _set(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

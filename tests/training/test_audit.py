@@ -280,6 +280,30 @@ def test_drift_of_an_adapter_is_that_of_its_layer():
         audit.check("now")
 
 
+def test_adapters_that_were_trained_before_drift_from_there():
+    torch.manual_seed(0)
+    model = Model()
+    norm = sum(p.square().sum().item() for p in model.fusion.parameters()) ** 0.5
+    freeze(model, "lora", lora=LoRAConfig(rank=2, targets=["fusion"]))
+    nn.init.normal_(model.fusion[0].lora_B["default"].weight)
+    before = dict(adapter_changes(model))["fusion.0"]
+    audit = FreezeAudit(model)
+    assert audit.drift()["audit/drift/fusion"] == 0.0
+    with torch.no_grad():
+        model.fusion[0].lora_A["default"].weight += 0.1
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    moved = (dict(adapter_changes(model))["fusion.0"] - before).norm().item() / norm
+    assert moved > 0 and audit.drift()["audit/drift/fusion"] == pytest.approx(moved, rel=1e-5)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    resumed = FreezeAudit(model)  # with adapters of another start, which the checkpoint's wins over
+    resumed.load_state_dict(audit.state_dict())
+    assert resumed.drift() == audit.drift()
+    state = audit.state_dict()  # of earlier versions, without adapters
+    state["start"] = {name: value for name, value in state["start"].items() if "lora" not in name}
+    audit.load_state_dict(state)
+    assert audit.drift()["audit/drift/fusion"] == pytest.approx(moved, rel=1e-5)
+
+
 def test_tied_tensors_are_hashed_once():
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False), "c": nn.Linear(3, 1)})
     model["b"].weight = model["a"].weight
