@@ -113,10 +113,12 @@ def _base_of(path: str, base: Any) -> str:
 
 
 def _shipped(name: str) -> str | None:
-    return str(SHIPPED / name) if os.path.exists(SHIPPED / name) else None
+    return str(SHIPPED / name) if os.path.isfile(SHIPPED / name) else None
 
 
 def _read(path: str) -> Any:
+    if not path:
+        raise UserError("config: expected the name of a configuration file, got nothing")
     if path.endswith((".yaml", ".yml")):
         return _read_yaml(path)
 

@@ -390,7 +390,9 @@ def _visit(file: ConfigFile, hints: dict[str, Any]) -> Iterator[tuple[str, Any]]
             elif inner in groups:
                 yield from visit(value, inner)
             else:
-                raise UserError(f"{path}: unknown key {inner}{_suggestion(inner, [*hints, *groups])}")
+                known = [*(hints if not isinstance(value, dict) else ()), *groups]  # "trainer" is no "wander"
+                known += [o for o, hint in hints.items() if dict in map(get_origin, (hint, *get_args(hint)))]
+                raise UserError(f"{path}: unknown key {inner}{_suggestion(inner, known)}")
 
     return visit(file.content, "")
 

@@ -407,6 +407,17 @@ def test_bad_files(tmp_path: Path, content: object, what: str) -> None:
     assert path in message and what in message
 
 
+def test_a_group_is_not_taken_for_an_option_that_is_spelt_alike(tmp_path: Path) -> None:
+    """`trainer` for `wander`, where the configuration of reinforcement learning is given to imitation."""
+    message = refusal("--config", write(tmp_path, {"trainer": {"seed": 1}}), config_class=BCConfig)
+    assert message.endswith("unknown key trainer")
+    assert refusal("--config", write(tmp_path, {"wandr": 1}), config_class=BCConfig).endswith("did you mean wander?")
+
+
+def test_no_file_is_named() -> None:
+    assert refusal("--config=") == "config: expected the name of a configuration file, got nothing"
+
+
 def test_a_file_of_many_keys_is_read_in_seconds(tmp_path: Path) -> None:
     path = write(tmp_path, {"trainer": {"env_config": {str(i): i for i in range(50_000)}}})
     begin = time.process_time()
