@@ -155,7 +155,7 @@ class VLAPolicy:
         features = step.select(*self.frozen.out_keys)
         step = self.rest(step)
         with self.precision():
-            return self.contract.state_value(step), features
+            return self.contract.state_value(step).float(), features
 
 
 class Act(TensorDictModuleBase):
@@ -175,7 +175,9 @@ class Act(TensorDictModuleBase):
         deterministic = exploration_type() in (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
         step = self.rest(step)
         with self.precision():
-            return self.contract.decide(step, deterministic)
+            step = self.contract.decide(step, deterministic)
+        # Whatever the model computes in, environments and the advantages take float32.
+        return step.set(ACTION, step.get(ACTION).float()).set(VALUE, step.get(VALUE).float())
 
 
 class Score(TensorDictModuleBase):

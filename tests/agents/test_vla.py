@@ -93,8 +93,33 @@ def tokens_model(scope="none") -> Autoregressive:
     return model
 
 
+class InOtherPrecision(Autoregressive):
+    """Its actions are float64, its values bfloat16."""
+
+    def decide(self, step, deterministic):
+        step = super().decide(step, deterministic)
+        return step.update({"action": step["action"].double(), "state_value": step["state_value"].bfloat16()})
+
+    def score(self, step):
+        *scores, value = super().score(step)
+        return *scores, value.bfloat16()
+
+    def state_value(self, step):
+        return super().state_value(step).bfloat16()
+
+
 def tabletop_step(n: int = 4) -> TensorDict:
     return TabletopEnv(n, modalities=["rgb", "proprio", "language"]).reset()
+
+
+def test_what_is_decided_in_another_precision_acts_and_learns():
+    torch.manual_seed(0)
+    policy = VLAPolicy(InOtherPrecision().eval())
+    check_policy(policy, tabletop_step()["observation"], (3,))
+    batch = rollout_batch(policy)
+    assert {batch[key].dtype for key in ("action", "state_value", "advantage", "value_target")} == {torch.float32}
+    losses = total_loss(policy, batch)
+    assert losses["max_ratio"].item() == pytest.approx(1, abs=1e-5) and losses["loss_critic"].isfinite()
 
 
 @pytest.mark.parametrize("scope", ["none", "vision"])
