@@ -38,7 +38,7 @@ from research.training.collecting_policy import POLICY_VERSION, CollectingPolicy
 from research.training.episodes import EpisodeStatistics
 from research.training.parallel import ALONE, World
 from research.training.rollout import WORKER, Policy, RolloutCollector
-from research.training.workers import WeightMailbox, WorkerWatch, end_now
+from research.training.workers import REPLACED, WeightMailbox, WorkerWatch, end_now
 
 
 class Workers(Protocol):
@@ -224,12 +224,14 @@ class AsynchronousRollouts:
 
     def metrics(self) -> dict[str, float]:
         """Of the episodes that ended since this was last asked, of workers, and how stale the last rollouts are."""
-        staleness, world = self._staleness, self.world
+        staleness, world, of_workers = self._staleness, self.world, self.workers.metrics()
+        if REPLACED in of_workers:
+            of_workers[REPLACED] = float(world.total(int(of_workers[REPLACED])))
         return self.episodes.metrics() | {
             "rollout/staleness_mean": world.moments(staleness)[0].item(),
             "rollout/staleness_max": float(world.largest(int(staleness.max()))),
             "rollout/discarded": float(world.total(self._discarded)),
-            **self.workers.metrics(),
+            **of_workers,
         }
 
     def _lag(self, rollout: TensorDictBase) -> Tensor:

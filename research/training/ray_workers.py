@@ -31,7 +31,7 @@ from research.errors import SimulatorFailed, UserError, describe_error
 from research.training.algorithm import env_steps_in
 from research.training.collecting_policy import CollectingPolicy
 from research.training.rollout import RolloutCollector
-from research.training.workers import FIRST_S, as_failure, exchanged
+from research.training.workers import FIRST_S, REPLACED, as_failure, exchanged
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class RayWorkers:
     def metrics(self) -> dict[str, float]:
         """Env steps per second of each worker while it collected its last rollout, and how many were replaced."""
         speeds = {f"rollout/worker_{i}/env_steps_per_second": speed for i, speed in sorted(self._speeds.items())}
-        return speeds | {"rollout/workers_replaced": float(self.replaced)}
+        return speeds | {REPLACED: float(self.replaced)}
 
     def shutdown(self) -> None:
         with suppress(RayError):  # of actors that are no more

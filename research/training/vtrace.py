@@ -20,9 +20,9 @@ class VTraceAdvantages:
 
     Log-probabilities and values are computed anew under the current weights, so that PPO's ratio starts at 1 around the
     current policy (a decoupled objective: Hilton et al. 2022, https://arxiv.org/abs/2110.00641). Advantages are
-    importance-weighted from the acting to the current policy. With no staleness they are GAE's. Values of the states that
-    a rollout, or a truncated episode, ends in are those that the collecting weights gave: of these states no observation
-    is kept.
+    importance-weighted from the acting to the current policy. With no staleness they are GAE's. Values of the states
+    that a rollout, or a truncated episode, ends in are those that the collecting weights gave: their observations are
+    not kept.
 
     Args:
         policy: the current policy, as the loss uses it.

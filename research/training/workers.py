@@ -22,6 +22,7 @@ from research.training.collecting_policy import CollectingPolicy
 
 _SHARED_MEMORY = "/dev/shm"  # a folder that is memory, where there is one
 _PREFIX = "vla-weights-"  # then the main process's number
+REPLACED = "rollout/workers_replaced"  # metric of workers that can be: how many were lost
 FIRST_S = 600.0
 
 

@@ -225,7 +225,8 @@ def staleness_of(world: World) -> dict[str, float]:
     versions = [1] if world.rank else [0, 2]
     rollouts.workers.parts = [rollouts.workers.part(0, version, [0, 1]) for version in versions]
     rollouts.next()
-    return {name: value for name, value in rollouts.metrics().items() if name.startswith(("rollout/st", "rollout/di"))}
+    told = ("rollout/st", "rollout/di", "rollout/workers_replaced")
+    return {name: value for name, value in rollouts.metrics().items() if name.startswith(told)}
 
 
 def behaviour_of(world: World) -> list[dict[str, float]]:
@@ -290,7 +291,7 @@ def test_what_ranks_tell_each_other(found):
 def test_what_is_told_of_stale_rollouts_is_of_all_ranks(found):
     for rank in range(2):
         told = {"rollout/staleness_mean": 0.5, "rollout/staleness_max": 1.0, "rollout/discarded": 6.0}
-        assert found[rank]["staleness"] == told
+        assert found[rank]["staleness"] == told | {"rollout/workers_replaced": 2.0}
         shared, expected = found[rank]["behaviour"]
         assert shared == pytest.approx(expected, rel=1e-4) and expected["rollout/behaviour_kl"] > 1e-4
 
