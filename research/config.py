@@ -68,6 +68,9 @@ class TrainerConfig:
     max_env_steps: PositiveInt | None = None
     """Control steps over all environments: the run ends with the iteration that reaches them. Where actions are chunks,
     runs of one budget have equal numbers of env steps so, and not of iterations. null = iterations decides."""
+    iterations_by_scope: dict[str, PositiveInt] = field(default_factory=dict)
+    """Sweeps at equal wall time: iterations per freeze scope, as many as fit the time. The scope's is what iterations
+    becomes, and learning rates fall to 0 at its end."""
     save_freq: NonNegativeInt = 20000
     """Environment steps between checkpoints; 0 = only at the end."""
     keep_checkpoints: PositiveInt = 2
@@ -450,9 +453,14 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         policy, batch_size, buffer_size = self.policy, self.algorithm.cfg.batch_size, self.trainer.buffer_size
         self._settle_chunk()
-        if policy.learning_rate_by_scope and policy.scope not in policy.learning_rate_by_scope:
-            known = ", ".join(policy.learning_rate_by_scope)
-            raise UserError(f"policy.learning_rate_by_scope: has no rate for the scope {policy.freeze!r}, only {known}")
+        for option, table, kind in (
+            ("policy.learning_rate_by_scope", policy.learning_rate_by_scope, "rate"),
+            ("trainer.iterations_by_scope", self.trainer.iterations_by_scope, "number"),
+        ):
+            if table and policy.scope not in table:
+                raise UserError(f"{option}: has no {kind} for the scope {policy.freeze!r}, only {', '.join(table)}")
+        if self.trainer.iterations_by_scope and self.trainer.max_env_steps is not None:
+            raise UserError("trainer.iterations_by_scope: trainer.max_env_steps ends runs, too; give one of the two")
         if not policy.learning_rate_by_scope and policy.learning_rate_factor != 1:
             raise UserError("policy.learning_rate_factor: multiplies policy.learning_rate_by_scope, which is not set")
         if self.algorithm.name == "ppo" and buffer_size % self.trainer.num_envs:
@@ -482,31 +490,34 @@ class ExperimentConfig:
             trainer.env_config = {**trainer.env_config, "chunk": executed}
 
     def resolve(self, given: Mapping[str, str]) -> None:
-        """Settle the learning rate that follows from the freeze scope, unless another one was given beside it.
+        """Settle the learning rate and the length that follow from the freeze scope, unless others were given beside.
 
         Args:
             given: dotted key -> "base", "file" or "flag", of the values that were given.
         Raises:
-            UserError: a learning rate, and reference rates per scope that make another one, were given in one place; or
-                the rate by a flag, and the references in the file. (Flags that give references win over a file's rate,
-                and a file's over that of its base.)
+            UserError: a learning rate (or iterations), and a table per scope that makes another one, were given in one
+                place; or the rate by a flag, and the table in the file. (Flags that give a table win over a file's
+                rate, and a file's over that of its base.)
         """
-        policy, cfg = self.policy, self.algorithm.cfg
-        if not policy.learning_rate_by_scope:
-            return
-        rate = policy.learning_rate_by_scope[policy.scope] * policy.learning_rate_factor
-        by_scope = [
-            given.get(f"policy.{name}") for name in ("learning_rate_by_scope", "learning_rate_factor", "freeze")
-        ]
-        places = (None, "base", "file", "flag")  # each wins over those before it
-        overruled = max(map(places.index, by_scope)) > places.index(given.get("algorithm.cfg.learning_rate"))
-        if "algorithm.cfg.learning_rate" in given and cfg.learning_rate != rate and not overruled:
+        policy, trainer = self.policy, self.trainer
+        if policy.learning_rate_by_scope:
+            rate = policy.learning_rate_by_scope[policy.scope] * policy.learning_rate_factor
+            tables = ("policy.learning_rate_by_scope", "policy.learning_rate_factor")
+            self._settle(given, "algorithm.cfg.learning_rate", self.algorithm.cfg, rate, tables)
+        if trainer.iterations_by_scope:
+            iterations = trainer.iterations_by_scope[policy.scope]
+            self._settle(given, "trainer.iterations", trainer, iterations, ("trainer.iterations_by_scope",))
+
+    def _settle(self, given: Mapping[str, str], option: str, group: Any, value: float, tables: Sequence[str]) -> None:
+        """Set an option to what tables per scope make of it; see `resolve`."""
+        name, places = option.rpartition(".")[2], (None, "base", "file", "flag")  # each wins over those before it
+        by_scope = max(places.index(given.get(key)) for key in (*tables, "policy.freeze"))
+        if option in given and getattr(group, name) != value and by_scope <= places.index(given[option]):
             raise UserError(
-                f"algorithm.cfg.learning_rate: is {cfg.learning_rate:g}, but policy.learning_rate_by_scope and "
-                f"learning_rate_factor make it {rate:g}; give one of the two "
-                "(--policy.learning_rate_by_scope={} unsets the latter)"
+                f"{option}: is {getattr(group, name):g}, but by {' and '.join(tables)} it is {value:g}; give one of "
+                f"the two (--{tables[0]}={{}} unsets the latter)"
             )
-        cfg.learning_rate = rate
+        setattr(group, name, value)
 
 
 def split_switches(

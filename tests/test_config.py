@@ -549,7 +549,7 @@ def test_a_rate_is_given_once(tmp_path: Path) -> None:
     references = {"policy": {"freeze": "vision", "learning_rate_by_scope": {"vision": 4e-4}}}
     assert "algorithm.cfg.learning_rate: is 1e-05" in refusal("--config", write(tmp_path, references | rate))
     path = write(tmp_path, references)
-    assert "make it 0.0004" in refusal("--config", path, "--algorithm.cfg.learning_rate=1e-5")
+    assert "learning_rate_factor it is 0.0004" in refusal("--config", path, "--algorithm.cfg.learning_rate=1e-5")
     unset = ["--policy.learning_rate_by_scope={}", "--algorithm.cfg.learning_rate=1e-5"]
     assert parse("--config", path, *unset).algorithm.cfg.learning_rate == 1e-5
 
@@ -563,6 +563,21 @@ def test_switches_of_the_model_become_the_scope(tmp_path: Path) -> None:
 
 
 # --- a group whose options depend on a name
+
+
+LENGTHS = ["--policy.freeze=vision", "--trainer.iterations_by_scope.vision=80", "--trainer.iterations_by_scope.none=32"]
+
+
+def test_a_sweep_gives_each_scope_the_iterations_that_fit_its_time(tmp_path: Path) -> None:
+    config = parse(*LENGTHS)
+    assert config.trainer.iterations == 80 and parse(*LENGTHS, "--policy.freeze=none").trainer.iterations == 32
+    assert parse("--config", write(tmp_path, to_dict(config))) == config
+    assert "no number for the scope 'lora', only vision, none" in refusal(*LENGTHS, "--policy.freeze=lora")
+    message = refusal(*LENGTHS, "--trainer.iterations=5")
+    assert message.startswith(
+        "trainer.iterations: is 5, but by trainer.iterations_by_scope it is 80; give one of the two"
+    )
+    assert "trainer.max_env_steps ends runs, too" in refusal(*LENGTHS, "--trainer.max_env_steps=5")
 
 
 @dataclass

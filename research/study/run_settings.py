@@ -24,10 +24,12 @@ DEFAULTS = {
 }
 START = "policy.vla_config.model_path"
 # What becomes another option, whose value is kept.
-BECOMES = {f"policy.vla_config.model_config.{name}": SCOPE for name in FREEZE_SWITCHES} | dict.fromkeys(
-    ("policy.learning_rate_by_scope", "policy.learning_rate_factor"), RATE
-)
-_OWN_COLUMN = (ENV_CONFIG, "trainer.wandb_", "policy.learning_rate_by_scope.")
+BECOMES = {
+    **{f"policy.vla_config.model_config.{name}": SCOPE for name in FREEZE_SWITCHES},
+    **dict.fromkeys(("policy.learning_rate_by_scope", "policy.learning_rate_factor"), RATE),
+    "trainer.iterations_by_scope": "trainer.iterations",
+}
+_OWN_COLUMN = (ENV_CONFIG, "trainer.wandb_", "policy.learning_rate_by_scope.", "trainer.iterations_by_scope.")
 # What does not change what is learned, or has a column of its own.
 NOT_KEPT = (
     "trainer.exp_name", ENVIRONMENT, "trainer.env_config", SEED, "trainer.run_dir", "trainer.use_wandb",

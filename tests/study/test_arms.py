@@ -167,6 +167,7 @@ REFUSED = {
     "trainer.seed": "--by: trainer.seed makes no arms: seeds are the repetitions of each",
     "trainer.env": "--by: trainer.env makes no arms: scores of two environments cannot be compared",
     "policy.learning_rate_factor": "makes no arms: it becomes algorithm.cfg.learning_rate, which may",
+    "trainer.iterations_by_scope": "makes no arms: it becomes trainer.iterations, which may",
     "policy.vla_config.model_config.freeze_vision_encoder": "makes no arms: it becomes policy.freeze, which may",
     "trainer.run_dir": "--by: trainer.run_dir makes no arms: it does not change what is learned",
 }
@@ -196,7 +197,8 @@ def test_runs_of_two_sweeps_are_repetitions_however_their_rate_came_about(tmp_pa
     reference = {"vision": 1e-4, "none": 5e-5}
     by_factor = {"policy__learning_rate_by_scope": reference, "policy__learning_rate_factor": 4.0}
     make_run(tmp_path / "a", "vision", 4e-4, seed=1, **by_factor)
-    make_run(tmp_path / "b", "vision", 4e-4, seed=2, policy__learning_rate_by_scope={"vision": 4e-4})
+    lengths = {"trainer__iterations_by_scope": {"vision": 50, "none": 20}}
+    make_run(tmp_path / "b", "vision", 4e-4, seed=2, policy__learning_rate_by_scope={"vision": 4e-4}, **lengths)
     (result,) = compare(read_folders([str(tmp_path)])).arms
     assert [run.seed for run in result.runs] == [1, 2]
 
