@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from agents.critic import scores
 from agents.policy import VLAPolicy
 from agents.vla import Contract, DecidingVLA, contract_of, for_model, run_stages
-from research.errors import UserError, one_line
+from research.errors import UserError, one_line, place_of
 from research.schema import ACTION, LOG_PROB, VALUE
 
 
@@ -175,8 +175,17 @@ def _call(what: str, method: Callable, *arguments) -> Any:
         raise
     except Exception as error:  # the user's own code: anything can come out of it
         raise UserError(
-            f"{what} failed on the environment's observations: {type(error).__name__}: {one_line(error)}"
+            f"{what} failed on the environment's observations: {type(error).__name__}: {one_line(error)} "
+            f"({place_of(error)}); it was given {_layout(arguments)}"
         ) from error
+
+
+def _layout(arguments: tuple) -> str:
+    """The tensors that a method was called with, each with its dtype and shape."""
+    given = next(one for one in arguments if isinstance(one, TensorDictBase | Mapping))
+    flat = given.flatten_keys(".") if isinstance(given, TensorDictBase) else given
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    return ", ".join(f"{key} {str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for key, one in tensors.items())
 
 
 def _expect(what: str, value: Any, shape: tuple[int, ...]) -> None:

@@ -21,7 +21,7 @@ from agents.fitting import fill, renamed
 from agents.memory_guard import refuse_too_large
 from agents.provided_weights import add_left_out
 from agents.weights import DIRECTORY_FILES, read_weights, some
-from research.errors import UserError, describe_error
+from research.errors import UserError, describe_error, place_of
 from research.own_packages import hidden_module
 
 log = logging.getLogger(__name__)
@@ -186,4 +186,6 @@ def _instance(cls: type[nn.Module], config: dict[str, Any]) -> nn.Module:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model_config: {cls.__name__} cannot be constructed: {describe_error(error)}") from error
+        raise UserError(
+            f"model_config: {cls.__name__} cannot be constructed: {describe_error(error)} ({place_of(error)})"
+        ) from error

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import gymnasium
 
-from research.errors import SimulatorFailed, UserError, one_line
+from research.errors import SimulatorFailed, UserError, one_line, place_of
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +20,7 @@ def describe(error: BaseException) -> str:
         return f"needs a package that is not installed: {one_line(error)}"
     if isinstance(error, ModuleNotFoundError):
         return f"needs {error.name!r}: pip install the package that provides it"
-    frames = traceback.extract_tb(error.__traceback__)
-    # W&B, once it is imported, has a function of its own in the place of sys.exit.
-    place = next((frame for frame in reversed(frames) if "wandb" not in Path(frame.filename).parts), frames[-1])
-    return f"raised {type(error).__name__}: {one_line(error)} ({Path(place.filename).name}, line {place.lineno})"
+    return f"raised {type(error).__name__}: {one_line(error)} ({place_of(error)})"
 
 
 @contextmanager

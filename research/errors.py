@@ -5,8 +5,15 @@ It imports nothing that takes long, so that help, refusals and what only reads f
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+_OURS = ("agents", "envs", "experiments", "research")
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 class UserError(Exception):
@@ -36,6 +43,22 @@ def one_line(error: BaseException) -> str:
 def describe_error(error: BaseException) -> str:
     """An exception's class and text on one line of at most 200 characters, for a `UserError` about somebody's code."""
     return f"{type(error).__name__}: {one_line(error)}"[:200]
+
+
+def place_of(error: BaseException) -> str:
+    """Where in somebody's code an exception came from, as "my_env.py, line 5"; a phrase for a `UserError` about it.
+
+    It is the innermost line of code that was not installed and is not this project's: not where within torch two shapes
+    did not fit, but which line of a model put them together. Where there is none, it is the innermost line of all.
+    """
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    path, line = next((frame for frame in reversed(frames) if _is_somebodys(frame[0])), frames[-1])
+    return f"{path.name}, line {line}"
+
+
+def _is_somebodys(path: Path) -> bool:
+    installed = {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(_STANDARD_LIBRARY)
+    return path.suffix == ".py" and not installed and not any(path.is_relative_to(_ROOT / part) for part in _OURS)
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "; ") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_wrong_shapes_and_dtypes_say_expected_and_got(method, result, message):
     with pytest.raises(UserError, match=message) as caught:
         check_policy(VLAPolicy(model), observations(), (3,))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [ThreeMethods, Fused, lambda staged: staged])
+def test_what_a_model_raises_is_told_with_its_line_and_what_it_was_given(make):
+    model = make(small_model())
+    for name in ("forward", "act", "action_distribution"):
+        setattr(model, name, lambda *given, **options: nn.Linear(5, 3)(torch.zeros(2, 4)))
+    with pytest.raises(UserError, match="mat1 and mat2") as caught:
+        check_policy(VLAPolicy(model), observations(), (3,))
+    message = str(caught.value)
+    assert re.search(r"\(test_checking.py, line \d+\); it was given ", message), "not a line of torch's"
+    assert re.search(r"\brgb uint8 \[2, 64, 64, 3\]", message) and re.search(r"\bproprio float32 \[2, 3\]", message)
 
 
 class Unmarked(nn.Module):

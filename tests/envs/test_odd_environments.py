@@ -361,7 +361,7 @@ def test_every_one_of_them_is_tested():
 
 def test_the_place_of_an_exit_is_where_the_environment_asked_for_it():
     """W&B's sys.exit, which stands for Python's once W&B is imported, is between the environment and the exception."""
-    hook = compile("def leave(code):\n    raise SystemExit(code)\n", "/venv/lib/wandb/sdk/lib/exit_hooks.py", "exec")
+    hook = compile("def leave(code):\n    raise SystemExit(code)\n", "/site-packages/wandb/lib/exit_hooks.py", "exec")
     world = compile("def step():\n    leave(3)\n", "/home/user/my_env.py", "exec")
     names: dict = {}
     exec(hook, names)
