@@ -46,6 +46,7 @@ from pathlib import Path
 
 import packages  # noqa: F401
 
+from research.commands import as_called, called
 from research.errors import UserError, one_line
 from research.study.comparison import compare
 from research.study.report import write_report
@@ -55,7 +56,9 @@ from research.study.tables import ranking
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called(), description=as_called(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", help="run folders, folders that hold some, globs")
     parser.add_argument("--wandb", metavar="PATH", help="entity/project/sweep_id or entity/project, instead of folders")
     parser.add_argument("--table", metavar="CSV", help="a runs.csv that this script wrote, instead of folders")
@@ -92,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             runs = read_table(options.table) if options.table else read_folders(options.runs, options.evaluation)
         comparison = compare(runs, options.choose_on, options.choosing_seeds, options.by, options.equal)
-        command = f"python experiments/compare_runs.py {shlex.join(argv)}"
+        command = as_called(f"python experiments/compare_runs.py {shlex.join(argv)}")
         write_report(comparison, Path(options.output), command)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import packages  # noqa: F401
 
+from research.commands import as_called, called
 from research.errors import UserError
 from research.runs.folder import replacing
 
@@ -40,7 +41,10 @@ and with an exported folder, without a run: `act = serve(Pi0VLA(7, ..., pretrain
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=called(),
+        description=as_called(__doc__),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, or a checkpoint in it")
     parser.add_argument("--output", required=True, help="file (.pt, .safetensors), or folder (no ending)")

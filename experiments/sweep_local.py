@@ -38,6 +38,7 @@ import optuna
 from configuration import SCRIPTS, default_of
 from optuna.trial import TrialState
 
+from research.commands import as_called, called
 from research.config import ExperimentConfig
 from research.errors import UserError
 from research.options import parse_config
@@ -263,7 +264,9 @@ def config_of(flags: list[str], program: str = "ppo_vla.py") -> ExperimentConfig
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called(), description=as_called(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", help="W&B sweep file (YAML)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time; each gets its share of the cores")
     parser.add_argument("--trials", type=int, help="most runs of the sweep; also ends a random or Bayesian one")

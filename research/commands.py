@@ -6,6 +6,7 @@ to the front of the path, and the script runs as `__main__`.
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -51,6 +52,17 @@ def compare() -> None:
 def called() -> str | None:
     """The name of the command that this process was started by; None where it was a script itself."""
     return _called
+
+
+def as_called(text: str) -> str:
+    """A text that names scripts to run; where an installed command started this process, it names commands instead.
+
+    Whoever stands in a folder of their own, or installed the package alone, has no `experiments/` there.
+    """
+    if _called is None:
+        return text
+    text = re.sub(r"(?:python )?experiments/([a-z]+)_(?:vla|local|runs)\.py", r"vla-\1", text)
+    return re.sub(r"(torchrun (?:--\S+ \d+ )+)(?=vla-)", r"\1--no-python ", text)
 
 
 _called: str | None = None

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
 
-from research.commands import called
+from research.commands import as_called, called
 from research.errors import UserError
 
 HELP, PRINT_CONFIG, COMPLETION = "--help", "--print_config", "--print_completion"
@@ -45,7 +45,7 @@ def make_parser(config_class: type, description: str, choices: tuple[tuple[str, 
     set_loader("flag", read_literal)
     usage = "%(prog)s [--config FILE] [--key=value ...]"
     parser = ArgumentParser(
-        prog=called(), usage=usage, description=description, exit_on_error=False, parser_mode="flag",
+        prog=called(), usage=usage, description=as_called(description), exit_on_error=False, parser_mode="flag",
         add_help=False, formatter_class=_Formatter,
     )  # fmt: skip
     for question, text in QUESTIONS.items():

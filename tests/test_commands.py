@@ -41,6 +41,29 @@ def test_a_command_is_its_script_with_arguments_and_exit_code(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: no such folder: nowhere\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", NAMED)
+def test_the_help_of_a_command_shows_commands_which_there_are_from_any_folder(command, tmp_path):
+    function = NAMED[command].partition(":")[2]
+    code = f"import sys; sys.argv = ['{command}', '--help']; from research.commands import {function}; {function}()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {command} "), done.stderr
+    assert f"\n    {command} " in done.stdout
+    assert not re.search(r"experiments/\w+\.py", done.stdout), done.stdout
+
+
+def test_what_a_command_proposes_is_a_command(monkeypatch):
+    text = (
+        "python experiments/compare_runs.py runs\ntorchrun --nproc-per-node 2 experiments/ppo_vla.py --trainer.seed=2"
+    )
+    assert commands.as_called(text) == text, "a script's own words, where a script was started"
+    monkeypatch.setattr(commands, "_called", "vla-sweep")
+    expected = "vla-compare runs\ntorchrun --nproc-per-node 2 --no-python vla-ppo --trainer.seed=2"
+    assert commands.as_called(text) == expected
+    assert commands.as_called("python experiments/before_after.py") == "python experiments/before_after.py"
+
+
 def test_the_wheel_has_the_scripts_and_every_file_that_a_configuration_names(monkeypatch):
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.chdir(ROOT)

@@ -11,6 +11,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from research.commands import as_called
 from research.errors import UserError
 from research.runs.folder import RunFolder
 from research.runs.tracking import read_metrics
@@ -147,7 +148,7 @@ class SweepProgress:
         no_arms = ("config", *NOT_KEPT)  # the scope, seed and rate among them
         others = [name for name in self.sweep.varied if name not in no_arms and not name.startswith(chosen)]
         by = f" --by {' '.join([*([SCOPE] if SCOPE in self.sweep.varied else []), *others])}" if others else ""
-        return f"compare with: python experiments/compare_runs.py {self.folder}{by}"
+        return as_called(f"compare with: python experiments/compare_runs.py {self.folder}{by}")
 
     def _counted(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials.all() if self.trials.counts(trial)]
