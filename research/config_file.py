@@ -51,9 +51,10 @@ def read_chain(path: str) -> list[ConfigFile]:
         if (here := os.path.realpath(name)) in seen:
             raise UserError(f"{files[0].path}: base: leads back to {name}, which starts from this file")
         seen.append(here)
+        if isinstance(content, dict):
+            content.pop("$schema", None)  # by which editors find what `--print_completion=jsonschema` printed
         if isinstance(content, dict) and "base" in content:
-            base, content = content["base"], {key: value for key, value in content.items() if key != "base"}
-            base = _base_of(name, base)
+            base = _base_of(name, content.pop("base"))
         files.insert(0, ConfigFile(name, content))
         name = base
     return files

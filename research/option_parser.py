@@ -121,7 +121,16 @@ def show_completion(parser: ArgumentParser, kind: str) -> NoReturn:
     except (ValueError, ImportError) as error:
         kinds = "there are jsonschema and, with `pip install shtab`, shtab-bash, shtab-zsh and shtab-tcsh"
         raise UserError(f"{COMPLETION}: {str(error).rstrip('.')}; {kinds}") from None
-    answer(script)
+    answer(_of_files(script) if kind == "jsonschema" else script)
+
+
+def _of_files(schema: str) -> str:
+    """The schema of what a configuration file may hold: a base, and no questions of the command line."""
+    content = json.loads(schema)
+    for name in ("config", *(question.removeprefix("--") for question in QUESTIONS)):
+        content["properties"].pop(name, None)
+    content["properties"] |= {"base": {"type": "string", "description": "The configuration file to start from."}}
+    return json.dumps(content, indent=2)
 
 
 def read_literal(text: str) -> Any:

@@ -101,6 +101,20 @@ def test_an_editor_can_check_a_configuration(capsys):
     assert not check({"trainer": {"sed": 1}})
 
 
+def test_an_editor_accepts_what_a_file_may_hold_besides_options_and_nothing_that_is_a_question(capsys, tmp_path):
+    schema = json.loads(printed(capsys, ExperimentConfig, "--print_completion=jsonschema"))
+    check = jsonschema.Draft202012Validator(schema).is_valid
+    (tmp_path / "base.json").write_text('{"trainer": {"seed": 3}}')
+    (tmp_path / "a.json").write_text(text := '{"$schema": "vla.schema.json", "base": "base.json"}')
+    assert check(json.loads(text))
+    assert parse_config(ExperimentConfig, [f"--config={tmp_path / 'a.json'}"]).trainer.seed == 3
+    for name in ("config", "help", "print_config", "print_completion"):
+        (tmp_path / "b.json").write_text(text := json.dumps({name: True}))
+        assert not check(json.loads(text))
+        with pytest.raises(UserError, match=f"unknown key {name}"):
+            parse_config(ExperimentConfig, [f"--config={tmp_path / 'b.json'}"])
+
+
 def test_a_completion_that_there_is_none_of_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="^--print_completion: .*; there are jsonschema and") as caught:
         parse_config(ExperimentConfig, ["--print_completion=fish"])
