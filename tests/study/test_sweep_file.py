@@ -38,7 +38,7 @@ def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
     runs |= {"algorithms_equal_time": 10}
     runs |= {"starts_rates": 72, "metaworld_ppo_rates": 6, "metaworld_group_rates": 12}
     runs |= {"metaworld_ppo_rates_ends": 2, "metaworld_group_rates_ends": 4}
-    runs |= {"metaworld_ppo": 5, "metaworld_grpo": 5, "metaworld_rloo": 5}
+    runs |= {"metaworld_ppo": 5, "metaworld_grpo": 5, "metaworld_rloo": 5, "metaworld_ppo_equal_time": 5}
     runs |= {"pretrained_scopes_rates": 42, "pretrained_scopes_rates_ends": 6, "pretrained_scopes": 35}
     assert (sweep.run_cap or len(sweep.grid())) == runs[path.stem]
     assert sweep.name == path.stem and sweep.project == "vla-rl"
