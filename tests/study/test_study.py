@@ -290,6 +290,42 @@ def test_the_rates_of_the_algorithms_on_metaworld_are_those_of_the_committed_run
     assert f"the start solves {start['eval/success_rate']:.2f} of them" in text
 
 
+def test_the_comparison_of_the_algorithms_on_metaworld_is_that_of_the_committed_runs():
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("### On push-v3 of Meta-World: the comparison")[1]
+    text, page = text.split("\n## ")[0], (ROOT / "docs" / "what_to_freeze.md").read_text()
+    runs = read_table(STUDY.parent / "metaworld_algorithms" / "runs.csv")
+    comparison = compare(runs, by=["algorithm", "algorithm.cfg.advantage"])
+    names = {"ppo": "PPO", "grpo, grpo": "GRPO", "grpo, rloo": "RLOO"}
+    assert sorted(arm.arm for arm in comparison.arms) == sorted(names)
+    (before,) = {round(run.eval_scores[0], 3) for run in runs}
+    for arm in comparison.arms:
+        assert [run.seed for run in arm.runs] == [11, 12, 13, 14, 15]
+        assert all(60_000 <= run.eval_steps[-1] < 66_000 for run in arm.runs) and arm.scores.shape == (5, 150)
+        seeds = ", ".join(f"{run.eval_scores[-1]:.3f}" for run in arm.runs)
+        mean, name = shown_estimate(arm.mean), names[arm.arm]
+        bold = mean.replace(" [", "** [")
+        assert f"| {name} | {arm.learning_rate:g} | {before} | **{bold} | {seeds} |" in text
+        assert mean in page
+        start = np.array([run.episodes_at("steps", 0) for run in arm.runs], dtype=float)
+        gain = difference_interval(arm.scores, start)
+        assert (
+            f"{name} gains {shown_estimate(gain)}".replace("-0.000", "0.000") in " ".join(text.split()) and gain.low < 0
+        )
+    _, table = pair_table(comparison)
+    for first, second, difference, p, verdict, _, seeds in table:
+        more = seeds if seeds.startswith("more") else f"{seeds} more seeds each"
+        assert verdict == "not separable"
+        assert f"| {names[first]} - {names[second]} | {difference} | {p} | {verdict}; {more} might tell |" in text
+    seconds = sorted(run.eval_seconds[-1] for run in runs)
+    assert f"({seconds[0]:,.0f} to {seconds[-1]:,.0f} s, evaluations included)" in text
+    rates = read_table(STUDY.parent / "metaworld_algorithms_rates" / "runs.csv")  # the quickest ran alone
+    quiet = {"ppo": 2, "grpo": 4}
+    for algorithm, few in quiet.items():
+        took = [run.eval_seconds[-1] for run in rates if run.settings["algorithm.name"] == algorithm]
+        quiet[algorithm] = np.mean(sorted(took)[:few])
+    assert f"in quiet PPO takes {quiet['ppo']:.0f} s, and GRPO and RLOO {quiet['grpo']:.0f} s" in " ".join(text.split())
+
+
 def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_the_next_step():
     """Each scope's best mean is chosen, none at an end of its row, and the sweep of the answers takes those rates."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("never seen the task: rates")[1].split("\n### ")[0]

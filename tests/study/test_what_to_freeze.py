@@ -144,7 +144,8 @@ def test_the_longer_runs(name, words):
 def test_the_algorithms_each_at_its_own_rate():
     comparison = compared("algorithms", (1, 2, 3), ("algorithm", "algorithm.cfg.advantage"))
     ppo, *others = comparison.arms
-    lines = [row("PPO, GRPO and RLOO at equal env steps"), row("| | GRPO |"), row("| | RLOO |")]
+    question = "PPO, GRPO and RLOO at equal env steps"
+    lines = [row(question), row("| | GRPO |", question), row("| | RLOO |", question)]
     assert all(shown(arm.mean) in line for arm, line in zip((ppo, *others), lines, strict=True))
     better = [pair.difference for pair in comparison.pairs if pair.first == "ppo"]
     assert "{} and {} better".format(*map(shown, better)) in lines[0]
