@@ -194,6 +194,10 @@ def _range(name: str, spec: dict[str, Any], where: str, method: str) -> Paramete
         given = "int_uniform" if all(type(spec[key]) is int for key in ("min", "max")) else "uniform"
     if not isinstance(given, str) or given not in RANGES:
         known = ", ".join((*RANGES, *NORMALS, *LISTED))
+        if f"{given}_values" in RANGES:
+            raise UserError(
+                f"{where}: {given} has min and max as exponents of e; use {given}_values, which has the values"
+            )
         raise UserError(f"{where}: distribution {shown(given)} is not supported; use one of {known}")
     if others := [key for key in spec if key not in ("min", "max", "q", "distribution")]:
         raise UserError(f"{where}: {given} has min and max, not {others[0]}")

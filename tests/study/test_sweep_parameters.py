@@ -96,6 +96,11 @@ def test_corners_show_what_a_script_is_likely_to_be_given():
         ({"distribution": "q_normal", "q": 0}, "random", "q must be greater than 0"),
         ({"distribution": "uniform", "min": 0.0, "max": 1.0, "mu": 1}, "random", "uniform has min and max, not mu"),
         ({"distribution": "beta"}, "random", "distribution 'beta' is not supported; use one of uniform,"),
+        (
+            {"distribution": "log_uniform", "min": -5, "max": 0},
+            "random",
+            "exponents of e; use log_uniform_values",
+        ),
         ({"distribution": "q_uniform", "min": 0, "max": 1, "q": 1e-7}, "grid", "a grid of 10,000,000 points"),
     ],
 )
