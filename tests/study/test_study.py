@@ -326,6 +326,21 @@ def test_the_comparison_of_the_algorithms_on_metaworld_is_that_of_the_committed_
     assert f"in quiet PPO takes {quiet['ppo']:.0f} s, and GRPO and RLOO {quiet['grpo']:.0f} s" in " ".join(text.split())
 
 
+def test_the_algorithms_on_metaworld_at_equal_wall_time_are_those_of_the_committed_runs():
+    text = (ROOT / "experiments" / "RESULTS.md").read_text().split("### On push-v3 of Meta-World: the comparison")[1]
+    runs = read_table(STUDY.parent / "metaworld_algorithms" / "equal_time.csv")
+    comparison = compare(runs, by=["algorithm", "algorithm.cfg.advantage"], equal="ends")
+    (ppo,) = (arm for arm in comparison.arms if arm.arm == "ppo")
+    assert f"PPO has {shown_estimate(ppo.mean)} so far" in " ".join(text.split()) and ppo.separable_from == []
+    assert [run.seed for run in ppo.runs] == [11, 12, 13, 14] and "by four of its five seeds" in " ".join(text.split())
+    step_2 = read_table(STUDY.parent / "metaworld_algorithms" / "runs.csv")
+    before = {run.run: run.episodes for run in step_2}
+    assert all(run.episodes == before[run.run] for run in runs if run not in ppo.runs)
+    at_first = [run.eval_steps[-1] for run in step_2 if run.learning_rate == ppo.learning_rate]
+    times = np.mean([run.eval_steps[-1] for run in ppo.runs]) / np.mean(at_first)
+    assert f"Given {times:.1f} times the control steps" in " ".join(text.split())
+
+
 def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_the_next_step():
     """Each scope's best mean is chosen, none at an end of its row, and the sweep of the answers takes those rates."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("never seen the task: rates")[1].split("\n### ")[0]
