@@ -562,9 +562,6 @@ def test_switches_of_the_model_become_the_scope(tmp_path: Path) -> None:
     assert parse(f"{MODEL_CONFIG}.freeze_vision_encoder=False").policy.freeze == "none"
 
 
-# --- a group whose options depend on a name
-
-
 LENGTHS = ["--policy.freeze=vision", "--trainer.iterations_by_scope.vision=80", "--trainer.iterations_by_scope.none=32"]
 
 
@@ -578,6 +575,9 @@ def test_a_sweep_gives_each_scope_the_iterations_that_fit_its_time(tmp_path: Pat
         "trainer.iterations: is 5, but by trainer.iterations_by_scope it is 80; give one of the two"
     )
     assert "trainer.max_env_steps ends runs, too" in refusal(*LENGTHS, "--trainer.max_env_steps=5")
+
+
+# --- a group whose options depend on a name
 
 
 @dataclass
