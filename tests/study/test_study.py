@@ -330,15 +330,21 @@ def test_the_algorithms_on_metaworld_at_equal_wall_time_are_those_of_the_committ
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("### On push-v3 of Meta-World: the comparison")[1]
     runs = read_table(STUDY.parent / "metaworld_algorithms" / "equal_time.csv")
     comparison = compare(runs, by=["algorithm", "algorithm.cfg.advantage"], equal="ends")
-    (ppo,) = (arm for arm in comparison.arms if arm.arm == "ppo")
-    assert f"PPO has {shown_estimate(ppo.mean)} so far" in " ".join(text.split()) and ppo.separable_from == []
-    assert [run.seed for run in ppo.runs] == [11, 12, 13, 14] and "by four of its five seeds" in " ".join(text.split())
+    text, page = " ".join(text.split("\n## ")[0].split()), (ROOT / "docs" / "what_to_freeze.md").read_text()
+    ppo, *others = comparison.arms
+    differences = [shown_estimate(pair.difference) for pair in comparison.pairs if pair.first == "ppo"]
+    assert [arm.arm for arm in (ppo, *others)] == ["ppo", "grpo, grpo", "grpo, rloo"] and ppo.separable_from == []
+    assert f"PPO has {shown_estimate(ppo.mean)}: {differences[0]} above GRPO and {differences[1]} above RLOO" in text
+    assert [run.seed for run in ppo.runs] == [11, 12, 13, 14, 15] and shown_estimate(ppo.mean) in page
+    start = np.array([run.episodes_at("steps", 0) for run in ppo.runs], dtype=float)
+    gain = difference_interval(ppo.scores, start)
+    assert f"It gains {shown_estimate(gain)} on its start" in text and gain.low > 0
     step_2 = read_table(STUDY.parent / "metaworld_algorithms" / "runs.csv")
     before = {run.run: run.episodes for run in step_2}
     assert all(run.episodes == before[run.run] for run in runs if run not in ppo.runs)
     at_first = [run.eval_steps[-1] for run in step_2 if run.learning_rate == ppo.learning_rate]
     times = np.mean([run.eval_steps[-1] for run in ppo.runs]) / np.mean(at_first)
-    assert f"Given {times:.1f} times the control steps" in " ".join(text.split())
+    assert f"Given {times:.1f} times the control steps" in text
 
 
 def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_the_next_step():
