@@ -253,7 +253,8 @@ def compare(
         refuse_unlike_lengths(complete, budgets[equal], equal)
     paired, pairing_notes = pairing(complete, budgets, equal)
     notes += pairing_notes
-    notes += ends_note(complete, budgets["seconds"])
+    if equal != "ends":  # where scores at equal wall time are shown
+        notes += ends_note(complete, budgets["seconds"])
     interrupted, interruption_notes = interruption(complete, budgets, noun_of(by), equal)
     notes += interruption_notes
     if choose_on == "states" and not paired[equal]:

@@ -27,11 +27,11 @@ def describe(comparison: Comparison) -> list[str]:
         "steps": "", "seconds": " Runs are compared at equal wall time.",
         "ends": " Each run is compared at its own end, whatever it was given.",
     }[comparison.equal]  # fmt: skip
+    wall_time = "" if comparison.equal == "ends" else f" and at {comparison.seconds:,.0f} s of wall time"
     return [
         f"{describe_evaluation(first, comparison.by)}, initial states {first.states}. "
         f"{len(comparison.runs)} runs, {complete} of them complete. {comparison.measure.capitalize()} at "
-        f"{comparison.env_steps:,.0f} env steps and at {comparison.seconds:,.0f} s of wall time, the most that all "
-        f"complete runs reached.{compared}",
+        f"{comparison.env_steps:,.0f} env steps{wall_time}, the most that all complete runs reached.{compared}",
     ]
 
 

@@ -81,6 +81,9 @@ def test_runs_that_took_about_as_long_count_as_they_ended(tmp_path, seconds, at_
         assert found.value == pytest.approx(at_seconds)
         said = any("(100 s) 3 runs that took up to 109 s count as they ended" in note for note in comparison.notes)
         assert said == (seconds == 109.0)
+    at_ends = compare(read_folders([str(tmp_path)]), equal="ends")
+    assert not any("count as they ended" in note for note in at_ends.notes)
+    assert "wall time" not in describe(at_ends)[0]  # neither is shown there
     places, mean = curve(none.runs, "seconds")
     assert places[-1] == seconds and mean.value[0] == pytest.approx(0.5)  # as evaluated, whoever it is compared with
 
