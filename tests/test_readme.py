@@ -7,6 +7,7 @@ import re
 
 import pytest
 from worlds import ROOT
+from written_numbers import interval
 
 from research.study.comparison import compare
 from research.study.run_table import read_table
@@ -17,19 +18,15 @@ RESULTS = ROOT / "experiments" / "results"
 TEXT = " ".join((ROOT / "README.md").read_text().split())
 
 
-def shown(estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def test_what_to_freeze_in_one_sentence():
     study = compare(read_table(RESULTS / "freeze_learning_rate" / "runs.csv"), choosing_seeds=(1, 2))
     arms = {arm.arm: arm for arm in study.arms}
-    nothing, adapters = shown(arms["none"].mean), shown(arms["lora"].mean)
+    nothing, adapters = interval(arms["none"].mean), interval(arms["lora"].mean)
     assert f"nothing (success {nothing}), or all but low-rank adapters ({adapters})" in TEXT
     assert "lora" not in arms["none"].separable_from and "which cannot be told apart" in TEXT
     worst = min(study.arms, key=lambda arm: arm.mean.value)
     assert worst.arm == "backbone" and set(worst.separable_from) == set(arms) - {"backbone"}
-    assert f"heads alone end lowest ({shown(worst.mean)})." in TEXT
+    assert f"heads alone end lowest ({interval(worst.mean)})." in TEXT
     at_highest = {
         scope: max(r.eval_scores[-1] for r in runs) for (scope, rate), runs in study.cells.items() if rate == 1.6e-3
     }

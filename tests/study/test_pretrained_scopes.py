@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from worlds import ROOT
+from written_numbers import interval
 
 from research.study.comparison import compare
 from research.study.run_table import read_table
@@ -24,10 +25,6 @@ NAMES = {
     **{scope: f"`{scope}`" for scope in ("none", "lora", "vision", "backbone", "residual")},
 }  # fmt: skip
 SHORT = 75  # control steps of the episodes that were trained in
-
-
-def shown(estimate, sign: str = "") -> str:
-    return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +72,9 @@ def test_the_table(text, learned, kept, soon):
     of_kept = {arm.arm: arm for arm in kept.arms}
     for arm in learned.arms:
         seconds = np.mean([run.eval_seconds[-1] for run in arm.runs])
-        early = shown(mean_interval(soon[arm.arm]))
+        early = interval(mean_interval(soon[arm.arm]))
         cells = [
-            NAMES[arm.arm], f"{arm.learning_rate:g}", f"{arm.before:.3f}", shown(arm.mean), f"{seconds:.0f}",
+            NAMES[arm.arm], f"{arm.learning_rate:g}", f"{arm.before:.3f}", interval(arm.mean), f"{seconds:.0f}",
             f"{of_kept[arm.arm].mean.value:.3f}", early,
         ]  # fmt: skip
         assert f"| {' | '.join(cells)} |" in text
@@ -92,7 +89,7 @@ def test_what_is_said_of_success(text, page, learned):
     assert not any(pair.separable for pair in learned.pairs) and len(learned.pairs) == 21
     widest = max(learned.pairs, key=lambda pair: pair.difference.value)
     assert (widest.first, widest.second) == ("none", "backbone")
-    assert f"is {shown(widest.difference, '+')} by itself and p {widest.p_value:.3f} among 21 pairs" in words
+    assert f"is {interval(widest.difference, '+')} by itself and p {widest.p_value:.3f} among 21 pairs" in words
     gains = [arm.mean.value - arm.before for arm in learned.arms]
     assert f"All gain from the start, by {min(gains):.3f} to {max(gains):.3f}." in words
     reach = max(max(pair.difference.high, -pair.difference.low) for pair in learned.pairs)
@@ -102,11 +99,11 @@ def test_what_is_said_of_success(text, page, learned):
         before = np.array([run.scores(run.episodes[0]) for run in arm.runs])
         assert (before == before[0]).all() and difference_interval(arm.scores, before).low > 0
         name = {PARTLY: "stem, 8 of 11 blocks and language", "backbone": "`backbone` (heads alone)"}.get(arm.arm)
-        assert f"| {name or NAMES[arm.arm]} | {shown(arm.mean)} |" in page
+        assert f"| {name or NAMES[arm.arm]} | {interval(arm.mean)} |" in page
     frozen = next(
         pair for pair in learned.pairs if {pair.first, pair.second} == {"none", "vision_encoder+language_encoder"}
     )
-    assert f"{shown(frozen.difference)} of success against training everything" in of_page
+    assert f"{interval(frozen.difference)} of success against training everything" in of_page
 
 
 def test_what_is_said_of_time(text, learned):
@@ -122,8 +119,8 @@ def test_what_is_said_of_time(text, learned):
 def test_what_is_said_of_what_is_kept(text, page, kept, soon):
     words, start = " ".join(text.split()), soon["start"]
     facts = json.loads((ROWS / "kept_start.json").read_text())
-    interval = f"{facts['eval/success_rate']:.3f} [{facts['eval/success_low']:.3f}, {facts['eval/success_high']:.3f}]"
-    assert f"solves within 200 control steps ({interval})" in words
+    solved = f"{facts['eval/success_rate']:.3f} [{facts['eval/success_low']:.3f}, {facts['eval/success_high']:.3f}]"
+    assert f"solves within 200 control steps ({solved})" in words
     assert facts["evaluated"]["env_config"]["max_episode_steps"] == 200
     lost = max(150 - sum(run.scores(run.episodes[-1])) for run in kept.runs)
     assert lost == 1 and "of 150 states at most 1 is lost by any run" in words

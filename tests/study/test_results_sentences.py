@@ -9,6 +9,7 @@ import numpy as np
 import pretraining_study
 import pytest
 from worlds import ROOT
+from written_numbers import section
 
 from research.study.comparison import compare
 from research.study.run_table import read_table
@@ -19,13 +20,6 @@ pytestmark = pytest.mark.numbers
 
 RESULTS = ROOT / "experiments" / "results"
 CHECKPOINTS = ROOT / "experiments" / "checkpoints"
-
-
-def section(heading: str) -> str:
-    """A section of RESULTS.md, its lines joined."""
-    text = (ROOT / "experiments" / "RESULTS.md").read_text()
-    (_, after) = text.split(f"# {heading}\n")
-    return " ".join(after.split("\n#")[0].split())
 
 
 def with_interval(value: float, low: float, high: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sweep_local
 from worlds import ROOT
+from written_numbers import interval, rate_rows, share
 
 from research.study.comparison import compare
 from research.study.report import markdown_table
@@ -18,7 +19,6 @@ from research.study.run_table import read_table
 from research.study.statistics import difference_interval
 from research.study.sweep_file import load_sweep
 from research.study.tables import arm_table, pair_table, split_pair_table, split_table
-from research.training.evaluation import wilson_interval
 
 pytestmark = pytest.mark.numbers
 
@@ -135,15 +135,6 @@ def test_results_say_what_the_report_says(comparison):
     assert [line in results for line in pairs if "language" in line] == [True] * 4
 
 
-def shown_estimate(estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def shown(solved: int, states: int) -> str:
-    low, high = wilson_interval(solved, states)
-    return f"{solved / states:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def test_the_table_of_grpo_is_that_of_the_committed_runs():
     """Seed, before, at 0.2, 0.4, 0.6, 0.8 million env steps, at the end, seconds, and at the end by samples."""
     text = (ROOT / "experiments" / "RESULTS.md").read_text().split("## The main job by GRPO")[1].split("\n## ")[0]
@@ -152,15 +143,15 @@ def test_the_table_of_grpo_is_that_of_the_committed_runs():
         sampled = {row["seed"]: (int(row["successes"]), int(row["episodes"])) for row in csv.DictReader(file)}
     for seed, run in grpo.items():
         scores = [f"{score:.3f}" for score in run.eval_scores[:-1]]
-        end = shown(int(sum(run.episodes_at("steps", run.eval_steps[-1]))), 256).replace(" ", "** ", 1)
+        end = share(int(sum(run.episodes_at("steps", run.eval_steps[-1]))), 256).replace(" ", "** ", 1)
         seconds = f"{run.eval_seconds[-1]:.0f}"
-        cells = [str(seed), *scores, f"**{end}", seconds, shown(*sampled[str(seed)])]
+        cells = [str(seed), *scores, f"**{end}", seconds, share(*sampled[str(seed)])]
         assert f"| {' | '.join(cells)} |" in text
         assert run.eval_seconds[-1] < 600
     overall = compare([*grpo.values()]).arms[0].mean
     assert f"{overall.value:.3f} [{overall.low:.3f}, {overall.high:.3f}] for a\nnew seed and new states" in text
     mean = np.mean([k / n for seed, (k, n) in sampled.items() if seed != "start"])
-    assert f"by samples from {shown(*sampled['start'])} to {mean:.3f} in the mean" in text
+    assert f"by samples from {share(*sampled['start'])} to {mean:.3f} in the mean" in text
     ppo = {run.seed: run for run in read_table(STUDY.parent / "main_job" / "runs.csv")}
     ends = [[runs[s].episodes_at("steps", runs[s].eval_steps[-1]) for s in sorted(runs)] for runs in (ppo, grpo)]
     less = difference_interval(*map(np.array, ends), bounded=True)
@@ -193,8 +184,8 @@ def test_the_comparison_of_the_algorithms_is_that_of_the_committed_runs():
     assert [arm.arm for arm in comparison.arms] == list(names)
     best = {}
     for arm in comparison.arms:
-        others = [shown_estimate(other.mean) for other in sorted(arm.runners_up, key=lambda other: other.learning_rate)]
-        mean = shown_estimate(arm.mean).replace(" [", "** [")
+        others = [interval(other.mean) for other in sorted(arm.runners_up, key=lambda other: other.learning_rate)]
+        mean = interval(arm.mean).replace(" [", "** [")
         assert f"| {names[arm.arm]} | {before} | **{mean} | {', '.join(others)} |" in text
         assert [run.seed for run in arm.runs] == [11, 12, 13, 14, 15]
         best[arm.arm] = [other.mean.value for other in (arm, *arm.runners_up)]
@@ -220,12 +211,12 @@ def test_the_table_of_the_families_is_that_of_the_committed_runs(name):
     for run in runs:
         scores = [f"{run.eval_scores[i]:.3f}" for i in (0, 2, 4, 6)]
         assert [round(run.eval_steps[i], -5) for i in (0, 2, 4, 6)] == [0, 200_000, 400_000, 600_000]
-        end = shown(int(sum(run.episodes_at("steps", run.eval_steps[-1]))), 256).replace(" [", "** [")
+        end = share(int(sum(run.episodes_at("steps", run.eval_steps[-1]))), 256).replace(" [", "** [")
         cells = [str(run.seed), *scores, f"**{end}", f"{run.eval_steps[-1]:,.0f}", f"{run.eval_seconds[-1]:.0f}"]
         (line,) = (line for line in text.splitlines() if line.endswith(f" | {' | '.join(cells)} |"))
         assert line.startswith(f"| {label}, ")
     mean = compare(runs).arms[0].mean
-    assert f"- {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}] for {label} from {shown(before, 256)}" in text
+    assert f"- {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}] for {label} from {share(before, 256)}" in text
     assert len(runs) == 5 and mean.value >= 0.9 and before / 256 <= 0.6
 
 
@@ -256,9 +247,9 @@ def test_the_algorithms_at_equal_wall_time_are_those_of_the_committed_runs():
         assert [run.seed for run in arm.runs] == [11, 12, 13, 14, 15] == sorted(run.seed for run in ppo.runs)
         assert all(1_105_000 <= run.eval_steps[-1] < 1_130_000 for run in arm.runs)
         assert (pair.first, pair.second) == ("ppo", arm.arm) and pair.separable
-        better = shown_estimate(pair.difference)
-        told = f"{arm.arm.removeprefix('grpo, ').upper()} {shown_estimate(arm.mean)}, PPO {better} better"
-        assert told in " ".join(text.split()) and shown_estimate(arm.mean) in page and better in page
+        better = interval(pair.difference)
+        told = f"{arm.arm.removeprefix('grpo, ').upper()} {interval(arm.mean)}, PPO {better} better"
+        assert told in " ".join(text.split()) and interval(arm.mean) in page and better in page
 
 
 def test_the_rates_of_the_algorithms_on_metaworld_are_those_of_the_committed_runs_and_of_the_next_step():
@@ -302,15 +293,13 @@ def test_the_comparison_of_the_algorithms_on_metaworld_is_that_of_the_committed_
         assert [run.seed for run in arm.runs] == [11, 12, 13, 14, 15]
         assert all(60_000 <= run.eval_steps[-1] < 66_000 for run in arm.runs) and arm.scores.shape == (5, 150)
         seeds = ", ".join(f"{run.eval_scores[-1]:.3f}" for run in arm.runs)
-        mean, name = shown_estimate(arm.mean), names[arm.arm]
+        mean, name = interval(arm.mean), names[arm.arm]
         bold = mean.replace(" [", "** [")
         assert f"| {name} | {arm.learning_rate:g} | {before} | **{bold} | {seeds} |" in text
         assert mean in page
         start = np.array([run.episodes_at("steps", 0) for run in arm.runs], dtype=float)
         gain = difference_interval(arm.scores, start)
-        assert (
-            f"{name} gains {shown_estimate(gain)}".replace("-0.000", "0.000") in " ".join(text.split()) and gain.low < 0
-        )
+        assert f"{name} gains {interval(gain)}".replace("-0.000", "0.000") in " ".join(text.split()) and gain.low < 0
     _, table = pair_table(comparison)
     for first, second, difference, p, verdict, _, seeds in table:
         more = seeds if seeds.startswith("more") else f"{seeds} more seeds each"
@@ -332,13 +321,13 @@ def test_the_algorithms_on_metaworld_at_equal_wall_time_are_those_of_the_committ
     comparison = compare(runs, by=["algorithm", "algorithm.cfg.advantage"], equal="ends")
     text, page = " ".join(text.split("\n## ")[0].split()), (ROOT / "docs" / "what_to_freeze.md").read_text()
     ppo, *others = comparison.arms
-    differences = [shown_estimate(pair.difference) for pair in comparison.pairs if pair.first == "ppo"]
+    differences = [interval(pair.difference) for pair in comparison.pairs if pair.first == "ppo"]
     assert [arm.arm for arm in (ppo, *others)] == ["ppo", "grpo, grpo", "grpo, rloo"] and ppo.separable_from == []
-    assert f"PPO has {shown_estimate(ppo.mean)}: {differences[0]} above GRPO and {differences[1]} above RLOO" in text
-    assert [run.seed for run in ppo.runs] == [11, 12, 13, 14, 15] and shown_estimate(ppo.mean) in page
+    assert f"PPO has {interval(ppo.mean)}: {differences[0]} above GRPO and {differences[1]} above RLOO" in text
+    assert [run.seed for run in ppo.runs] == [11, 12, 13, 14, 15] and interval(ppo.mean) in page
     start = np.array([run.episodes_at("steps", 0) for run in ppo.runs], dtype=float)
     gain = difference_interval(ppo.scores, start)
-    assert f"It gains {shown_estimate(gain)} on its start" in text and gain.low > 0
+    assert f"It gains {interval(gain)} on its start" in text and gain.low > 0
     step_2 = read_table(STUDY.parent / "metaworld_algorithms" / "runs.csv")
     before = {run.run: run.episodes for run in step_2}
     assert all(run.episodes == before[run.run] for run in runs if run not in ppo.runs)
@@ -357,13 +346,9 @@ def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_t
     names["vision_encoder.stem+vision_encoder.blocks.[0-7]+language_encoder"] = (
         "stem, 8 of 11 blocks and language frozen"
     )
+    assert all(row in text for row in rate_rows(comparison, names, [1, 2]))
+    assert all(arm.runners_up for arm in comparison.arms)
     means = {cell: np.mean([run.eval_scores[-1] for run in runs]) for cell, runs in comparison.cells.items()}
-    for scope, rate in chosen.items():
-        rates = sorted(r for arm, r in means if arm == scope)
-        assert rates[0] < rate < rates[-1] and [run.seed for run in comparison.cells[scope, rate]] == [1, 2]
-        shown = "; ".join(f"{r:g}: {means[scope, r]:.3f}" for r in rates)
-        near = next(sorted(o.learning_rate for o in a.runners_up) for a in comparison.arms if a.arm == scope)
-        assert near and f"| {names[scope]} | {shown} | {rate:g} | {', '.join(f'{r:g}' for r in near)} |" in text
     assert text.count("\n| ") == len(chosen) + 1
     costs = [means[scope, rate] - means[scope, 4 * rate] for scope, rate in chosen.items()]
     assert f"costs up to {max(costs):.1f}" in text

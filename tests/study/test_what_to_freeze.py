@@ -8,6 +8,7 @@ import numpy as np
 import pretraining_study
 import pytest
 from worlds import ROOT
+from written_numbers import interval
 
 from research.study.comparison import compare
 from research.study.run_table import read_table
@@ -35,10 +36,6 @@ def row(words: str, question: str = "") -> str:
     return line
 
 
-def shown(estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 @pytest.fixture(scope="module")
 def study():
     return compared("freeze_learning_rate", (1, 2))
@@ -48,7 +45,7 @@ def test_scopes_have_the_success_of_the_study_and_its_verdicts(study):
     names = {arm.arm: f"| `{arm.arm}`" for arm in study.arms} | {"language": "`language`, at the chosen rate"}
     for arm in study.arms:
         line = row(names[arm.arm], STUDY)
-        assert shown(arm.mean) in line
+        assert interval(arm.mean) in line
         if arm.arm in ("none", "lora", "language"):
             told = set(re.findall(r"`(\w+)`", line.split("|")[-2]))
             assert told == set(arm.separable_from), arm.arm
@@ -96,15 +93,15 @@ def test_the_longer_run_is_not_compared_at_the_time_of_a_short_one(study):
     text = " ".join(PAGE.split())
     assert f"took {seconds:.0f} s in the mean, {seconds / of_none:.1f} times as long as `none` here" in text
     assert f"after {of_none:.0f} s, its rates still high, it was at {then:.3f}, where `none` ended at" in text
-    assert f"where `none` ended at {shown(none.mean)}." in text
+    assert f"where `none` ended at {interval(none.mean)}." in text
 
 
 def test_the_other_rate_of_language(study):
     (chosen,) = [arm for arm in study.arms if arm.arm == "language"]
     (arm,) = [arm for arm in compared("language_rate").arms if arm.arm == "language"]
-    assert shown(arm.mean) in row("`language`, at the other rate") and arm.separable_from == ["backbone"]
+    assert interval(arm.mean) in row("`language`, at the other rate") and arm.separable_from == ["backbone"]
     higher = difference_interval(arm.scores, chosen.scores)
-    assert f"came out {shown(higher)} higher on fresh seeds" in " ".join(PAGE.split()) and higher.low < 0
+    assert f"came out {interval(higher)} higher on fresh seeds" in " ".join(PAGE.split()) and higher.low < 0
 
 
 def test_seconds_and_rates_of_the_scopes(study):
@@ -138,7 +135,7 @@ def test_seconds_and_rates_of_the_scopes(study):
 @pytest.mark.parametrize(("name", "words"), [("main_job", "Seven times the budget"), ("grpo", "The same by GRPO")])
 def test_the_longer_runs(name, words):
     (arm,) = compared(name).arms
-    assert shown(arm.mean) in row(words)
+    assert interval(arm.mean) in row(words)
 
 
 def test_the_algorithms_each_at_its_own_rate():
@@ -146,9 +143,9 @@ def test_the_algorithms_each_at_its_own_rate():
     ppo, *others = comparison.arms
     question = "PPO, GRPO and RLOO at equal env steps"
     lines = [row(question), row("| | GRPO |", question), row("| | RLOO |", question)]
-    assert all(shown(arm.mean) in line for arm, line in zip((ppo, *others), lines, strict=True))
+    assert all(interval(arm.mean) in line for arm, line in zip((ppo, *others), lines, strict=True))
     better = [pair.difference for pair in comparison.pairs if pair.first == "ppo"]
-    assert "{} and {} better".format(*map(shown, better)) in lines[0]
+    assert "{} and {} better".format(*map(interval, better)) in lines[0]
     assert ppo.separable_from == ["grpo, grpo", "grpo, rloo"]
     assert all(arm.separable_from == ["ppo"] for arm in others) and all("from PPO alone" in line for line in lines[1:])
 
@@ -160,16 +157,16 @@ def test_what_pretraining_is_worth():
             pretraining_study.scores(rows, "clone", f"{start}+{vision}", "mode") for start in ("imagenet", "random")
         ]
         worth = difference_interval(*both)
-        assert row(words).endswith(f"| {shown(worth)} better from ImageNet | {verdict} |")
+        assert row(words).endswith(f"| {interval(worth)} better from ImageNet | {verdict} |")
         assert (worth.low > 0) == (verdict == "yes")
         if vision == "frozen":
-            assert f"worth to a frozen one, {shown(worth)}, three seeds cannot tell from nothing" in " ".join(
+            assert f"worth to a frozen one, {interval(worth)}, three seeds cannot tell from nothing" in " ".join(
                 PAGE.split()
             )
     gain = difference_interval(
         *(pretraining_study.scores(rows, "clone", f"imagenet+{vision}", "mode") for vision in ("trained", "frozen"))
     )
-    assert f"train them ({shown(gain)} better than frozen, from ImageNet)" in PAGE
+    assert f"train them ({interval(gain)} better than frozen, from ImageNet)" in PAGE
 
 
 def test_what_is_said_beside_what_others_published(study):
