@@ -10,7 +10,9 @@ Runs are compared by freeze scope, each at its own best learning rate, or by oth
     python experiments/compare_runs.py runs --by=policy.vla_config.model_path        # start checkpoints
     python experiments/compare_runs.py runs --by policy.vla_config.model_class policy.freeze
     python experiments/compare_runs.py runs --by algorithm algorithm.cfg.advantage   # algorithms, recipes and all
-Runs that differ in anything else are refused. Where each was given the iterations that fit one time, schedule included,
+Runs that differ in anything else are refused; of such a folder or sweep, one part after the other can be compared:
+    python experiments/compare_runs.py runs --where policy.vla_config.model_path=a.pt trainer.num_envs=64
+Where each was given the iterations that fit one time, schedule included,
 they are compared at equal wall time, or, if other work stretched the times, each at its own end:
     python experiments/compare_runs.py runs --equal=seconds
     python experiments/compare_runs.py runs --equal=ends
@@ -70,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         "--by", nargs="+", default=[], metavar="OPTION", help="dotted options that are compared, default policy.freeze"
     )
     parser.add_argument(
+        "--where", nargs="+", action="extend", default=[], metavar="OPTION=VALUE",
+        help="compare only runs whose dotted options have these values; of one option, any of them",
+    )  # fmt: skip
+    parser.add_argument(
         "--equal", choices=["steps", "seconds", "ends"], default="steps",
         help="compare at equal env steps (default), at equal wall time, or each run at its own end",
     )  # fmt: skip
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             runs = read_wandb(options.wandb)
         else:
             runs = read_table(options.table) if options.table else read_folders(options.runs, options.evaluation)
-        comparison = compare(runs, options.choose_on, options.choosing_seeds, options.by, options.equal)
+        comparison = compare(runs, options.choose_on, options.choosing_seeds, options.by, options.equal, options.where)
         command = as_called(f"python experiments/compare_runs.py {shlex.join(argv)}")
         write_report(comparison, Path(options.output), command)
     except UserError as error:

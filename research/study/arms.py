@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from research.errors import UserError, did_you_mean
+from research.errors import UserError
 from research.study.run_settings import (
     ALGORITHM,
     ALGORITHM_NAME,
     BECOMES,
-    DEFAULTS,
     ENV_CONFIG,
     ENVIRONMENT,
     NOT_KEPT,
@@ -21,9 +20,9 @@ from research.study.run_settings import (
     SCOPE,
     SEED,
     agree,
+    check_option,
     defaults_of,
     differing_settings,
-    is_option,
     setting_of,
     value_of,
 )
@@ -50,9 +49,7 @@ def check_by(by: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
     """
     for option in by:
         found = [value_of(run, option) for run in runs]
-        if option != ALGORITHM and not is_option(option) and not any(has for has, _ in found):
-            known = sorted({key for defaults in DEFAULTS.values() for key in defaults})
-            raise UserError(f"--by: there is no option {option!r}{did_you_mean(option, known)}")
+        check_option("--by", option, runs)
         if option == SEED:
             raise UserError(f"--by: {SEED} makes no arms: seeds are the repetitions of each")
         if option == ENVIRONMENT:
@@ -116,7 +113,7 @@ def _refuse_unlike_seeds(cell: Sequence[Run], where: str) -> None:
             a, b = setting_of(one, key), setting_of(other, key)
             raise UserError(
                 f"{one.run} and {other.run}, both {where}, are no repetitions: {key} is {a!r} and {b!r}; "
-                "compare them separately, or by that option, too (--by)"
+                "compare them separately (--where), or by that option, too (--by)"
             )
     for one, other in combinations(cell, 2):
         if one.seed == other.seed:
@@ -135,7 +132,7 @@ def _refuse_confounded(runs: Sequence[Run], by: Sequence[str]) -> None:
     if found:
         raise UserError(
             f"these runs cannot be compared by {' and '.join(by)} alone, they differ in {'; '.join(found)}: "
-            "name in --by what belongs to the comparison, or leave runs out"
+            "name in --by what belongs to the comparison, or leave runs out (--where)"
         )
 
 

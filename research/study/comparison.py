@@ -38,6 +38,7 @@ from research.study.rate_choice import (
     states_that_choose,
     that_choose,
 )
+from research.study.run_filter import select
 from research.study.run_settings import ENV_CONFIG, RATE
 from research.study.run_table import CHOOSING, SPLITS, Axis, Run, plain, quoted
 from research.study.sample_size import seeds_needed, states_needed
@@ -208,6 +209,7 @@ def compare(
     choosing_seeds: Sequence[int] = (),
     by: Sequence[str] = (),
     equal: Axis = "steps",
+    where: Sequence[str] = (),
 ) -> Comparison:
     """Compare arms, each at its own best learning rate.
 
@@ -223,11 +225,13 @@ def compare(
             is one of them, it is not chosen.
         equal: whether scores, differences and ranks are at equal env steps, at equal wall time, or at the end of each
             run: what was made equal is then the business of whoever gave the runs their budgets.
+        where: `option=value` each; only runs that have them are compared (see `research.study.run_filter`).
     Raises:
         UserError: runs that cannot be compared (the message says which and why), or nothing left to compare.
     """
+    runs, notes = select(runs, where)
     complete = [run for run in runs if run.complete]
-    notes = [f"{quoted(run.run)} is excluded from all means: {plain(run.status)}." for run in runs if not run.complete]
+    notes += [f"{quoted(run.run)} is excluded from all means: {plain(run.status)}." for run in runs if not run.complete]
     if not complete:
         raise UserError(f"none of the {len(runs)} runs is complete; the first, {runs[0].run}: {runs[0].status}")
     by = check_by(by, complete)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from research.config import FREEZE_SWITCHES, AlgorithmConfig, ExperimentConfig
+from research.errors import UserError, did_you_mean
 from research.options import flatten
 from research.study.run_table import Run
 
@@ -115,6 +116,13 @@ def value_of(run: Run, option: str) -> tuple[bool, Any]:
         if option in values:
             return True, values[option]
     return option in run.common, run.common.get(option)
+
+
+def check_option(flag: str, option: str, runs: Sequence[Run]) -> None:
+    """Refuse, naming the flag, an option that no algorithm has and no run was given."""
+    if option != ALGORITHM and not is_option(option) and not any(value_of(run, option)[0] for run in runs):
+        known = sorted({key for defaults in DEFAULTS.values() for key in defaults})
+        raise UserError(f"{flag}: there is no option {option!r}{did_you_mean(option, known)}")
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

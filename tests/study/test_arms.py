@@ -248,7 +248,7 @@ def test_scopes_that_differ_in_other_settings_are_refused_and_all_of_them_named(
     changes = {"algorithm__cfg__n_epochs": 8, "trainer__num_envs": 128}
     assert refused(tmp_path, {}, {"scope": "vision", **changes}) == (
         "these runs cannot be compared by policy.freeze alone, they differ in algorithm.cfg.n_epochs (4, 8); "
-        "trainer.num_envs (64, 128): name in --by what belongs to the comparison, or leave runs out"
+        "trainer.num_envs (64, 128): name in --by what belongs to the comparison, or leave runs out (--where)"
     )
 
 
@@ -264,7 +264,7 @@ def test_the_freeze_scope_is_a_difference_like_any_other(tmp_path):
         compare(read_folders([f"{tmp_path}/0*", f"{tmp_path}/3*"]), by=by)
     assert str(error.value) == (
         'these runs cannot be compared by policy.vla_config.model_path alone, they differ in policy.freeze ("none", '
-        '"lora"): name in --by what belongs to the comparison, or leave runs out'
+        '"lora"): name in --by what belongs to the comparison, or leave runs out (--where)'
     )
     with pytest.raises(UserError, match="01 and 11, both arm a.pt, learning rate 0.0001, are no repetitions: "):
         compare(read_folders([str(tmp_path)]), by=by)
