@@ -36,7 +36,8 @@ def test_shipped_sweeps_are_accepted_and_have_the_size_they_say(path):
     runs |= {"freeze_learning_rate": 50, "freeze_learning_rate_confirm": 25, "language_rate": 5}
     runs |= {"algorithms_ppo_rates": 12, "algorithms_group_rates": 18, "algorithms_ppo": 10, "algorithms_group": 30}
     runs |= {"algorithms_equal_time": 10}
-    runs |= {"starts_rates": 72, "starts_scopes": 120, "starts_scopes_runners_up": 25, "starts_long": 40}
+    runs |= {"starts_rates": 72, "starts_scopes": 120, "starts_scopes_runners_up": 25}
+    runs |= {"starts_long": 40, "starts_equal_time": 40}
     runs |= {"metaworld_ppo_rates": 6, "metaworld_group_rates": 12}
     runs |= {"metaworld_ppo_rates_ends": 2, "metaworld_group_rates_ends": 4}
     runs |= {"metaworld_ppo": 5, "metaworld_grpo": 5, "metaworld_rloo": 5, "metaworld_ppo_equal_time": 5}
