@@ -12,8 +12,8 @@ Runs are compared by freeze scope, each at its own best learning rate, or by oth
     python experiments/compare_runs.py runs --by algorithm algorithm.cfg.advantage   # algorithms, recipes and all
 Runs that differ in anything else are refused; of such a folder or sweep, one part after the other can be compared:
     python experiments/compare_runs.py runs --where policy.vla_config.model_path=a.pt trainer.num_envs=64
-Where each was given the iterations that fit one time, schedule included,
-they are compared at equal wall time, or, if other work stretched the times, each at its own end:
+Where each was given the iterations that fit one time, schedule included, they are compared at equal wall time, or, if
+other work stretched the times, each at its own end:
     python experiments/compare_runs.py runs --equal=seconds
     python experiments/compare_runs.py runs --equal=ends
 

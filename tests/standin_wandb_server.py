@@ -215,7 +215,11 @@ class StandInServer(Artifacts, PublicApi):
     def on_Heartbeat(self, v):
         agent = v["id"]
         sweep = self.sweeps[self.agents[agent]]
-        commands = [] if json.loads(v["runState"] or "{}") else [self.command(agent, sweep)]
+        idle = not json.loads(v["runState"] or "{}")
+        for run in self.of_sweep(sweep.name):
+            if idle and run.agents[-1:] == [agent] and run.state == "pending":
+                run.state = "crashed"  # its process is over, and it never said a word
+        commands = [self.command(agent, sweep)] if idle else []
         return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps([c for c in commands if c])}}
 
     def command(self, agent: str, sweep: Sweep) -> dict[str, Any] | None:

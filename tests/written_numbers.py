@@ -13,7 +13,7 @@ from research.training.evaluation import wilson_interval
 
 
 def section(heading: str) -> str:
-    """A section of RESULTS.md, up to the next heading of any level, its lines joined."""
+    """A section of RESULTS.md, up to the next heading, its lines joined; rows of tables stay as they are."""
     (_, after) = (ROOT / "experiments" / "RESULTS.md").read_text().split(f"# {heading}\n")
     return " ".join(after.split("\n#")[0].split())
 

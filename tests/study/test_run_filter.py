@@ -127,3 +127,13 @@ def test_a_table_knows_what_its_runs_had(folder):
     write_table(folder / "runs.csv", runs)
     where = ["policy.vla_config.model_path=a.pt", "trainer.num_envs=32"]
     assert names(select(read_table(folder / "runs.csv"), where)[0]) == names(select(runs, where)[0])
+
+
+def test_runs_that_cannot_be_read_have_no_values(folder):
+    make_run(folder / "broken", "none", seed=9)
+    (folder / "broken" / "config.json").write_text("{")
+    runs = read_folders([str(folder)])
+    assert "broken" in names(runs)
+    assert "broken" not in names(select(runs, ["policy.freeze=none"])[0])
+    with pytest.raises(UserError, match="they have none, vision\\+language$"):
+        select(runs, ["policy.freeze=lora"])

@@ -6,15 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import sweep_local
 from worlds import ROOT
-from written_numbers import interval, section, share
+from written_numbers import interval, rate_rows, section, share
 
 from research.study.comparison import Comparison, compare
 from research.study.run_table import read_table
+from research.study.sweep_file import load_sweep
 
 pytestmark = pytest.mark.numbers
 
-ROWS = ROOT / "experiments" / "results" / "starts_scopes"
+RESULTS = ROOT / "experiments" / "results"
+ROWS = RESULTS / "starts_scopes"
 HEADING = "The first study again: three starts"
 START = "policy.vla_config.model_path"
 SHIPPED = "tabletop_pick_place.pt"
@@ -42,7 +45,8 @@ def verdicts(comparison: Comparison) -> str:
     return "; ".join(f"{NAMES[arm]} above {', '.join(low)}" for arm, low in told.items() if low) or "no two"
 
 
-def before(start: str) -> dict:
+def before(start: str) -> list[int]:
+    """Of the start itself: states that it solves, and all that it was given."""
     return json.loads((ROWS / "before.json").read_text())[start]
 
 
@@ -56,6 +60,41 @@ def table(compared: dict[str, Comparison]) -> list[str]:
     return rows
 
 
+def taken_by(sweep: str) -> list:
+    """The configuration of every point of a sweep."""
+    loaded = load_sweep(ROOT / "sweeps" / f"{sweep}.yaml")
+    return [sweep_local.config_of(loaded.flags(point)) for point in loaded.grid()]
+
+
+def test_the_rates_and_the_sweeps_that_take_them():
+    text = section("The first study again: rates")
+    comparison = compare(read_table(RESULTS / "starts_rates" / "runs.csv"))
+    assert {arm.arm: arm.learning_rate for arm in comparison.arms} == CHOSEN
+    rows = rate_rows(comparison, NAMES, [1, 2, 3])
+    assert all(row in text for row in rows) and text.count("; 0.0016: ") == len(rows) == 8
+    seeds = {cell: np.array([run.eval_scores[-1] for run in runs]) for cell, runs in comparison.cells.items()}
+    language = seeds["language", 4e-4], seeds["language", 1e-4]
+    assert language[0].min() > language[1].max()
+    assert f"{language[0].mean() - language[1].mean():.3f} below and no longer open" in text
+    ended = {scope for scope, rate in CHOSEN.items() if not seeds[scope, 1.6e-3].any()}
+    assert ended == {scope for scope, rate in CHOSEN.items() if rate == 4e-4} and len(ended) == 5
+    assert "`backbone` at {:.3f}, {:.3f} and {:.3f}".format(*seeds["backbone", 6.4e-3]) in text
+    left_open = {(arm.arm, other.learning_rate) for arm in comparison.arms for other in arm.runners_up}
+    rates = {sweep: set(CHOSEN.items()) for sweep in ("starts_scopes", "starts_long", "starts_equal_time")}
+    rates["starts_scopes_runners_up"] = left_open
+    for sweep, expected in rates.items():
+        assert {(config.policy.scope, config.algorithm.cfg.learning_rate) for config in taken_by(sweep)} == expected
+
+
+def test_equal_time_gives_each_scope_the_iterations_that_take_as_long_as_those_of_none():
+    seconds: dict[str, list[float]] = {}
+    for run in read_table(ROWS / "runs.csv"):
+        seconds.setdefault(run.scope, []).append(run.eval_seconds[-1])
+    mean = {scope: np.mean(times) for scope, times in seconds.items()}
+    found = {config.policy.scope: config.trainer.iterations for config in taken_by("starts_equal_time")}
+    assert found == {scope: round(32 * mean["none"] / time) for scope, time in mean.items()}
+
+
 def test_the_plan_was_run_and_nothing_else(compared):
     for comparison in compared.values():
         assert {arm.arm: arm.learning_rate for arm in comparison.arms} == CHOSEN
@@ -64,7 +103,7 @@ def test_the_plan_was_run_and_nothing_else(compared):
 
 
 def test_the_table(compared):
-    text = (ROOT / "experiments" / "RESULTS.md").read_text().split(f"# {HEADING}\n")[1].split("\n#")[0]
+    text = section(HEADING)
     rows = table(compared)
     assert all(row in text for row in rows) and len(rows) == 8
     starts = [before(start) for start in STARTS]
@@ -81,12 +120,12 @@ def test_the_verdicts(compared):
 def test_what_is_said_of_differences(compared):
     text = section(HEADING)
 
-    def less(first: str, second: str) -> list[str]:
-        found = []
-        for comparison in compared.values():
-            (pair,) = [pair for pair in comparison.pairs if {pair.first, pair.second} == {first, second}]
-            found.append((interval(pair.difference), pair.separable) if pair.first == first else None)
-        return found
+    def less(first: str, second: str) -> list[tuple[str, bool]]:
+        pairs = [
+            next(pair for pair in comparison.pairs if (pair.first, pair.second) == (first, second))
+            for comparison in compared.values()
+        ]
+        return [(interval(pair.difference), pair.separable) for pair in pairs]
 
     (worst, told), (middle, maybe), (best, also) = less("none", "backbone")
     assert (told, maybe, also) == (True, False, True)
@@ -116,3 +155,16 @@ def test_the_page_says_the_same(compared):
     arms = {start: {arm.arm: arm for arm in comparison.arms} for start, comparison in compared.items()}
     for scope, name in NAMES.items():
         assert f"{name} | {', '.join(f'{arms[start][scope].mean.value:.3f}' for start in STARTS)} |" in page
+
+
+def test_the_page_says_who_is_told_from_whom(compared):
+    upper = {"none", "lora", "language", "vision", "vision_encoder.[pc]*"}
+    worst, middle, best = ({arm.arm: set(arm.separable_from) for arm in compared[start].arms} for start in STARTS)
+    assert worst["*_encoder+action_head"] == {"none", "language", "lora", "backbone", "residual"}
+    assert middle["*_encoder+action_head"] == set() and best["*_encoder+action_head"] == {"residual"}
+    assert worst["backbone"] == set(NAMES) - {"backbone", "residual"}
+    assert middle["backbone"] < upper and best["backbone"] < upper
+    assert (len(middle["backbone"]), len(best["backbone"])) == (4, 3)
+    assert (
+        worst["residual"] == best["residual"] == set(NAMES) - {"backbone", "residual"} and middle["residual"] == upper
+    )

@@ -363,33 +363,3 @@ def test_the_rates_of_pretrained_scopes_are_those_of_the_committed_runs_and_of_t
         scope = config.policy.freeze
         taken[scope if isinstance(scope, str) else "+".join(scope), config.algorithm.cfg.learning_rate] += 1
     assert taken == dict.fromkeys(chosen.items(), 5)
-
-
-def test_the_rates_of_the_first_study_again_are_those_of_the_committed_runs_and_of_the_next_step():
-    text = (
-        (ROOT / "experiments" / "RESULTS.md").read_text().split("### The first study again: rates")[1].split("\n#")[0]
-    )
-    comparison = compare(read_table(STUDY.parent / "starts_rates" / "runs.csv"))
-    chosen = {arm.arm: arm.learning_rate for arm in comparison.arms}
-    names = {scope: f"`{scope}`" for scope in chosen}
-    names["vision_encoder.[pc]*"] = "all of the vision encoder but its last layer"
-    names["*_encoder+action_head"] = "both encoders and the action head"
-    assert all(row in text for row in rate_rows(comparison, names, [1, 2, 3]))
-    assert text.count("\n| ") == len(chosen) + 1 == 9
-    seeds = {cell: np.array([run.eval_scores[-1] for run in runs]) for cell, runs in comparison.cells.items()}
-    language = seeds["language", 4e-4], seeds["language", 1e-4]
-    assert language[0].min() > language[1].max()
-    assert f"{language[0].mean() - language[1].mean():.3f} below and no longer open" in " ".join(text.split())
-    ended = [scope for scope in chosen if not seeds.get((scope, 1.6e-3), np.ones(1)).any()]
-    assert len(ended) == 5 and set(ended) == {scope for scope, rate in chosen.items() if rate == 4e-4}
-    assert "`backbone` at {:.3f}, {:.3f} and {:.3f}".format(*seeds["backbone", 6.4e-3]) in text
-    open_rates = {(arm.arm, other.learning_rate) for arm in comparison.arms for other in arm.runners_up}
-    for name, taken in (("starts_scopes", set(chosen.items())), ("starts_scopes_runners_up", open_rates)):
-        sweep = load_sweep(ROOT / "sweeps" / f"{name}.yaml")
-        configs = [sweep_local.config_of(sweep.flags(point)) for point in sweep.grid()]
-        scopes = [config.policy.freeze for config in configs]
-        found = {
-            (scope if isinstance(scope, str) else "+".join(scope), config.algorithm.cfg.learning_rate)
-            for scope, config in zip(scopes, configs, strict=True)
-        }
-        assert found == taken
